@@ -1,0 +1,55 @@
+//! What an operator sees: who is there, who holds what, how often it was restarted.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Epoch, Layout, LoadProgress, Rank, Transport};
+
+/// The cluster as its head sees it now.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ClusterReport {
+    pub epoch: Epoch,
+    pub phase: Phase,
+    /// Why the cluster is not ready, in words for an operator; empty when it is.
+    pub detail: String,
+    pub model: String,
+    pub layout: Layout,
+    pub transport: Transport,
+    pub nodes: Vec<NodeReport>,
+    pub shards: Vec<ShardReport>,
+}
+
+/// How far the cluster is on its way to serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Not every node has been heard of.
+    Gathering,
+    /// Shards start, meet and read their weights.
+    Loading,
+    Ready,
+    /// A shard was given up, or the model cannot be held: an operator has to act.
+    Failed,
+}
+
+/// One machine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeReport {
+    pub name: String,
+    /// 0 until the node has been heard of.
+    pub pid: u32,
+    pub alive: bool,
+}
+
+/// One shard process.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ShardReport {
+    pub rank: Rank,
+    pub node: String,
+    /// 0 until the shard has registered.
+    pub pid: u32,
+    pub alive: bool,
+    pub restarts: u32,
+    /// Why it was restarted last; empty when it never was.
+    pub last_failure: String,
+    pub load: Option<LoadProgress>,
+}

@@ -1,0 +1,133 @@
+//! How a shard comes to hold its share of a model, and to know its peers.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::{Epoch, Rank};
+
+/// What one shard loads. Every rank of an epoch is given the same, but for its rank.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ShardSpec {
+    pub epoch: Epoch,
+    pub rank: Rank,
+    /// The model's directory, on this shard's own machine.
+    pub model: PathBuf,
+    pub layout: Layout,
+    /// One per rank, in rank order: the same list on every rank, so that all solve the same
+    /// partition.
+    pub weights: Vec<NodeWeight>,
+    pub transport: Transport,
+    /// Prompt tokens that one step prefills at most.
+    pub prefill_chunk_tokens: u32,
+    /// Positions that a sequence may reach, prompt included.
+    pub context_tokens: u32,
+    /// Sequences that are worked on at the same time at most.
+    pub sequences_max: u32,
+    /// How long a collective may take.
+    pub collective_deadline: Duration,
+}
+
+/// How much of the model a node takes, relative to the others. Only ratios matter.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeWeight(pub f64);
+
+/// How a model is divided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Layout {
+    /// Every rank holds a part of every layer.
+    Tensor,
+    /// Every rank holds some of the layers, whole.
+    Pipeline,
+}
+
+/// What carries the tensors between ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transport {
+    /// Ours: encrypted, direct between every pair, every wait bounded.
+    Quic,
+    /// MLX's own ring over plain TCP.
+    Ring,
+}
+
+/// Everything a shard needs to meet its peers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GroupSpec {
+    pub epoch: Epoch,
+    pub rank: Rank,
+    /// In rank order, this shard included.
+    pub members: Vec<GroupMember>,
+}
+
+/// Where one rank can be met.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GroupMember {
+    pub process: String,
+    /// Of its tensor endpoint: UDP for `quic`, TCP for `ring`.
+    pub address: SocketAddr,
+}
+
+/// How far a shard has come in reading its weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoadProgress {
+    pub rank: Rank,
+    pub bytes_loaded: u64,
+    pub bytes_total: u64,
+}
+
+/// A word of the command line or the configuration that names nothing we know.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("unknown {what} '{given}': one of {known}")]
+pub struct UnknownName {
+    pub what: &'static str,
+    pub given: String,
+    pub known: &'static str,
+}
+
+macro_rules! named {
+    ($type:ident, $what:literal, $known:literal, $($name:literal => $variant:ident),+) => {
+        impl FromStr for $type {
+            type Err = UnknownName;
+
+            fn from_str(given: &str) -> Result<Self, UnknownName> {
+                match given {
+                    $($name => Ok(Self::$variant),)+
+                    _ => Err(UnknownName { what: $what, given: given.to_owned(), known: $known }),
+                }
+            }
+        }
+
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(match self { $(Self::$variant => $name,)+ })
+            }
+        }
+    };
+}
+
+named!(Layout, "layout", "tensor, pipeline", "tensor" => Tensor, "pipeline" => Pipeline);
+named!(Transport, "transport", "quic, ring", "quic" => Quic, "ring" => Ring);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip_and_errors_say_what_is_known() {
+        for layout in [Layout::Tensor, Layout::Pipeline] {
+            assert_eq!(layout.to_string().parse(), Ok(layout));
+        }
+        let error = "tcp".parse::<Transport>().unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "unknown transport 'tcp': one of quic, ring"
+        );
+    }
+}

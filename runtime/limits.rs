@@ -1,0 +1,91 @@
+//! Every bound of a [`System`](crate::System), in one place.
+
+use std::time::Duration;
+
+use crate::codec::FRAME_BYTES_LIMIT;
+
+/// The bounds of one system. Both ends of a link hold to their own; `frame_bytes_max` should agree.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// The longest frame, that is, one message with its header. Checked before anything is allocated.
+    pub frame_bytes_max: usize,
+    /// How many asks may wait for a reply on one link, in each direction.
+    pub asks_in_flight_max: usize,
+    /// How many messages may wait to be written to one link.
+    pub outbox_frames_max: usize,
+    /// How many bytes may wait to be written to one link.
+    pub outbox_bytes_max: usize,
+    /// How many messages from elsewhere one handler may hold that it has not finished.
+    pub mailbox_max: usize,
+    /// How many items of one subscription may wait on the producer's side.
+    pub items_queued_max: usize,
+    /// How many bytes of one subscription may wait on the subscriber's side.
+    pub items_bytes_max: u32,
+    /// How many subscriptions one link may carry in each direction.
+    pub subscriptions_max: u32,
+    /// How often a silent link is probed.
+    pub keep_alive: Duration,
+    /// How long a link may be silent before it counts as lost.
+    pub idle_timeout: Duration,
+    /// How long a connection may take until both sides have said hello.
+    pub connect_timeout: Duration,
+    /// The first pause after a connection could not be made; it doubles with each failure.
+    pub backoff_min: Duration,
+    /// The longest such pause.
+    pub backoff_max: Duration,
+    /// How long the links' thread looks for the next packet before it sleeps. Zero saves the
+    /// processor; 50 to 100 µs saves two wake-ups per message, where cores are to spare.
+    pub spin: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            frame_bytes_max: 1 << 20,
+            asks_in_flight_max: 1024,
+            outbox_frames_max: 16 * 1024,
+            outbox_bytes_max: 8 << 20,
+            mailbox_max: 1024,
+            items_queued_max: 256,
+            // A subscription holds small items; a whole frame must fit several times over, or one
+            // item would need several rounds of credit.
+            items_bytes_max: 4 << 20,
+            subscriptions_max: 1024,
+            keep_alive: Duration::from_millis(100),
+            idle_timeout: Duration::from_secs(1),
+            connect_timeout: Duration::from_secs(2),
+            backoff_min: Duration::from_millis(20),
+            backoff_max: Duration::from_secs(1),
+            spin: Duration::ZERO,
+        }
+    }
+}
+
+impl Limits {
+    /// What is wrong with these limits, if anything is.
+    pub(crate) fn fault(&self) -> Option<&'static str> {
+        if self.frame_bytes_max > FRAME_BYTES_LIMIT {
+            return Some("frame_bytes_max is above 8 MiB");
+        }
+        if self.frame_bytes_max < 512 {
+            return Some("frame_bytes_max is below 512 bytes, too short for a header");
+        }
+        if self.frame_bytes_max > self.outbox_bytes_max {
+            return Some("outbox_bytes_max is below frame_bytes_max");
+        }
+        if self.keep_alive * 2 > self.idle_timeout {
+            return Some("idle_timeout is below two keep-alive intervals");
+        }
+        let bounds = [
+            self.asks_in_flight_max,
+            self.outbox_frames_max,
+            self.mailbox_max,
+            self.items_queued_max,
+            self.items_bytes_max as usize,
+        ];
+        if bounds.contains(&0) {
+            return Some("a bound is zero, so that nothing could ever pass");
+        }
+        None
+    }
+}

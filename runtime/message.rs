@@ -1,0 +1,188 @@
+//! What a message must be to travel, and the sending half of a subscription.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::mpsc;
+
+use crate::name::ProcessName;
+
+/// A message with one reply (or none, when it is told), for an actor anywhere.
+///
+/// The type must not be recursive, nor hold a sequence of values that take no bytes (`Vec<()>`):
+/// the decoder's limit sees neither.
+pub trait RemoteMessage:
+    actix::Message<Result = <Self as RemoteMessage>::Reply>
+    + Serialize
+    + DeserializeOwned
+    + Send
+    + 'static
+{
+    /// Its name on the wire, unique among the messages of one actor. It must not change.
+    const NAME: &'static str;
+    /// Raised with every change of its fields or of the reply's: the two sides must agree.
+    const VERSION: u16 = 1;
+    /// What comes back.
+    type Reply: Serialize + DeserializeOwned + Send + 'static;
+
+    /// Called where the message arrives, before it enters the mailbox: the place to note the
+    /// deadline or the sender in the message itself. Does nothing unless implemented.
+    fn arrived(&mut self, _arrival: &Arrival) {}
+}
+
+/// A message that opens a subscription: one message there, any number of items back.
+/// The same is forbidden as in a [`RemoteMessage`].
+pub trait StreamMessage: Serialize + DeserializeOwned + Send + 'static {
+    /// Its name on the wire, unique among the subscriptions of one actor. It must not change.
+    const NAME: &'static str;
+    /// Raised with every change of its fields or of the item's: the two sides must agree.
+    const VERSION: u16 = 1;
+    /// What comes back, again and again.
+    type Item: Serialize + DeserializeOwned + Send + 'static;
+}
+
+/// How a message came.
+#[derive(Clone, Debug)]
+pub struct Arrival {
+    /// The process it came from; for a local message, this one.
+    pub from: ProcessName,
+    /// When the sender stops waiting; `None` for a tell.
+    pub deadline: Option<Instant>,
+}
+
+/// A subscription as the producing actor receives it.
+pub struct Open<M: StreamMessage> {
+    /// What was asked for.
+    pub message: M,
+    /// Where the items go. Dropping it ends the subscription in order.
+    pub items: ItemSender<M::Item>,
+}
+
+impl<M: StreamMessage> actix::Message for Open<M> {
+    type Result = ();
+}
+
+/// The producer's half of a subscription. When the last clone is dropped, the subscriber sees the
+/// end; when one is dropped by a panic, it sees that instead.
+pub struct ItemSender<T> {
+    items: mpsc::Sender<T>,
+    panicked: Arc<AtomicBool>,
+}
+
+impl<T> ItemSender<T> {
+    /// A queue of at most `queued_max` items.
+    pub(crate) fn channel(queued_max: usize) -> (Self, ItemReceiver<T>) {
+        let (items, queue) = mpsc::channel(queued_max);
+        let panicked = Arc::new(AtomicBool::new(false));
+        (Self { items, panicked: Arc::clone(&panicked) }, ItemReceiver { queue, panicked })
+    }
+
+    /// Sends one item, and waits while the subscriber is too slow.
+    ///
+    /// # Errors
+    /// [`Closed`], with the item, when the subscriber has left or its link is lost.
+    pub async fn send(&self, item: T) -> Result<(), Closed<T>> {
+        self.items.send(item).await.map_err(|error| Closed(error.0))
+    }
+
+    /// Sends one item without waiting.
+    ///
+    /// # Errors
+    /// [`TrySendError`], with the item: the subscriber is too slow, or has left.
+    pub fn try_send(&self, item: T) -> Result<(), TrySendError<T>> {
+        self.items.try_send(item).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(item) => TrySendError::Full(item),
+            mpsc::error::TrySendError::Closed(item) => TrySendError::Closed(item),
+        })
+    }
+
+    /// Resolves when the subscriber has left or its link is lost.
+    pub async fn closed(&self) {
+        self.items.closed().await;
+    }
+
+    /// Has the subscriber left?
+    pub fn is_closed(&self) -> bool {
+        self.items.is_closed()
+    }
+}
+
+impl<T> Clone for ItemSender<T> {
+    fn clone(&self) -> Self {
+        Self { items: self.items.clone(), panicked: Arc::clone(&self.panicked) }
+    }
+}
+
+impl<T> Drop for ItemSender<T> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.panicked.store(true, Ordering::Release);
+        }
+    }
+}
+
+/// The subscriber has left; here is the item.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Closed<T>(pub T);
+
+impl<T> fmt::Debug for Closed<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Closed(..)")
+    }
+}
+
+impl<T> fmt::Display for Closed<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the subscriber has left")
+    }
+}
+
+impl<T> std::error::Error for Closed<T> {}
+
+/// An item that was not taken, with the item.
+#[derive(Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum TrySendError<T> {
+    /// The subscriber is slower than the producer: wait, or leave the item out.
+    #[error("the subscriber is too slow")]
+    Full(T),
+    /// The subscriber has left: stop producing.
+    #[error("the subscriber has left")]
+    Closed(T),
+}
+
+impl<T> fmt::Debug for TrySendError<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Full(_) => "Full(..)",
+            Self::Closed(_) => "Closed(..)",
+        })
+    }
+}
+
+/// The other half, inside this crate: a local subscription reads it, or a link does.
+pub(crate) struct ItemReceiver<T> {
+    queue: mpsc::Receiver<T>,
+    panicked: Arc<AtomicBool>,
+}
+
+/// What the producer did next.
+pub(crate) enum Produced<T> {
+    Item(T),
+    End,
+    Panicked,
+}
+
+impl<T> ItemReceiver<T> {
+    pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Produced<T>> {
+        self.queue.poll_recv(cx).map(|item| match item {
+            Some(item) => Produced::Item(item),
+            None if self.panicked.load(Ordering::Acquire) => Produced::Panicked,
+            None => Produced::End,
+        })
+    }
+}

@@ -1,0 +1,2 @@
+//! offbook
+fn main() {}
