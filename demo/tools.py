@@ -1,0 +1,238 @@
+"""Tools that a user could offer: familiar ones in many spellings and wholly made-up ones, with requests that fit them."""
+
+import random
+from dataclasses import dataclass
+
+from words import ADJECTIVES, COLORS, NAMES, NOUNS, OPENERS, VERBS, any_word, city, made_up, person
+
+LANGUAGES = "French German Spanish Italian Portuguese Dutch Polish Greek Turkish Arabic Hindi Japanese Korean Chinese Swedish Latin English".split()
+CURRENCIES = "USD EUR GBP JPY CHF CAD AUD INR CNY SEK".split()
+TICKERS = "AAPL MSFT GOOG AMZN TSLA NVDA META IBM INTC ORCL".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday today tomorrow tonight".split()
+MONTHS = "January February March April May June July August September October November December".split()
+
+
+@dataclass
+class Call:
+    """One tool as its JSON schema, a request of the user for it, and the call that serves the request."""
+    schema: dict
+    request: str
+    arguments: dict
+
+
+def _phrase(rng, low=1, high=4):
+    return " ".join(any_word(rng) for _ in range(rng.randint(low, high)))
+
+
+def _title(rng):
+    return _phrase(rng, 1, 3).title() if rng.random() < 0.5 else _phrase(rng, 1, 4)
+
+
+def _date(rng):
+    day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(2020, 2030)
+    return rng.choice([f"{year}-{month:02}-{day:02}", f"{MONTHS[month - 1]} {day}", rng.choice(DAYS), rng.choice(DAYS)])
+
+
+def _time(rng):
+    return rng.choice([f"{rng.randint(0, 23):02}:{rng.choice(['00', '15', '30', '45', '20'])}", f"{rng.randint(1, 12)}:{rng.randint(0, 59):02}", f"{rng.randint(1, 12)} pm", f"{rng.randint(1, 12)}am"])
+
+
+def _email(rng):
+    return f"{rng.choice([rng.choice(NAMES).lower(), made_up(rng, 2)])}@{rng.choice(['example', made_up(rng, 2), rng.choice(NOUNS)])}.{rng.choice(['com', 'org', 'net', 'io'])}"
+
+
+def _file(rng):
+    return rng.choice(["", "", "/tmp/", "docs/", "src/", "/home/" + made_up(rng, 1) + "/"]) + any_word(rng) + rng.choice(["", "_" + any_word(rng)]) + "." + rng.choice("txt md csv json rs py log pdf".split())
+
+
+def _expression(rng):
+    a, b, c = (rng.randint(1, 999) for _ in range(3))
+    return rng.choice([f"{a} {o} {b}" for o in "+-*/"] + [f"{a}{o}{b}" for o in "+-*/"] + [f"({a} + {b}) * {c}", f"{a} + {b} - {c}", f"{a} * {b} + {c}"])
+
+
+def _integer(low, high):
+    return lambda rng: rng.randint(low, high)
+
+
+def _decimal(rng):
+    return rng.choice([rng.randint(1, 999), round(rng.uniform(0.1, 500), rng.randint(1, 2))])
+
+
+# Kind of value: JSON type and how it is made. The user says a value exactly as the call must carry it.
+KINDS = {
+    "city": ("string", city), "person": ("string", person), "word": ("string", any_word), "phrase": ("string", _phrase), "title": ("string", _title),
+    "date": ("string", _date), "time": ("string", _time), "email": ("string", _email), "file": ("string", _file), "expression": ("string", _expression),
+    "language": ("string", lambda rng: rng.choice(LANGUAGES)), "currency": ("string", lambda rng: rng.choice(CURRENCIES)),
+    "ticker": ("string", lambda rng: rng.choice(TICKERS) if rng.random() < 0.5 else "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.randint(2, 5)))),
+    "color": ("string", lambda rng: rng.choice(COLORS)), "noun": ("string", lambda rng: rng.choice(NOUNS)), "state": ("string", lambda rng: rng.choice(["on", "off"])),
+    "unit": ("string", lambda rng: rng.choice(["celsius", "fahrenheit"])), "mode": ("string", lambda rng: rng.choice(["low", "medium", "high", "fast", "slow", "eco", "auto"])),
+    "code": ("string", lambda rng: "".join(rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ") for _ in range(rng.randint(1, 3))) + rng.choice(["", "-"]) + str(rng.randint(1, 9999))),
+    "small": ("integer", _integer(1, 20)), "percent": ("integer", _integer(0, 100)), "number": ("integer", _integer(1, 999)), "large": ("integer", _integer(1000, 99999)),
+    "decimal": ("number", _decimal), "sides": ("integer", _integer(2, 100)),
+}
+ENUMS = {"unit": ["celsius", "fahrenheit"], "state": ["on", "off"]}
+
+# names | description | parameters (spellings/kind, "?" marks an optional one) | requests, where {0} is the first parameter's value
+FAMILIAR = [line.strip().split(" | ") for line in """
+get_weather getWeather weather current_weather get_current_weather weather_lookup fetch_weather get_weather_report | Get the current weather in a given location | city,location,place,town/city unit,units/unit? | What is the weather in {0}?;What's the weather like in {0}?;How is the weather in {0} today?;weather in {0};Tell me the weather in {0}.;Is it raining in {0}?;Is it warm in {0}?;How warm is it in {0} in {1}?;What is the temperature in {0} in {1}?;Check the weather for {0}.;I am going to {0}, what is the weather there?;What is the weather in {0} right now?;Get the weather for {0}.;Do I need an umbrella in {0}?;Please check the weather in {0} in {1}.;weather for {0} please;how's the weather in {0}
+get_forecast weather_forecast forecast | Get the weather forecast for some days | city,location/city days,num_days,count/small | Give me the forecast for {0} for the next {1} days.;What will the weather be in {0} for {1} days?;Forecast for {0}, {1} days.;Show me a {1} day forecast for {0}.
+get_time current_time get_current_time clock world_clock time_in_city getTime | Get the current time in a city | city,location,timezone,place/city | What time is it in {0}?;What's the time in {0}?;Tell me the current time in {0}.;current time in {0};time in {0}?;Do you know what time it is in {0}?
+search web_search search_web google_search lookup find_information internet_search | Search the web for information | query,q,search_query,text/phrase | Search for {0}.;Search the web for {0}.;Look up {0}.;Find information about {0}.;Google {0}.;search {0};Can you search for {0}?;Find {0} online.;What does the web say about {0}?
+calculator calculate calc compute evaluate_expression math_eval | Evaluate a mathematical expression | expression,expr,formula,input/expression | Calculate {0}.;What is {0}?;Compute {0}.;Use the calculator for {0}.;Evaluate {0}.;{0};Work out {0} with the calculator.;How much is {0}?
+add add_numbers sum addition plus | Add two numbers | a,x,first,left,num1/number b,y,second,right,num2/number | Add {0} and {1}.;What is {0} + {1}?;Sum {0} and {1}.;What is {0} plus {1}?;Use the tool to add {0} and {1}.;{0} + {1};Compute {0} + {1}.
+multiply product multiply_numbers times | Multiply two numbers | a,x,first,left/number b,y,second,right/number | Multiply {0} by {1}.;What is {0} times {1}?;{0} * {1};Use the tool to multiply {0} and {1}.
+send_email email send_mail sendEmail compose_email | Send an email to a person | to,recipient,address,email/email subject,title/title? body,message,text,content/phrase? | Send an email to {0} with the subject {1} and the body {2}.;Email {0} and say {2}.;Send {2} to {0}.;Send an email to {0}.;Send an email to {0} with the subject "{1}".;Write an email to {0} with subject "{1}" and body "{2}".;Mail {0}: {2}
+send_message text_message sms send_sms message_user post_message | Send a short message to someone | to,recipient,name,user,contact/person message,text,body,content/phrase | Send a message to {0}: {1};Tell {0} {1}.;Text {0} that {1}.;Message {0} "{1}".;Send {0} the message "{1}".;Write to {0}: {1}
+set_timer start_timer timer countdown create_timer | Start a timer | minutes,duration,duration_minutes,length/small label,name/noun? | Set a timer for {0} minutes.;Start a {0} minute timer.;timer {0} minutes;Set a timer for {0} minutes called {1}.;Remind me in {0} minutes.;Please start a timer of {0} minutes for the {1}.;Start a {0} minute timer named {1}.
+set_alarm create_alarm alarm wake_up | Set an alarm for a time of day | time,at,when/time | Set an alarm for {0}.;Wake me up at {0}.;alarm at {0};Please set the alarm to {0}.;I need to get up at {0}.
+create_reminder add_reminder set_reminder reminder | Create a reminder | text,task,title,reminder,what/phrase time,when,date,at/date? | Remind me to {0}.;Remind me to {0} on {1}.;Create a reminder: {0};Add a reminder "{0}" for {1}.;Set a reminder to {0} on {1}.
+translate translate_text translation translator | Translate text into another language | text,input,phrase,sentence/phrase target_language,language,to,target_lang/language | Translate "{0}" to {1}.;Translate {0} into {1}.;How do you say "{0}" in {1}?;What is {0} in {1}?;Say {0} in {1}.;Please translate '{0}' to {1}.
+convert_currency currency_converter exchange convert_money | Convert an amount of money between currencies | amount,value/number from_currency,source,from/currency to_currency,target,to/currency | Convert {0} {1} to {2}.;How much is {0} {1} in {2}?;What are {0} {1} worth in {2}?;Change {0} {1} into {2}.;{0} {1} to {2}
+get_stock_price stock_price stock_quote get_quote quote | Get the price of a stock | symbol,ticker,stock/ticker | What is the stock price of {0}?;How much is {0} stock?;Get the price of {0}.;Quote {0}.;What is {0} trading at?;stock price {0};Look up the stock {0}.
+play_music play_song play music_player | Play a song or an artist | song,title,track,query/title artist,by/person? | Play {0}.;Play {0} by {1}.;Play the song {0}.;I want to hear {0} by {1}.;Put on {0}.;Play "{0}" by {1}.
+set_light control_light switch_light lights light_switch toggle_light | Switch the light of a room | room,location,area/noun state,status,action/state | Turn {1} the light in the {0}.;Turn the {0} light {1}.;Switch {1} the {0} light.;Lights {1} in the {0}.;Please switch the light in the {0} {1}.
+set_temperature thermostat set_thermostat heating | Set the temperature of the thermostat | temperature,degrees,value,target/small room,zone,area/noun? | Set the temperature to {0} degrees.;Set the thermostat to {0}.;Make it {0} degrees in the {1}.;Heat the {1} to {0} degrees.;Set the {1} to {0} degrees.
+read_file open_file cat view_file load_file get_file | Read a file | path,file,filename,file_path/file | Read {0}.;Open the file {0}.;Show me {0}.;What is in {0}?;Read the file {0}.;Print the contents of {0}.;cat {0}
+write_file save_file create_file | Write text to a file | path,file,filename/file content,text,data/phrase | Write {1} to {0}.;Save "{1}" in {0}.;Create the file {0} with the content "{1}".;Put {1} into the file {0}.
+delete_file remove_file rm | Delete a file | path,file,filename/file | Delete {0}.;Remove the file {0}.;Please delete the file {0}.;Get rid of {0}.
+run_command bash shell execute exec terminal | Run a shell command | command,cmd/phrase | Run {0}.;Execute the command {0}.;Run the command "{0}".;Run `{0}` in the shell.
+list_files ls list_directory | List the files of a folder | path,directory,folder,dir/word | List the files in {0}.;What files are in {0}?;Show the folder {0}.;ls {0}
+book_table reserve_table book_restaurant make_reservation | Book a table in a restaurant | restaurant,name,place/title people,guests,party_size,seats/small time,when,at/time? | Book a table at {0} for {1} people.;Reserve a table for {1} at {0} at {2}.;Book a table for {1} people at {0} at {2}.;I need a table for {1} at {0}.
+book_flight search_flights find_flights flight_search | Find flights between two cities | origin,from,departure,from_city/city destination,to,arrival,to_city/city date,day,when/date? | Find a flight from {0} to {1}.;Book a flight from {0} to {1} on {2}.;Flights from {0} to {1} on {2}.;I want to fly from {0} to {1}.;Search flights from {0} to {1}.
+get_distance distance route directions get_directions | Find the distance between two places | from,origin,start/city to,destination,end/city | How far is it from {0} to {1}?;What is the distance between {0} and {1}?;How do I get from {0} to {1}?;Distance from {0} to {1}.
+create_event add_event schedule_meeting add_to_calendar calendar_add | Add an event to the calendar | title,name,summary,event/title date,day,when/date time,at,start/time? | Schedule {0} for {1}.;Add {0} to my calendar on {1} at {2}.;Create an event {0} on {1} at {2}.;Put "{0}" in the calendar for {1}.
+roll_dice dice roll throw_dice | Roll dice with a number of sides | sides,faces,n/sides count,dice,times/small? | Roll a die with {0} sides.;Roll a {0} sided die.;Roll {1} dice with {0} sides.;Throw {1} dice with {0} sides each.;roll a d{0}
+random_number random_int pick_number | Pick a random number in a range | min,low,from,start/small max,high,to,end/number | Pick a random number between {0} and {1}.;Give me a random number from {0} to {1}.;random number {0} to {1}
+get_user find_user lookup_user user_info get_customer | Look up a user | name,user,username,user_id/person | Look up the user {0}.;Find {0} in the user list.;Who is {0}?;Get the account of {0}.;Show me the profile of {0}.
+get_order order_status track_order track_package track | Get the status of an order | order_id,id,order,tracking_number,number/code | Where is my order {0}?;Track the order {0}.;What is the status of order {0}?;Track {0}.;Check order {0}.
+add_to_cart order order_item buy purchase | Order an item in the shop | item,product,name,article/noun quantity,count,amount,number/small | Order {1} of the {0}.;Buy {1} {0}s.;Add {1} {0} to the cart.;I want to buy {1} {0}.;Get me {1} pieces of {0}.
+add_todo create_task add_task todo | Add a task to the list | task,title,text,item,name/phrase priority,level/mode? | Add {0} to my list.;Add the task "{0}".;Add {0} to my list with {1} priority.;Create a task: {0};Put {0} on the to-do list.
+define dictionary get_definition define_word | Look up the meaning of a word | word,term/word | Define {0}.;What does {0} mean?;Look up the word {0}.;What is the meaning of "{0}"?;definition of {0}
+convert_units unit_converter convert | Convert a value between units | value,amount,number/number from_unit,from,source/measure to_unit,to,target/measure | Convert {0} {1} to {2}.;How many {2} are {0} {1}?;What is {0} {1} in {2}?
+get_news news latest_news headlines | Get the latest news about a topic | topic,query,subject,about/phrase | What is the news about {0}?;Show me the latest news on {0}.;News about {0}.;Any news on {0}?
+get_recipe find_recipe recipe | Find a recipe | dish,name,ingredient,query/noun | Find a recipe for {0}.;How do I cook {0}?;I want a {0} recipe.;Give me a recipe with {0}.
+set_volume volume change_volume | Set the volume | level,volume,percent,value/percent | Set the volume to {0}.;Volume {0}.;Turn the volume to {0} percent.;Make it {0} percent loud.
+call_phone call_contact phone_call dial | Call a person on the phone | name,contact,person,who/person | Call {0}.;Phone {0}.;Please call {0} for me.;Give {0} a call.;Dial {0}.
+paint_wall set_color change_color paint | Paint a thing in a color | object,thing,target,item/noun color,colour,paint/color | Paint the {0} {1}.;Make the {0} {1}.;Change the color of the {0} to {1}.;Color the {0} in {1}.
+query_database run_query sql lookup_record find_record get_record | Find a record by its id | id,record_id,key/code table,collection/noun? | Find the record {0}.;Get record {0} from the {1} table.;Look up {0} in {1}.;Show me the record {0}.
+""".strip().splitlines()]
+KINDS["measure"] = ("string", lambda rng: rng.choice("meters feet inches miles kilometers grams pounds liters gallons kilograms yards".split()))
+
+
+def _properties(rng, chosen):
+    properties = {}
+    for name, kind in chosen:
+        schema = {"type": KINDS[kind][0]}
+        if kind in ENUMS and rng.random() < 0.6:
+            schema["enum"] = ENUMS[kind]
+        if rng.random() < 0.35:
+            words = name.replace("_", " ").lower()
+            schema["description"] = rng.choice([f"The {words}", f"{words.capitalize()} to use", words, f"The {words}, e.g. {KINDS[kind][1](rng)}", f"Name of the {words}", f"The {words}, e.g. {city(rng)}, {rng.choice(['CA', 'UK', 'TX'])}", f"The {words} that the user wants, for example {any_word(rng)} or {any_word(rng)}.", f"the user's {words}"])
+        properties[name] = schema
+    return properties
+
+
+def _schema(rng, name, description, chosen, required):
+    schema = {"name": name}
+    if rng.random() < 0.9:
+        schema["description"] = description + rng.choice(["", "", "", ".", ".", ". Use it when the user asks for it.", ". Returns JSON.", " for the user.", ". Call this tool only when needed."])
+    schema["parameters"] = {"type": "object", "properties": _properties(rng, chosen)}
+    if rng.random() < 0.85:
+        schema["parameters"]["required"] = required
+    if rng.random() < 0.1:
+        schema["parameters"]["additionalProperties"] = False
+    if rng.random() < 0.07:
+        schema["strict"] = True
+    return schema
+
+
+def _restyle(rng, name):
+    """Other spellings of snake_case: camelCase, kebab-case, a prefix."""
+    pick = rng.random()
+    if pick < 0.08 and "_" in name:
+        head, *rest = name.split("_")
+        return head + "".join(part.capitalize() for part in rest)
+    if pick < 0.12:
+        return name.replace("_", "-")
+    return name + f"_{rng.choice(['v2', 'tool', 'api', 'now', '2'])}" if pick < 0.18 else name
+
+
+def familiar(rng: random.Random, held_out: bool = False) -> Call:
+    """A tool as people write them; one request in five of each tool, the last ones, is kept for the held-out split."""
+    names, description, parameters, requests = rng.choice(FAMILIAR)
+    chosen, required = [], []
+    for parameter in parameters.split():
+        spellings, kind = parameter.split("/")
+        name = rng.choice(spellings.split(","))
+        chosen.append((name, kind.rstrip("?")))
+        if not kind.endswith("?"):
+            required.append(name)
+    requests = requests.split(";")
+    kept = len(requests) - max(1, len(requests) // 6)
+    template = rng.choice(requests[kept:] if held_out else requests[:kept])
+    values = [KINDS[kind][1](rng) for _, kind in chosen]
+    used = [place for place in range(len(chosen)) if f"{{{place}}}" in template]
+    schema = _schema(rng, _restyle(rng, rng.choice(names.split())), description, chosen, required)
+    if rng.random() < 0.3:  # Offered without its optional parameters.
+        for place, (name, _) in enumerate(chosen):
+            if place not in used and name not in required:
+                del schema["parameters"]["properties"][name]
+    arguments = {chosen[place][0]: values[place] for place in used}
+    return Call(schema, _polite(rng, template).format(*values), arguments)
+
+
+def _polite(rng, template):
+    if rng.random() < 0.15 and template[0].isupper() and not template.endswith("?"):
+        template = rng.choice(OPENERS) + template[0].lower() + template[1:]
+    pick = rng.random()
+    if pick < 0.12:
+        template = template.rstrip(".?")
+    elif pick < 0.22:
+        template = template[0].lower() + template[1:]
+    elif pick < 0.27:
+        template = template + rng.choice([" Thanks!", " Please.", " Use a tool.", " Use the tool."])
+    return template
+
+
+def invented(rng: random.Random, held_out: bool = False) -> Call:
+    """A tool that nobody has seen: a verb and a noun, or nonsense, with up to four parameters named by nouns."""
+    nonsense = rng.random() < 0.3
+    verb = made_up(rng, 2) if nonsense else rng.choice(VERBS)
+    noun = made_up(rng, 2) if nonsense and rng.random() < 0.5 else rng.choice(NOUNS)
+    name = rng.choice([f"{verb}_{noun}", f"{verb}_{noun}", f"{verb}_{noun}", f"{noun}_{verb}", f"{verb}{noun.capitalize()}", f"{verb}-{noun}", f"{verb}_the_{noun}", f"{verb}_{noun}_{rng.choice(NOUNS)}", verb])
+    description = rng.choice([f"{verb.capitalize()} the {noun}", f"{verb.capitalize()} a {noun}", f"{verb.capitalize()}s the {noun} of the {rng.choice(NOUNS)}", f"A tool to {verb} the {noun}"])
+    kinds = rng.sample([kind for kind in KINDS if kind not in ("expression",)], rng.choices([0, 1, 2, 3, 4], [0.06, 0.37, 0.35, 0.17, 0.05])[0])
+    chosen = []
+    for kind in kinds:
+        key = kind if rng.random() < 0.35 else rng.choice(NOUNS + ["level", "count", "speed", "size", "width", "height", "name", "target", "id", "label", "reason", "duration", "note", "category", "priority", "distance", "depth", "amount"])
+        if rng.random() < 0.15:
+            key = rng.choice(ADJECTIVES) + "_" + key
+        if rng.random() < 0.1:
+            key = made_up(rng, 2)
+        chosen.append((key, kind))
+    chosen = list(dict(chosen).items())
+    values = [KINDS[kind][1](rng) for _, kind in chosen]
+    shown = [f'"{v}"' if isinstance(v, str) and rng.random() < 0.2 else str(v) for v in values]
+    spoken = [key.replace("_", " ") for key, _ in chosen]
+    schema = _schema(rng, name, description, chosen, [key for key, _ in chosen])
+    order = list(range(len(chosen)))
+    if rng.random() < 0.25:
+        rng.shuffle(order)
+    join = rng.choice(["{k} {v}", "{k} {v}", "the {k} {v}", "{k} = {v}", "{k}={v}", "{k}: {v}", "{k} set to {v}", "{k} of {v}"] if not held_out else ["{v} as {k}", "{k} being {v}"])
+    pieces = [join.format(k=spoken[place], v=shown[place]) for place in order]
+    if len(chosen) == 1 and rng.random() < 0.4:
+        listing = " " + rng.choice(["for {v}", "to {v}", "with {v}", "{v}", "at {v}", "in {v}", "on {v}", "called {v}"]).format(v=shown[0])
+    elif pieces:
+        listing = rng.choice([" with ", " with ", " using ", " for ", ", ", ": "]) + (", ".join(pieces) if rng.random() < 0.4 else ", ".join(pieces[:-1]) + (" and " if len(pieces) > 1 else "") + pieces[-1])
+    else:
+        listing = ""
+    action = rng.choice([f"{verb} the {noun}", f"{verb} the {noun}", f"{verb} a {noun}", f"{verb} my {noun}", f"use {name}", f"call {name}", f"use the {name} tool", f"call the tool {name}", f"run {name}", f"please {verb} the {noun}"])
+    opener = rng.choice(["", "", "", "", rng.choice(OPENERS), "I want to ", "I would like to ", "Let us ", "We need to "])
+    text = opener + action + listing
+    text = text[0].upper() + text[1:] if rng.random() < 0.8 else text
+    closer = "?" if "ould you" in opener or "an you" in opener else rng.choice([".", ".", "", "!"])
+    return Call(schema, text + closer, {key: value for (key, _), value in zip(chosen, values)})
+
+
+def any_call(rng: random.Random, held_out: bool = False) -> Call:
+    return familiar(rng, held_out) if rng.random() < 0.5 else invented(rng, held_out)
