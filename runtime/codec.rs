@@ -17,7 +17,10 @@ pub(crate) fn encode<T: Serialize>(
     bytes_max: usize,
 ) -> Result<(), EncodeError> {
     let start = out.len();
-    let mut writer = Capped { out, left: bytes_max };
+    let mut writer = Capped {
+        out,
+        left: bytes_max,
+    };
     let result = bincode::serde::encode_into_writer(value, &mut writer, CONFIG);
     result.map_err(|error| {
         out.truncate(start);
@@ -35,7 +38,9 @@ pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, DecodeError
     if used == bytes.len() {
         Ok(value)
     } else {
-        Err(DecodeError::Trailing { bytes: bytes.len() - used })
+        Err(DecodeError::Trailing {
+            bytes: bytes.len() - used,
+        })
     }
 }
 
@@ -116,7 +121,10 @@ mod tests {
     #[test]
     fn the_bytes_do_not_change() {
         // A change here is a change of the wire version.
-        assert_eq!(bytes_of(&(1u8, 300u32, "ab", Some(true)))[..], [1, 251, 44, 1, 2, 97, 98, 1, 1]);
+        assert_eq!(
+            bytes_of(&(1u8, 300u32, "ab", Some(true)))[..],
+            [1, 251, 44, 1, 2, 97, 98, 1, 1]
+        );
     }
 
     #[test]
@@ -132,7 +140,10 @@ mod tests {
     fn bytes_left_over_are_an_error() {
         let mut bytes = bytes_of(&sample());
         bytes.extend_from_slice(&[0]);
-        assert_eq!(decode::<Sample>(&bytes), Err(DecodeError::Trailing { bytes: 1 }));
+        assert_eq!(
+            decode::<Sample>(&bytes),
+            Err(DecodeError::Trailing { bytes: 1 })
+        );
     }
 
     #[test]

@@ -137,7 +137,9 @@ pub struct TellError<M> {
 
 impl<M> fmt::Debug for TellError<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TellError").field("reason", &self.reason).finish_non_exhaustive()
+        f.debug_struct("TellError")
+            .field("reason", &self.reason)
+            .finish_non_exhaustive()
     }
 }
 
@@ -268,13 +270,19 @@ impl Failure {
         match self {
             Self::NoSuchActor => AskError::NoSuchActor { actor },
             Self::NoHandler => AskError::NoHandler { actor, message },
-            Self::Version { theirs } => AskError::Version { message, ours, theirs },
+            Self::Version { theirs } => AskError::Version {
+                message,
+                ours,
+                theirs,
+            },
             Self::NotUnderstood => AskError::NotUnderstood { actor, message },
             Self::Overloaded => AskError::Overloaded { actor },
             Self::Closed => AskError::Closed { actor },
             Self::DeadlinePassed => AskError::DeadlinePassed { actor, message },
             Self::ReplyNotSendable => AskError::ReplyNotSendable { actor, message },
-            Self::ShuttingDown => AskError::ShuttingDown { process: actor.process },
+            Self::ShuttingDown => AskError::ShuttingDown {
+                process: actor.process,
+            },
         }
     }
 }

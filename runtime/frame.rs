@@ -57,20 +57,31 @@ impl<'a> Frame<'a> {
             ASK => return Ok(Frame::Ask(Call::parse(rest)?)),
             TELL => return Ok(Frame::Tell(Call::parse(rest)?)),
             SUBSCRIBE => return Ok(Frame::Subscribe(Call::parse(rest)?)),
-            REPLY => return Ok(Frame::Reply { id: take_u64(rest)?, body: rest }),
+            REPLY => {
+                return Ok(Frame::Reply {
+                    id: take_u64(rest)?,
+                    body: rest,
+                });
+            }
             ITEM => return Ok(Frame::Item { body: rest }),
             FAILED => {
                 let id = take_u64(rest)?;
                 let failure = Failure::from_wire(take_u8(rest)?, take_u16(rest)?);
                 Frame::Failed { id, failure }
             }
-            CANCEL => Frame::Cancel { id: take_u64(rest)? },
+            CANCEL => Frame::Cancel {
+                id: take_u64(rest)?,
+            },
             OPENED => Frame::Opened,
             END => Frame::End,
             ABANDONED => Frame::Abandoned,
             kind => return Err(FrameError::UnknownKind(kind)),
         };
-        if rest.is_empty() { Ok(frame) } else { Err(FrameError::Trailing) }
+        if rest.is_empty() {
+            Ok(frame)
+        } else {
+            Err(FrameError::Trailing)
+        }
     }
 }
 
@@ -209,7 +220,16 @@ pub(crate) struct FrameReader {
 
 impl FrameReader {
     pub(crate) fn new(stream: RecvStream, frame_bytes_max: usize) -> Self {
-        Self { stream, buffer: BytesMut::new(), frame_bytes_max }
+        Self {
+            stream,
+            buffer: BytesMut::new(),
+            frame_bytes_max,
+        }
+    }
+
+    /// Another limit for the frames to come.
+    pub(crate) fn allow(&mut self, frame_bytes_max: usize) {
+        self.frame_bytes_max = frame_bytes_max;
     }
 
     /// The next frame without its length; `None` when the stream ended between two frames.
@@ -238,10 +258,15 @@ impl FrameReader {
 
 /// Takes the first whole frame off the front of `buffer`.
 fn split_frame(buffer: &mut BytesMut, frame_bytes_max: usize) -> Result<Option<Bytes>, FrameError> {
-    let Some(length) = buffer.first_chunk::<LENGTH_BYTES>() else { return Ok(None) };
+    let Some(length) = buffer.first_chunk::<LENGTH_BYTES>() else {
+        return Ok(None);
+    };
     let bytes = u32::from_le_bytes(*length) as usize;
     if bytes > frame_bytes_max {
-        return Err(FrameError::TooLong { bytes, bytes_max: frame_bytes_max });
+        return Err(FrameError::TooLong {
+            bytes,
+            bytes_max: frame_bytes_max,
+        });
     }
     if buffer.len() < LENGTH_BYTES + bytes {
         return Ok(None);
@@ -349,16 +374,31 @@ mod tests {
 
     #[test]
     fn calls_survive_the_wire() {
-        assert_eq!(Frame::parse(&body_of(built(CallKind::Ask))), Ok(Frame::Ask(call())));
-        assert_eq!(Frame::parse(&body_of(built(CallKind::Tell))), Ok(Frame::Tell(call())));
-        assert_eq!(Frame::parse(&body_of(built(CallKind::Subscribe))), Ok(Frame::Subscribe(call())));
+        assert_eq!(
+            Frame::parse(&body_of(built(CallKind::Ask))),
+            Ok(Frame::Ask(call()))
+        );
+        assert_eq!(
+            Frame::parse(&body_of(built(CallKind::Tell))),
+            Ok(Frame::Tell(call()))
+        );
+        assert_eq!(
+            Frame::parse(&body_of(built(CallKind::Subscribe))),
+            Ok(Frame::Subscribe(call()))
+        );
     }
 
     #[test]
     fn small_frames_survive_the_wire() {
         let failure = Failure::Version { theirs: 9 };
-        assert_eq!(Frame::parse(&body_of(failed(4, failure))), Ok(Frame::Failed { id: 4, failure }));
-        assert_eq!(Frame::parse(&body_of(cancel(5))), Ok(Frame::Cancel { id: 5 }));
+        assert_eq!(
+            Frame::parse(&body_of(failed(4, failure))),
+            Ok(Frame::Failed { id: 4, failure })
+        );
+        assert_eq!(
+            Frame::parse(&body_of(cancel(5))),
+            Ok(Frame::Cancel { id: 5 })
+        );
         assert_eq!(Frame::parse(&body_of(opened())), Ok(Frame::Opened));
         assert_eq!(Frame::parse(&body_of(end())), Ok(Frame::End));
         assert_eq!(Frame::parse(&body_of(abandoned())), Ok(Frame::Abandoned));
@@ -394,7 +434,10 @@ mod tests {
         let refused = split_frame(&mut bytes, 1024);
         assert_eq!(
             refused,
-            Err(FrameError::TooLong { bytes: u32::MAX as usize, bytes_max: 1024 })
+            Err(FrameError::TooLong {
+                bytes: u32::MAX as usize,
+                bytes_max: 1024
+            })
         );
     }
 

@@ -51,7 +51,9 @@ impl Hello {
         let magic = u64::from(take_u16(rest).map_err(malformed)?)
             | u64::from(take_u16(rest).map_err(malformed)?) << 16;
         if magic != u64::from(MAGIC) {
-            return Err(HandshakeError::Malformed("it does not begin with a hello".into()));
+            return Err(HandshakeError::Malformed(
+                "it does not begin with a hello".into(),
+            ));
         }
         let wire = take_u16(rest).map_err(malformed)?;
         if wire != WIRE_VERSION {
@@ -75,7 +77,15 @@ impl Hello {
         }
         Ok(ProcessName::new(names.0).and_then(|from| {
             let to = ProcessName::new(names.1)?;
-            Ok(Self { cluster, config_hash, from, to, boot, link, welcomed })
+            Ok(Self {
+                cluster,
+                config_hash,
+                from,
+                to,
+                boot,
+                link,
+                welcomed,
+            })
         }))
     }
 
@@ -174,7 +184,9 @@ impl HandshakeError {
             ConnectionError::TransportError(error) if error.code == ACCESS_DENIED.into() => {
                 Self::UnknownKey
             }
-            ConnectionError::ConnectionClosed(close) if close.error_code == ACCESS_DENIED.into() => {
+            ConnectionError::ConnectionClosed(close)
+                if close.error_code == ACCESS_DENIED.into() =>
+            {
                 Self::KeyRefused
             }
             ConnectionError::ConnectionClosed(close)
@@ -271,7 +283,10 @@ mod tests {
     fn every_truncation_is_malformed() {
         for end in 0..bytes().len() {
             let result = Hello::parse(&bytes()[..end]);
-            assert!(matches!(result, Err(HandshakeError::Malformed(_))), "cut at {end}");
+            assert!(
+                matches!(result, Err(HandshakeError::Malformed(_))),
+                "cut at {end}"
+            );
         }
     }
 
@@ -280,20 +295,42 @@ mod tests {
         let mut bytes = bytes();
         bytes[4] = 9;
         bytes.truncate(6);
-        assert!(matches!(Hello::parse(&bytes), Err(HandshakeError::WireVersion(_))));
+        assert!(matches!(
+            Hello::parse(&bytes),
+            Err(HandshakeError::WireVersion(_))
+        ));
     }
 
     #[test]
     fn each_mismatch_has_its_own_error() {
-        let trust = Trust { cluster: "c-1".into(), config_hash: 5, nodes: Vec::new() };
+        let trust = Trust {
+            cluster: "c-1".into(),
+            config_hash: 5,
+            nodes: Vec::new(),
+        };
         let us: ProcessName = "node-2/worker-0".parse().unwrap();
         assert_eq!(hello().check(&trust, &us), Ok(()));
-        let other = Trust { cluster: "c-2".into(), ..trust.clone() };
-        assert!(matches!(hello().check(&other, &us), Err(HandshakeError::Cluster(_))));
-        let other = Trust { config_hash: 6, ..trust.clone() };
-        assert!(matches!(hello().check(&other, &us), Err(HandshakeError::ConfigHash(_))));
+        let other = Trust {
+            cluster: "c-2".into(),
+            ..trust.clone()
+        };
+        assert!(matches!(
+            hello().check(&other, &us),
+            Err(HandshakeError::Cluster(_))
+        ));
+        let other = Trust {
+            config_hash: 6,
+            ..trust.clone()
+        };
+        assert!(matches!(
+            hello().check(&other, &us),
+            Err(HandshakeError::ConfigHash(_))
+        ));
         let other = "node-3".parse().unwrap();
-        assert!(matches!(hello().check(&trust, &other), Err(HandshakeError::WrongProcess(_))));
+        assert!(matches!(
+            hello().check(&trust, &other),
+            Err(HandshakeError::WrongProcess(_))
+        ));
     }
 
     #[test]
@@ -310,7 +347,10 @@ mod tests {
             HandshakeError::Closing,
         ] {
             let code = error.close_code().into_inner();
-            assert_eq!(HandshakeError::of_close(code, error.detail().to_owned()), error);
+            assert_eq!(
+                HandshakeError::of_close(code, error.detail().to_owned()),
+                error
+            );
         }
     }
 }

@@ -107,15 +107,29 @@ impl Identity {
     /// # Errors
     /// [`IdentityError`] says which file, and whether it is missing, open to others, or not a key.
     pub fn load(path: &Path) -> Result<Self, IdentityError> {
-        let read = |source| IdentityError::Read { path: path.to_owned(), source };
+        let read = |source| IdentityError::Read {
+            path: path.to_owned(),
+            source,
+        };
         let mode = std::fs::metadata(path).map_err(read)?.permissions().mode();
         if mode & 0o077 != 0 {
-            return Err(IdentityError::Open { path: path.to_owned(), mode: mode & 0o777 });
+            return Err(IdentityError::Open {
+                path: path.to_owned(),
+                mode: mode & 0o777,
+            });
         }
         let text = std::fs::read_to_string(path).map_err(read)?;
-        let damaged = || IdentityError::Damaged { path: path.to_owned() };
-        let node = text.lines().find_map(|line| line.strip_prefix(NODE_LINE)).ok_or_else(damaged)?;
-        let pem = text.find("-----BEGIN").map(|start| &text[start..]).ok_or_else(damaged)?;
+        let damaged = || IdentityError::Damaged {
+            path: path.to_owned(),
+        };
+        let node = text
+            .lines()
+            .find_map(|line| line.strip_prefix(NODE_LINE))
+            .ok_or_else(damaged)?;
+        let pem = text
+            .find("-----BEGIN")
+            .map(|start| &text[start..])
+            .ok_or_else(damaged)?;
         let pair = rcgen::KeyPair::from_pem_and_sign_algo(pem, &rcgen::PKCS_ED25519)
             .map_err(|_| damaged())?;
         Self::of_pair(node.trim(), pair)
@@ -127,12 +141,21 @@ impl Identity {
     /// # Errors
     /// [`IdentityError::Write`] with the path.
     pub fn save(&self, path: &Path) -> Result<(), IdentityError> {
-        let write = |source| IdentityError::Write { path: path.to_owned(), source };
+        let write = |source| IdentityError::Write {
+            path: path.to_owned(),
+            source,
+        };
         let mut options = std::fs::OpenOptions::new();
-        let mut file =
-            options.write(true).create_new(true).mode(0o600).open(path).map_err(write)?;
+        let mut file = options
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(write)?;
         let text = format!("{NODE_LINE} {}\n{}", self.node, self.pair.serialize_pem());
-        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(write)
+        file.write_all(text.as_bytes())
+            .and_then(|()| file.sync_all())
+            .map_err(write)
     }
 
     /// The public name of this key: what peers pin.
@@ -196,10 +219,18 @@ impl Identity {
 
     fn of_pair(node: &str, pair: rcgen::KeyPair) -> Result<Self, IdentityError> {
         let mut params = rcgen::CertificateParams::new(Vec::new())?;
-        params.distinguished_name.push(rcgen::DnType::CommonName, node);
+        params
+            .distinguished_name
+            .push(rcgen::DnType::CommonName, node);
         let certificate = params.self_signed(&pair)?.der().clone();
-        let key = NodeKey::of_certificate(&certificate).ok_or(rcgen::Error::CouldNotParseCertificate)?;
-        Ok(Self { node: node.to_owned(), pair, certificate, key })
+        let key =
+            NodeKey::of_certificate(&certificate).ok_or(rcgen::Error::CouldNotParseCertificate)?;
+        Ok(Self {
+            node: node.to_owned(),
+            pair,
+            certificate,
+            key,
+        })
     }
 
     fn private_key(&self) -> PrivateKeyDer<'static> {
@@ -284,7 +315,10 @@ mod tests {
         let path = folder.path().join("node.key");
         Identity::generate("node-1").unwrap().save(&path).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
-        assert!(matches!(Identity::load(&path), Err(IdentityError::Open { mode: 0o644, .. })));
+        assert!(matches!(
+            Identity::load(&path),
+            Err(IdentityError::Open { mode: 0o644, .. })
+        ));
     }
 
     #[test]
@@ -293,7 +327,10 @@ mod tests {
         let path = folder.path().join("node.key");
         std::fs::write(&path, "node: a\n-----BEGIN PRIVATE KEY-----\nAAAA\n").unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-        assert!(matches!(Identity::load(&path), Err(IdentityError::Damaged { .. })));
+        assert!(matches!(
+            Identity::load(&path),
+            Err(IdentityError::Damaged { .. })
+        ));
     }
 
     #[test]

@@ -79,7 +79,13 @@ impl<T> ItemSender<T> {
     pub(crate) fn channel(queued_max: usize) -> (Self, ItemReceiver<T>) {
         let (items, queue) = mpsc::channel(queued_max);
         let panicked = Arc::new(AtomicBool::new(false));
-        (Self { items, panicked: Arc::clone(&panicked) }, ItemReceiver { queue, panicked })
+        (
+            Self {
+                items,
+                panicked: Arc::clone(&panicked),
+            },
+            ItemReceiver { queue, panicked },
+        )
     }
 
     /// Sends one item, and waits while the subscriber is too slow.
@@ -114,7 +120,10 @@ impl<T> ItemSender<T> {
 
 impl<T> Clone for ItemSender<T> {
     fn clone(&self) -> Self {
-        Self { items: self.items.clone(), panicked: Arc::clone(&self.panicked) }
+        Self {
+            items: self.items.clone(),
+            panicked: Arc::clone(&self.panicked),
+        }
     }
 }
 

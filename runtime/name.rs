@@ -26,7 +26,11 @@ impl ProcessName {
         }
         let mut parts = name.split('/');
         let good = parts.by_ref().take(2).all(is_word) && parts.next().is_none();
-        if good { Ok(Self(name)) } else { Err(NameError::Process(name)) }
+        if good {
+            Ok(Self(name))
+        } else {
+            Err(NameError::Process(name))
+        }
     }
 
     /// The name of a child process of this process's node.
@@ -88,7 +92,10 @@ pub struct ActorPath {
 impl ActorPath {
     /// The actor called `actor` in `process`.
     pub fn new(process: ProcessName, actor: impl Into<String>) -> Self {
-        Self { process, actor: actor.into() }
+        Self {
+            process,
+            actor: actor.into(),
+        }
     }
 }
 
@@ -113,7 +120,9 @@ impl FromStr for ActorPath {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
     /// Not one or two words.
-    #[error("{0:?} is no process name: write `node` or `node/child`, of letters, digits, -, _ and .")]
+    #[error(
+        "{0:?} is no process name: write `node` or `node/child`, of letters, digits, -, _ and ."
+    )]
     Process(String),
     /// Not `process#actor`.
     #[error("{0:?} is no actor path: write `process#actor`")]
@@ -128,7 +137,9 @@ pub enum NameError {
 
 fn is_word(word: &str) -> bool {
     !word.is_empty()
-        && word.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+        && word
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
 }
 
 /// Two host names of 63 bytes, the longest label DNS allows, and a slash.
@@ -143,7 +154,17 @@ mod tests {
         for good in ["a", "node-1", "node-1/worker-0", "A.b_c"] {
             assert_eq!(ProcessName::new(good).unwrap().as_str(), good);
         }
-        for bad in ["", "/", "a/", "/a", "a/b/c", "a b", "a#b", "ä", &"x".repeat(128)] {
+        for bad in [
+            "",
+            "/",
+            "a/",
+            "/a",
+            "a/b/c",
+            "a b",
+            "a#b",
+            "ä",
+            &"x".repeat(128),
+        ] {
             assert!(ProcessName::new(bad).is_err(), "{bad:?} was accepted");
         }
     }

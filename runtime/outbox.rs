@@ -39,7 +39,11 @@ pub(crate) enum PushError {
 
 impl Outbox {
     pub(crate) fn new(limits: &Limits) -> Self {
-        let state = State { buffer: BytesMut::new(), frames: 0, stage: Stage::Open };
+        let state = State {
+            buffer: BytesMut::new(),
+            frames: 0,
+            stage: Stage::Open,
+        };
         Self {
             state: Mutex::new(state),
             filled: Notify::new(),
@@ -120,7 +124,11 @@ mod tests {
     use super::*;
 
     fn outbox() -> Outbox {
-        Outbox::new(&Limits { outbox_frames_max: 3, outbox_bytes_max: 10, ..Limits::default() })
+        Outbox::new(&Limits {
+            outbox_frames_max: 3,
+            outbox_bytes_max: 10,
+            ..Limits::default()
+        })
     }
 
     #[tokio::test]

@@ -25,7 +25,9 @@ pub struct TrustedNode {
 impl Trust {
     /// Is `key` pinned for the node called `node`?
     pub fn is_pinned(&self, node: &str, key: &NodeKey) -> bool {
-        self.nodes.iter().any(|trusted| trusted.name == node && trusted.keys.contains(key))
+        self.nodes
+            .iter()
+            .any(|trusted| trusted.name == node && trusted.keys.contains(key))
     }
 
     /// All pinned keys.

@@ -22,7 +22,10 @@ pub(super) struct PinnedKeys {
 impl PinnedKeys {
     pub(super) fn new(trust: &Trust) -> Self {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        Self { keys: trust.keys().collect(), provider }
+        Self {
+            keys: trust.keys().collect(),
+            provider,
+        }
     }
 
     pub(super) fn provider(&self) -> Arc<CryptoProvider> {
@@ -52,7 +55,8 @@ impl ServerCertVerifier for PinnedKeys {
         _ocsp: &[u8],
         _now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        self.check(shown, more).map(|()| ServerCertVerified::assertion())
+        self.check(shown, more)
+            .map(|()| ServerCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
@@ -89,7 +93,8 @@ impl ClientCertVerifier for PinnedKeys {
         more: &[CertificateDer<'_>],
         _now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        self.check(shown, more).map(|()| ClientCertVerified::assertion())
+        self.check(shown, more)
+            .map(|()| ClientCertVerified::assertion())
     }
 
     fn verify_tls12_signature(

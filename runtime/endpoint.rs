@@ -1,0 +1,392 @@
+//! The socket and the thread that serves it: dials, accepts, and shakes hands. Everything behind
+//! the handshake is `link.rs`.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::{Connection, Endpoint, EndpointConfig, TransportConfig, VarInt};
+use quinn_proto::HashedConnectionIdGenerator;
+use ring::hmac;
+use rustls::pki_types::CertificateDer;
+
+use crate::failure::LostReason;
+use crate::frame::FrameReader;
+use crate::hello::{ALPN, HELLO_BYTES_MAX, HandshakeError, Hello};
+use crate::identity::NodeKey;
+use crate::limits::Limits;
+use crate::link::Link;
+use crate::name::ProcessName;
+use crate::peer::Peer;
+use crate::system::{Shared, StartError, SystemConfig};
+
+/// A bound socket whose thread waits for [`run`](Self::run).
+pub(crate) struct Started {
+    pub(crate) addr: SocketAddr,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) runtime: tokio::runtime::Handle,
+    main: std::sync::mpsc::Sender<Arc<Shared>>,
+}
+
+impl Started {
+    pub(crate) fn run(self, shared: Arc<Shared>) {
+        // The thread only ends early when this side is gone.
+        let _ = self.main.send(shared);
+    }
+}
+
+/// Binds the socket and starts the thread.
+pub(crate) fn start(config: &SystemConfig) -> Result<Started, StartError> {
+    let bind = |source| StartError::Bind {
+        addr: config.listen,
+        source,
+    };
+    let socket = UdpSocket::bind(config.listen).map_err(bind)?;
+    let addr = socket.local_addr().map_err(bind)?;
+    widen(&socket);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(StartError::Thread)?;
+    let endpoint = {
+        let _entered = runtime.enter();
+        make_endpoint(config, socket)?
+    };
+    let (main, shared) = std::sync::mpsc::channel::<Arc<Shared>>();
+    let handle = runtime.handle().clone();
+    let accepting = endpoint.clone();
+    std::thread::Builder::new()
+        .name("links".into())
+        .spawn(move || {
+            if let Ok(shared) = shared.recv() {
+                runtime.block_on(serve(Arc::clone(&shared), accepting));
+                drop(runtime);
+                shared.stopped.send_replace(true);
+            }
+        })
+        .map_err(StartError::Thread)?;
+    Ok(Started {
+        addr,
+        endpoint,
+        runtime: handle,
+        main,
+    })
+}
+
+/// Accepts connections until the system is closed, then lets the goodbyes out.
+async fn serve(shared: Arc<Shared>, endpoint: Endpoint) {
+    if !shared.limits.spin.is_zero() {
+        tokio::spawn(spin(Arc::clone(&shared)));
+    }
+    loop {
+        tokio::select! {
+            incoming = endpoint.accept() => match incoming {
+                Some(incoming) => drop(tokio::spawn(accept(Arc::clone(&shared), incoming))),
+                None => break,
+            },
+            () = shared.stop.notified() => break,
+        }
+    }
+    let _ = tokio::time::timeout(GOODBYE_TIMEOUT, endpoint.wait_idle()).await;
+}
+
+/// Keeps the thread looking at the socket for a while after something passed, instead of sleeping:
+/// a wake-up costs more than the message.
+async fn spin(shared: Arc<Shared>) {
+    loop {
+        shared.stirring.notified().await;
+        let mut until = Instant::now() + shared.limits.spin;
+        while Instant::now() < until {
+            tokio::task::yield_now().await;
+            if shared.stirred.swap(false, Ordering::AcqRel) {
+                until = Instant::now() + shared.limits.spin;
+            }
+        }
+    }
+}
+
+/// Makes one link by dialling, and gives up after the connect timeout.
+pub(crate) async fn dial(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Link>, addr: SocketAddr) {
+    let timeout = shared.limits.connect_timeout;
+    let dialed = tokio::time::timeout(timeout, try_dial(&shared, &peer, &link, addr)).await;
+    let Err(error) = dialed.unwrap_or(Err(HandshakeError::NoAnswer(addr))) else {
+        return;
+    };
+    if peer.dial_failed(&link, error.clone(), &shared.limits) {
+        tracing::warn!(peer = %peer.name, %addr, %error, "no link could be made");
+        link.lose(LostReason::Unreachable(error));
+    }
+}
+
+/// Ends when the link is up, over this connection or over one that the other side made.
+async fn try_dial(
+    shared: &Arc<Shared>,
+    peer: &Arc<Peer>,
+    link: &Arc<Link>,
+    addr: SocketAddr,
+) -> Result<(), HandshakeError> {
+    loop {
+        match dial_once(shared, peer, link, addr).await {
+            Err(HandshakeError::Duplicate) => {}
+            other => return other,
+        }
+        // The other side keeps another connection: it is about to arrive here, or it is one that
+        // the other side has not yet seen to be dead.
+        peer.hello_was_refused(link);
+        if tokio::time::timeout(CROSSING_TIMEOUT, link.up())
+            .await
+            .is_ok()
+        {
+            return Ok(());
+        }
+    }
+}
+
+async fn dial_once(
+    shared: &Arc<Shared>,
+    peer: &Arc<Peer>,
+    link: &Arc<Link>,
+    addr: SocketAddr,
+) -> Result<(), HandshakeError> {
+    let lost = |error: &quinn::ConnectionError| HandshakeError::of_connection(error, addr);
+    let endpoint = shared.endpoint().ok_or(HandshakeError::Closing)?;
+    let connecting = endpoint
+        .connect(addr, SERVER_NAME)
+        .map_err(|error| HandshakeError::Transport(error.to_string()))?;
+    let connection = connecting.await.map_err(|error| lost(&error))?;
+    let closing = CloseOnDrop(Some(connection.clone()));
+    check_key(shared, &connection, &peer.name)?;
+    let welcomed = peer
+        .hello_may_be_sent(link)
+        .ok_or(HandshakeError::Duplicate)?;
+    let number = shared.next_dial();
+    let hello = our_hello(shared, &peer.name, number, welcomed);
+    // Any failure from here on is the connection's, and it knows best why.
+    let failed = || match connection.close_reason() {
+        Some(error) => lost(&error),
+        None => HandshakeError::Malformed("the stream ended early".into()),
+    };
+    let (mut sending, receiving) = connection.open_bi().await.map_err(|error| lost(&error))?;
+    sending
+        .write_all(&hello.frame())
+        .await
+        .map_err(|_| failed())?;
+    let mut frames = FrameReader::new(receiving, shared.limits.frame_bytes_max);
+    let answer = match frames.next().await {
+        Ok(Some(bytes)) => Hello::parse(&bytes)?,
+        _ => return Err(failed()),
+    };
+    answer.check(&shared.trust, &shared.process)?;
+    if answer.from != peer.name {
+        let found = format!("{} is at the address of {}", answer.from, peer.name);
+        return Err(HandshakeError::WrongProcess(found));
+    }
+    peer.dial_was_welcomed(link, number, &answer)?;
+    closing.keep();
+    link.run(shared, connection, sending, frames);
+    Ok(())
+}
+
+/// Takes a connection that another process made, or refuses it with the reason.
+async fn accept(shared: Arc<Shared>, incoming: quinn::Incoming) {
+    let addr = incoming.remote_address();
+    let connecting = tokio::time::timeout(shared.limits.connect_timeout, incoming);
+    let connection = match connecting.await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => {
+            tracing::warn!(%addr, %error, "a connection was not accepted");
+            return;
+        }
+        Err(_) => return,
+    };
+    let timeout = shared.limits.connect_timeout;
+    let joined = tokio::time::timeout(timeout, join(&shared, &connection)).await;
+    let Err(error) = joined.unwrap_or(Err(HandshakeError::NoAnswer(addr))) else {
+        return;
+    };
+    match error {
+        HandshakeError::Duplicate => tracing::debug!(%addr, "crossing dials: one is kept"),
+        _ => tracing::warn!(%addr, %error, "a process was refused"),
+    }
+    connection.close(error.close_code(), error.detail().as_bytes());
+}
+
+async fn join(shared: &Arc<Shared>, connection: &Connection) -> Result<(), HandshakeError> {
+    let addr = connection.remote_address();
+    let (mut sending, receiving) = connection
+        .accept_bi()
+        .await
+        .map_err(|error| HandshakeError::of_connection(&error, addr))?;
+    let mut frames = FrameReader::new(receiving, HELLO_BYTES_MAX);
+    let bytes = match frames.next().await {
+        Ok(Some(bytes)) => bytes,
+        Ok(None) => return Err(HandshakeError::Malformed("the stream ended early".into())),
+        Err(error) => return Err(HandshakeError::Malformed(error.to_string())),
+    };
+    let hello = Hello::parse(&bytes)?;
+    hello.check(&shared.trust, &shared.process)?;
+    check_key(shared, connection, &hello.from)?;
+    if hello.from == shared.process {
+        return Err(HandshakeError::Name(format!(
+            "{} is the name of this process",
+            hello.from
+        )));
+    }
+    if shared.is_closing() {
+        return Err(HandshakeError::Closing);
+    }
+    let peer = shared.peer(&hello.from);
+    let welcomed = peer.welcome(&shared.process, &hello, addr, &shared.limits)?;
+    let link = welcomed.link;
+    if let Some((old, reason)) = welcomed.replaced {
+        old.lose(reason);
+    }
+    let answer = our_hello(shared, &hello.from, 0, hello.link);
+    frames.allow(shared.limits.frame_bytes_max);
+    if sending.write_all(&answer.frame()).await.is_err() {
+        let reason = connection
+            .close_reason()
+            .as_ref()
+            .map(LostReason::of_connection);
+        shared.link_ended(&link, reason.unwrap_or(LostReason::Closed));
+        return Err(HandshakeError::Malformed("the stream ended early".into()));
+    }
+    link.run(shared, connection.clone(), sending, frames);
+    Ok(())
+}
+
+fn our_hello(shared: &Shared, to: &ProcessName, link: u64, welcomed: u64) -> Hello {
+    Hello {
+        cluster: shared.trust.cluster.clone(),
+        config_hash: shared.trust.config_hash,
+        from: shared.process.clone(),
+        to: to.clone(),
+        boot: shared.boot,
+        link,
+        welcomed,
+    }
+}
+
+/// TLS knows that the key is pinned for somebody: is it for this one?
+fn check_key(
+    shared: &Shared,
+    connection: &Connection,
+    process: &ProcessName,
+) -> Result<(), HandshakeError> {
+    let shown = connection.peer_identity();
+    let chain = shown.and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok());
+    let key = chain
+        .as_ref()
+        .and_then(|chain| NodeKey::of_certificate(chain.first()?));
+    let key = key.ok_or(HandshakeError::UnknownKey)?;
+    if shared.trust.is_pinned(process.node(), &key) {
+        Ok(())
+    } else {
+        Err(HandshakeError::Name(format!(
+            "key {key} is not pinned for {}",
+            process.node()
+        )))
+    }
+}
+
+/// A connection whose handshake fails half-way must not linger until the idle timeout.
+struct CloseOnDrop(Option<Connection>);
+
+impl CloseOnDrop {
+    fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        if let Some(connection) = self.0.take() {
+            connection.close(HandshakeError::Duplicate.close_code(), b"");
+        }
+    }
+}
+
+fn make_endpoint(config: &SystemConfig, socket: UdpSocket) -> Result<Endpoint, StartError> {
+    let bind = |source| StartError::Bind {
+        addr: config.listen,
+        source,
+    };
+    let transport = Arc::new(transport(&config.limits));
+
+    let tls = config.identity.server_config(&config.trust, ALPN)?;
+    let tls = QuicServerConfig::try_from(tls).expect("ring has TLS 1.3 with AES-128-GCM");
+    let mut server = quinn::ServerConfig::with_crypto(Arc::new(tls));
+    server
+        .transport_config(Arc::clone(&transport))
+        .migration(false)
+        .max_incoming(INCOMING_MAX);
+
+    let tls = config.identity.client_config(&config.trust, ALPN)?;
+    let tls = QuicClientConfig::try_from(tls).expect("ring has TLS 1.3 with AES-128-GCM");
+    let mut client = quinn::ClientConfig::new(Arc::new(tls));
+    client.transport_config(transport);
+
+    // Both are the same at every start of this process: so its next incarnation recognises packets
+    // for its last one, and tells the sender that the link is gone.
+    let reset = config.identity.derive(&format!("reset {}", config.process));
+    let ids = config
+        .identity
+        .derive(&format!("connection ids {}", config.process));
+    let ids = u64::from_le_bytes(*ids.first_chunk().expect("32 bytes have a first 8"));
+    let reset = hmac::Key::new(hmac::HMAC_SHA256, &reset);
+    let mut endpoint = EndpointConfig::new(Arc::new(reset));
+    endpoint.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids)));
+
+    let runtime = Arc::new(quinn::TokioRuntime);
+    let mut endpoint = Endpoint::new(endpoint, Some(server), socket, runtime).map_err(bind)?;
+    endpoint.set_default_client_config(client);
+    Ok(endpoint)
+}
+
+fn transport(limits: &Limits) -> TransportConfig {
+    let mut transport = TransportConfig::default();
+    let idle = limits.idle_timeout.try_into().ok();
+    transport
+        .keep_alive_interval(Some(limits.keep_alive))
+        .max_idle_timeout(idle)
+        .initial_rtt(INITIAL_RTT)
+        .max_concurrent_uni_streams(VarInt::from_u32(0))
+        // One more: the ordered stream.
+        .max_concurrent_bidi_streams(VarInt::from_u32(limits.subscriptions_max.saturating_add(1)))
+        .stream_receive_window(VarInt::from_u32(limits.items_bytes_max))
+        .datagram_receive_buffer_size(None);
+    transport
+}
+
+/// Best effort: the system may cap it, and a smaller buffer only costs packets under load.
+fn widen(socket: &UdpSocket) {
+    for result in [
+        rustix::net::sockopt::set_socket_recv_buffer_size(socket, SOCKET_BUFFER_BYTES),
+        rustix::net::sockopt::set_socket_send_buffer_size(socket, SOCKET_BUFFER_BYTES),
+    ] {
+        if let Err(error) = result {
+            tracing::debug!(%error, "the socket keeps its small buffer");
+        }
+    }
+}
+
+/// TLS wants a name; the key says who it is.
+const SERVER_NAME: &str = "process.invalid";
+
+/// quinn assumes 333 ms until it has measured; these are machines in one room, and with the
+/// default a lost first packet costs a second.
+const INITIAL_RTT: Duration = Duration::from_millis(1);
+
+/// The kernel's default of 208 KiB loses packets at line rate.
+const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+
+/// Handshakes that nobody has looked at yet. A cluster has tens of processes.
+const INCOMING_MAX: usize = 64;
+
+/// How long a refused dial waits for the connection that the other side prefers.
+const CROSSING_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// How long the thread stays to send its goodbyes.
+const GOODBYE_TIMEOUT: Duration = Duration::from_millis(500);

@@ -1,0 +1,379 @@
+//! The local actors that others may reach, and the way from bytes into their mailboxes.
+//!
+//! actix does not count what `Recipient::send` puts into a full mailbox, so each handler counts
+//! what it holds itself: `mailbox_max` messages from elsewhere, and no more.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::task::{Context, Poll, Waker};
+
+use actix::{MailboxError, Recipient};
+use bytes::BytesMut;
+use futures::future::BoxFuture;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::codec;
+use crate::failure::Failure;
+use crate::frame::{self, Call};
+use crate::limits::Limits;
+use crate::message::{Arrival, ItemReceiver, ItemSender, Open, Produced};
+use crate::message::{RemoteMessage, StreamMessage};
+
+/// Actor name, then message name.
+type Names<H> = RwLock<HashMap<String, HashMap<&'static str, Arc<H>>>>;
+
+/// All that can be reached in this process.
+pub(crate) struct Registry {
+    messages: Names<dyn MessageHandler>,
+    streams: Names<dyn StreamHandler>,
+    limits: Limits,
+}
+
+impl Registry {
+    pub(crate) fn new(limits: Limits) -> Self {
+        Self {
+            messages: Names::default(),
+            streams: Names::default(),
+            limits,
+        }
+    }
+
+    /// A later registration under the same names replaces the earlier one.
+    pub(crate) fn add<M: RemoteMessage>(&self, actor: &str, recipient: Recipient<M>) {
+        let mailbox = Arc::new(Semaphore::new(self.limits.mailbox_max));
+        let frame_bytes_max = self.limits.frame_bytes_max;
+        insert(
+            &self.messages,
+            actor,
+            M::NAME,
+            Arc::new(Typed {
+                recipient,
+                mailbox,
+                frame_bytes_max,
+            }),
+        );
+    }
+
+    pub(crate) fn add_stream<M: StreamMessage>(&self, actor: &str, recipient: Recipient<Open<M>>) {
+        let limits = self.limits.clone();
+        insert(
+            &self.streams,
+            actor,
+            M::NAME,
+            Arc::new(TypedStream { recipient, limits }),
+        );
+    }
+
+    pub(crate) fn remove(&self, actor: &str) {
+        self.messages
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(actor);
+        self.streams
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(actor);
+    }
+
+    pub(crate) fn handler(&self, call: &Call<'_>) -> Result<Arc<dyn MessageHandler>, Failure> {
+        self.find(&self.messages, call.actor, call.message)
+    }
+
+    pub(crate) fn stream(&self, call: &Call<'_>) -> Result<Arc<dyn StreamHandler>, Failure> {
+        self.find(&self.streams, call.actor, call.message)
+    }
+
+    /// The handler of a local caller, which needs no bytes.
+    pub(crate) fn local<M: RemoteMessage>(&self, actor: &str) -> Result<Arc<Typed<M>>, Failure> {
+        let handler: Arc<dyn Any + Send + Sync> = self.find(&self.messages, actor, M::NAME)?;
+        handler.downcast().map_err(|_| Failure::NoHandler)
+    }
+
+    pub(crate) fn local_stream<M: StreamMessage>(
+        &self,
+        actor: &str,
+    ) -> Result<Arc<TypedStream<M>>, Failure> {
+        let handler: Arc<dyn Any + Send + Sync> = self.find(&self.streams, actor, M::NAME)?;
+        handler.downcast().map_err(|_| Failure::NoHandler)
+    }
+
+    fn find<H: ?Sized>(
+        &self,
+        names: &Names<H>,
+        actor: &str,
+        message: &str,
+    ) -> Result<Arc<H>, Failure> {
+        let actors = names.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(messages) = actors.get(actor) {
+            return messages.get(message).cloned().ok_or(Failure::NoHandler);
+        }
+        drop(actors);
+        if self.knows(actor) {
+            Err(Failure::NoHandler)
+        } else {
+            Err(Failure::NoSuchActor)
+        }
+    }
+
+    fn knows(&self, actor: &str) -> bool {
+        self.messages
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains_key(actor)
+            || self
+                .streams
+                .read()
+                .unwrap_or_else(PoisonError::into_inner)
+                .contains_key(actor)
+    }
+}
+
+fn insert<H: ?Sized>(names: &Names<H>, actor: &str, message: &'static str, handler: Arc<H>) {
+    let mut actors = names.write().unwrap_or_else(PoisonError::into_inner);
+    actors
+        .entry(actor.to_owned())
+        .or_default()
+        .insert(message, handler);
+}
+
+/// Takes a message's bytes into a mailbox. Whoever calls two of these in order has put the two
+/// messages into the mailbox in order.
+pub(crate) trait MessageHandler: Any + Send + Sync {
+    /// The future resolves to the whole frame to send back. Dropping it cancels the message unless
+    /// the actor has begun it.
+    fn ask(
+        &self,
+        call: &Call<'_>,
+        arrival: &Arrival,
+    ) -> Result<BoxFuture<'static, BytesMut>, Failure>;
+
+    /// The future, if there is one, must be driven to its end.
+    fn tell(
+        &self,
+        call: &Call<'_>,
+        arrival: &Arrival,
+    ) -> Result<Option<BoxFuture<'static, ()>>, Failure>;
+}
+
+/// The handler of one message of one actor.
+pub(crate) struct Typed<M: RemoteMessage> {
+    recipient: Recipient<M>,
+    mailbox: Arc<Semaphore>,
+    frame_bytes_max: usize,
+}
+
+impl<M: RemoteMessage> Typed<M> {
+    /// Puts the message into the mailbox at once; the future is its reply.
+    pub(crate) fn send(&self, message: M) -> Result<Asked<M>, Failure> {
+        let permit = self.permit()?;
+        if !self.recipient.connected() {
+            return Err(Failure::Closed);
+        }
+        let mut request = Box::pin(self.recipient.send(message));
+        // A full mailbox takes the message only when the request is polled: poll it now, or a
+        // later message would overtake it.
+        let early = request
+            .as_mut()
+            .poll(&mut Context::from_waker(Waker::noop()));
+        Ok(Asked {
+            request,
+            early: Some(early),
+            _permit: permit,
+        })
+    }
+
+    /// Puts the message into the mailbox, or hands it back when that is full or closed.
+    pub(crate) fn try_tell(&self, message: M) -> Result<(), (M, Failure)> {
+        self.recipient
+            .try_send(message)
+            .map_err(|error| match error {
+                actix::prelude::SendError::Full(message) => (message, Failure::Overloaded),
+                actix::prelude::SendError::Closed(message) => (message, Failure::Closed),
+            })
+    }
+
+    fn permit(&self) -> Result<OwnedSemaphorePermit, Failure> {
+        Arc::clone(&self.mailbox)
+            .try_acquire_owned()
+            .map_err(|_| Failure::Overloaded)
+    }
+
+    fn read(&self, call: &Call<'_>, arrival: &Arrival) -> Result<M, Failure> {
+        if call.version != M::VERSION {
+            return Err(Failure::Version { theirs: M::VERSION });
+        }
+        let mut message: M = codec::decode(call.body).map_err(|error| {
+            tracing::warn!(message = M::NAME, peer = %arrival.from, %error, "undecodable message");
+            Failure::NotUnderstood
+        })?;
+        message.arrived(arrival);
+        Ok(message)
+    }
+}
+
+impl<M: RemoteMessage> MessageHandler for Typed<M> {
+    fn ask(
+        &self,
+        call: &Call<'_>,
+        arrival: &Arrival,
+    ) -> Result<BoxFuture<'static, BytesMut>, Failure> {
+        let asked = self.send(self.read(call, arrival)?)?;
+        let (id, frame_bytes_max) = (call.id, self.frame_bytes_max);
+        Ok(Box::pin(async move {
+            match asked.await {
+                Ok(reply) => reply_frame::<M>(id, &reply, frame_bytes_max),
+                Err(failure) => frame::failed(id, failure),
+            }
+        }))
+    }
+
+    fn tell(
+        &self,
+        call: &Call<'_>,
+        arrival: &Arrival,
+    ) -> Result<Option<BoxFuture<'static, ()>>, Failure> {
+        let message = self.read(call, arrival)?;
+        // The common way costs no task. actix's own bound is small, so ours comes on top of it.
+        match self.try_tell(message) {
+            Ok(()) => Ok(None),
+            Err((message, Failure::Overloaded)) => {
+                let asked = self.send(message)?;
+                Ok(Some(Box::pin(async move {
+                    let _ = asked.await;
+                })))
+            }
+            Err((_, failure)) => Err(failure),
+        }
+    }
+}
+
+fn reply_frame<M: RemoteMessage>(id: u64, reply: &M::Reply, frame_bytes_max: usize) -> BytesMut {
+    let built = frame::build(frame_bytes_max, |out| {
+        frame::put_reply_header(out, id);
+        codec::encode(reply, out, frame_bytes_max)
+    });
+    built.unwrap_or_else(|error| {
+        tracing::error!(message = M::NAME, %error, "a reply cannot be sent");
+        frame::failed(id, Failure::ReplyNotSendable)
+    })
+}
+
+/// A message in a mailbox, until its reply. Dropping it withdraws a message that was not begun.
+pub(crate) struct Asked<M: RemoteMessage> {
+    request: Pin<Box<actix::dev::RecipientRequest<M>>>,
+    early: Option<Poll<Result<M::Reply, MailboxError>>>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl<M: RemoteMessage> Unpin for Asked<M> {}
+
+impl<M: RemoteMessage> Future for Asked<M> {
+    type Output = Result<M::Reply, Failure>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let polled = match self.early.take() {
+            Some(Poll::Ready(result)) => Poll::Ready(result),
+            _ => self.request.as_mut().poll(cx),
+        };
+        polled.map(|result| result.map_err(|_| Failure::Closed))
+    }
+}
+
+/// Opens a subscription from a message's bytes.
+pub(crate) trait StreamHandler: Any + Send + Sync {
+    fn open(&self, call: &Call<'_>) -> Result<Box<dyn ItemSource>, Failure>;
+}
+
+/// The items of one subscription, ready for the wire.
+pub(crate) trait ItemSource: Send {
+    /// Appends the frames of all items that are ready, up to about `bytes_max`, and says whether
+    /// more may follow. Pending only when it appended nothing.
+    fn poll_fill(&mut self, cx: &mut Context<'_>, out: &mut BytesMut) -> Poll<Fill>;
+}
+
+/// What may follow what was just appended.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Fill {
+    More,
+    Done,
+}
+
+/// The handler of one subscription of one actor.
+pub(crate) struct TypedStream<M: StreamMessage> {
+    recipient: Recipient<Open<M>>,
+    limits: Limits,
+}
+
+impl<M: StreamMessage> TypedStream<M> {
+    pub(crate) fn open_local(&self, message: M) -> Result<ItemReceiver<M::Item>, Failure> {
+        let (items, queue) = ItemSender::channel(self.limits.items_queued_max);
+        self.recipient
+            .try_send(Open { message, items })
+            .map_err(|error| match error {
+                actix::prelude::SendError::Full(_) => Failure::Overloaded,
+                actix::prelude::SendError::Closed(_) => Failure::Closed,
+            })?;
+        Ok(queue)
+    }
+}
+
+impl<M: StreamMessage> StreamHandler for TypedStream<M> {
+    fn open(&self, call: &Call<'_>) -> Result<Box<dyn ItemSource>, Failure> {
+        if call.version != M::VERSION {
+            return Err(Failure::Version { theirs: M::VERSION });
+        }
+        let message = codec::decode(call.body).map_err(|error| {
+            tracing::warn!(message = M::NAME, %error, "undecodable message");
+            Failure::NotUnderstood
+        })?;
+        let queue = self.open_local(message)?;
+        Ok(Box::new(Encoded {
+            queue,
+            name: M::NAME,
+            bytes_max: self.limits.frame_bytes_max,
+        }))
+    }
+}
+
+struct Encoded<T> {
+    queue: ItemReceiver<T>,
+    name: &'static str,
+    bytes_max: usize,
+}
+
+impl<T: serde::Serialize + Send> ItemSource for Encoded<T> {
+    fn poll_fill(&mut self, cx: &mut Context<'_>, out: &mut BytesMut) -> Poll<Fill> {
+        let start = out.len();
+        while out.len() - start < WRITE_BYTES_USUAL {
+            let item = match self.queue.poll_next(cx) {
+                Poll::Ready(Produced::Item(item)) => item,
+                Poll::Ready(Produced::End) => {
+                    out.extend_from_slice(&frame::end());
+                    return Poll::Ready(Fill::Done);
+                }
+                Poll::Ready(Produced::Panicked) => {
+                    out.extend_from_slice(&frame::abandoned());
+                    return Poll::Ready(Fill::Done);
+                }
+                Poll::Pending if out.len() == start => return Poll::Pending,
+                Poll::Pending => break,
+            };
+            let appended = frame::append(out, self.bytes_max, |out| {
+                frame::put_item_header(out);
+                codec::encode(&item, out, self.bytes_max)
+            });
+            if let Err(error) = appended {
+                tracing::error!(message = self.name, %error, "an item cannot be sent");
+                out.extend_from_slice(&frame::failed(0, Failure::ReplyNotSendable));
+                return Poll::Ready(Fill::Done);
+            }
+        }
+        Poll::Ready(Fill::More)
+    }
+}
+
+/// One write of a subscription: what a burst of packets holds.
+const WRITE_BYTES_USUAL: usize = 64 * 1024;

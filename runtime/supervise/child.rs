@@ -1,0 +1,223 @@
+//! One run of one child process: its pipes, its last words, its end.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::fmt;
+use std::io;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::process::{Child, ChildStdin, Command};
+use tokio::task::JoinHandle;
+
+use crate::sync::lock;
+
+/// How a child process is started. It inherits standard output and the environment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChildSpec {
+    /// What it is called in records and logs; unique within a supervisor.
+    pub name: String,
+    /// The program.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub args: Vec<OsString>,
+    /// Variables added to the environment.
+    pub env: Vec<(OsString, OsString)>,
+}
+
+impl ChildSpec {
+    /// A child called `name` that runs `program` without arguments.
+    pub fn new(name: impl Into<String>, program: impl Into<PathBuf>) -> Self {
+        Self {
+            name: name.into(),
+            program: program.into(),
+            args: Vec::new(),
+            env: Vec::new(),
+        }
+    }
+
+    /// Adds one argument.
+    #[must_use]
+    pub fn arg(mut self, arg: impl Into<OsString>) -> Self {
+        self.args.push(arg.into());
+        self
+    }
+
+    /// Adds one variable to the environment.
+    #[must_use]
+    pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
+        self.env.push((name.into(), value.into()));
+        self
+    }
+}
+
+/// How a child process ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// It returned this code.
+    Code(i32),
+    /// This signal ended it.
+    Signal(i32),
+    /// It could not be started.
+    NotStarted(String),
+    /// The system did not say.
+    Unknown(String),
+}
+
+impl Exit {
+    fn of_status(status: io::Result<ExitStatus>) -> Self {
+        match status {
+            Ok(status) => match (status.code(), status.signal()) {
+                (Some(code), _) => Self::Code(code),
+                (None, Some(signal)) => Self::Signal(signal),
+                (None, None) => Self::Unknown(status.to_string()),
+            },
+            Err(error) => Self::Unknown(error.to_string()),
+        }
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Code(code) => write!(f, "exit code {code}"),
+            Self::Signal(signal) => write!(f, "signal {signal}"),
+            Self::NotStarted(error) => write!(f, "not started: {error}"),
+            Self::Unknown(error) => write!(f, "an unknown end: {error}"),
+        }
+    }
+}
+
+/// A child that runs.
+pub(super) struct Running {
+    child: Child,
+    /// Held open and never written to: when it closes, the child ends itself.
+    lifeline: Option<ChildStdin>,
+    stderr: JoinHandle<()>,
+    last_lines: Arc<Mutex<VecDeque<String>>>,
+}
+
+impl Running {
+    pub(super) fn start(spec: &ChildSpec) -> io::Result<Self> {
+        let mut child = Command::new(&spec.program)
+            .args(&spec.args)
+            .envs(spec.env.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let lifeline = child.stdin.take();
+        let last_lines = Arc::new(Mutex::new(VecDeque::new()));
+        let stderr = child
+            .stderr
+            .take()
+            .expect("standard error was asked to be a pipe");
+        let stderr = tokio::spawn(forward(BufReader::new(stderr), Arc::clone(&last_lines)));
+        Ok(Self {
+            child,
+            lifeline,
+            stderr,
+            last_lines,
+        })
+    }
+
+    pub(super) fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Waits for the end. May be dropped and called again.
+    pub(super) async fn exited(&mut self) -> Exit {
+        Exit::of_status(self.child.wait().await)
+    }
+
+    /// The last lines of a child that has ended, once its pipe is drained. A grandchild that holds
+    /// the pipe open does not hold us up.
+    pub(super) async fn last_lines(mut self) -> Vec<String> {
+        let _ = tokio::time::timeout(DRAIN_TIMEOUT, &mut self.stderr).await;
+        self.stderr.abort();
+        lock(&self.last_lines).drain(..).collect()
+    }
+
+    /// SIGTERM, then SIGKILL when `deadline` has passed.
+    pub(super) async fn stop(&mut self, deadline: Duration) -> Exit {
+        if let Some(pid) = self.pid().and_then(|pid| i32::try_from(pid).ok())
+            && let Some(pid) = rustix::process::Pid::from_raw(pid)
+        {
+            // It has not been waited for, so the id cannot have passed to another process.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
+        match tokio::time::timeout(deadline, self.exited()).await {
+            Ok(exit) => exit,
+            Err(_) => {
+                self.lifeline = None;
+                let _ = self.child.start_kill();
+                self.exited().await
+            }
+        }
+    }
+}
+
+/// Passes lines on to our own standard error and keeps the last ones.
+async fn forward(mut from: impl AsyncBufRead + Unpin, last_lines: Arc<Mutex<VecDeque<String>>>) {
+    let mut to = tokio::io::stderr();
+    while let Ok(Some(line)) = next_line(&mut from).await {
+        let text = String::from_utf8_lossy(&line).into_owned();
+        let _ = to.write_all(format!("{text}\n").as_bytes()).await;
+        let mut last_lines = lock(&last_lines);
+        if last_lines.len() == LAST_LINES_MAX {
+            last_lines.pop_front();
+        }
+        last_lines.push_back(text);
+    }
+}
+
+/// One line without its end. A line without end is cut, so that no child fills our memory.
+async fn next_line(from: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Option<Vec<u8>>> {
+    let mut line = Vec::new();
+    loop {
+        let available = from.fill_buf().await?;
+        if available.is_empty() {
+            return Ok((!line.is_empty()).then_some(line));
+        }
+        let room = LINE_BYTES_MAX - line.len();
+        let end = available.iter().take(room).position(|&byte| byte == b'\n');
+        let taken = end.unwrap_or(available.len().min(room));
+        line.extend_from_slice(&available[..taken]);
+        from.consume(taken + usize::from(end.is_some()));
+        if end.is_some() || line.len() == LINE_BYTES_MAX {
+            return Ok(Some(line));
+        }
+    }
+}
+
+/// As much as an operator reads of a crash.
+const LAST_LINES_MAX: usize = 50;
+
+/// A line longer than this is no message for a person.
+const LINE_BYTES_MAX: usize = 8 * 1024;
+
+/// What a dead child has written lies in the pipe already.
+const DRAIN_TIMEOUT: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn lines_are_cut_and_the_last_one_needs_no_end() {
+        let long = vec![b'x'; LINE_BYTES_MAX + 3];
+        let mut text = b"one\n\n".to_vec();
+        text.extend_from_slice(&long);
+        text.extend_from_slice(b"\nlast");
+        let mut from = BufReader::with_capacity(100, &text[..]);
+        let mut lines = Vec::new();
+        while let Some(line) = next_line(&mut from).await.unwrap() {
+            lines.push(line.len());
+        }
+        assert_eq!(lines, [3, 0, LINE_BYTES_MAX, 3, 4]);
+    }
+}
