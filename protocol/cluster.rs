@@ -14,6 +14,8 @@ pub struct ClusterReport {
     pub model: String,
     pub layout: Layout,
     pub transport: Transport,
+    pub requests_running: u32,
+    pub requests_queued: u32,
     pub nodes: Vec<NodeReport>,
     pub shards: Vec<ShardReport>,
 }

@@ -2,20 +2,22 @@
 //!
 //! Read in the order of a request's life: who is meant (`ids`), how a token is drawn
 //! (`sampling`), what the scheduler asks of every shard (`plan`), what a step answers
-//! (`outcome`), how a shard comes to hold its share of a model (`shard`), and what an operator
-//! sees of it all (`cluster`).
+//! (`outcome`), how a shard comes to hold its share of a model (`shard`), what becomes of a request
+//! (`request`), and what an operator sees of it all (`cluster`).
 
 mod ids;
 mod sampling;
 mod plan;
 mod outcome;
 mod shard;
+mod request;
 mod cluster;
 
 pub use cluster::{ClusterReport, NodeReport, Phase, ShardReport};
 pub use ids::{Epoch, PlanNumber, Rank, SequenceId, Step};
 pub use outcome::{Candidate, FinishReason, SampledToken, StepOutcome};
 pub use plan::{Join, Plan};
+pub use request::{Rejection, Request, RequestEvent};
 pub use sampling::{Sampling, SamplingError};
 pub use shard::{
     GroupMember, GroupSpec, Layout, LoadProgress, NodeWeight, ShardSpec, Transport, UnknownName,
