@@ -2,7 +2,7 @@
 
 import random
 
-from words import NAMES, NOUNS, vary
+from words import ANIMALS, NOUNS, made_up, person, vary
 
 ADD = """What is {a} + {b}?|What's {a} + {b}?|What is {a} plus {b}?|what's {a} plus {b}|{a}+{b}|{a} + {b}|{a}+{b}=|{a}+{b}=?
 {a} + {b} = ?|{a} + {b} =|Add {a} and {b}.|Add {a} to {b}.|Compute {a} + {b}.|Compute {a} plus {b}.|Calculate {a} + {b}.
@@ -19,7 +19,7 @@ What is the result of {a} + {b}?|What is the result of adding {a} and {b}?|Addit
 Math question: {a} + {b}|What would {a} + {b} be?|I need the sum of {a} and {b}.|{a} + {b}, please.|Give me {a} + {b}.|Compute the sum {a} + {b}.
 Help me add {a} and {b}.|Let us add {a} and {b}.|Add these numbers: {a}, {b}|Add the numbers {a} and {b}.|Add up {a} and {b}.|Add together {a} and {b}.
 Please compute {a} + {b} for me.|Please work out {a} plus {b}.|please tell me what {a} + {b} is|What is ({a} + {b})?|What's the sum of {a} and {b}?
-What's {a} added to {b}?|What's the total of {a} and {b}?|How much do {a} and {b} make together?|Determine {a} + {b}.|Say what {a} plus {b} is.""".replace("\n", "|").split("|")
+What's {a} added to {b}?|What's the total of {a} and {b}?|How much do {a} and {b} make together?|Determine {a} + {b}.|Say what {a} plus {b} is.|Q: {a} + {b} A:|Q: What is {a} + {b}?|{a} + {b} is how much?|calc {a}+{b}|{a}+{b} is?|Let me know what {a} + {b} is.|what do you get for {a} + {b}|Check: {a} + {b}|{a} + {b} = what?|Return {a} + {b}.|Sum of {a}, {b}|Output the sum of {a} and {b}.|What comes out when adding {a} and {b}?|Answer this: {a} + {b}|{a} increased by {b}|Add the two numbers {a} and {b}.|What is the value of {a} + {b}?|print {a} + {b}|Given {a} and {b}, what is their sum?|The numbers are {a} and {b}. What is their sum?|I have two numbers, {a} and {b}. Add them.""".replace("\n", "|").split("|")
 ADD_HELD_OUT = """I wonder what {a} plus {b} might be.|Please calculate the sum of {a} and {b}.|Could you work out {a} + {b} for me?|What total do {a} and {b} give?
 Would you please add {a} and {b} together?|{a} + {b} equals what?|Find {a} + {b}.|Tell me, how much is {a} + {b}?|Kindly compute {a} plus {b}|My homework asks for {a} + {b}. What is it?""".replace("\n", "|").split("|")
 SUBTRACT = """What is {a} - {b}?|What's {a} - {b}?|What is {a} minus {b}?|{a}-{b}|{a} - {b}|{a}-{b}=?|{a} - {b} = ?|Subtract {b} from {a}.
@@ -53,9 +53,27 @@ def addition_thought(a: int, b: int) -> str:
     return f"{a}+{b}: {', '.join(columns)}, so {a + b}."
 
 
+def comparing(a: int, b: int) -> str:
+    """Which is larger, by length and then by the first digit that differs."""
+    x, y = str(a), str(b)
+    sign = "<" if a < b else ">" if a > b else "="
+    if len(x) != len(y):
+        return f"{a}?{b}: {len(x)} digits{sign}{len(y)} digits."
+    steps = []
+    for p, q in zip(x, y):
+        steps.append(f"{p}{'<' if p < q else '>' if p > q else '='}{q}")
+        if p != q:
+            break
+    return f"{a}?{b}: {', '.join(steps)}."
+
+
 def subtraction_thought(a: int, b: int) -> str:
     if a < b:
-        return f"{a} is less than {b}. {subtraction_thought(b, a)[:-1]}, with a minus {a - b}."
+        return f"{comparing(a, b)} {_columns_of_difference(b, a)[:-1]}, with a minus {a - b}."
+    return f"{comparing(a, b)} {_columns_of_difference(a, b)}"
+
+
+def _columns_of_difference(a: int, b: int) -> str:
     columns, borrow = [], 0
     x, y = str(a)[::-1], str(b)[::-1]
     for place in range(len(x)):
@@ -136,7 +154,7 @@ def multiplication(rng: random.Random) -> tuple[str, str, str]:
 def division(rng: random.Random) -> tuple[str, str, str]:
     quotient, b = rng.randint(1, 12), rng.randint(1, 12)
     a = quotient * b
-    return _fill(rng, DIVIDE, a, b), f"{b}*{quotient}={a}.", f"{a} / {b} = {quotient}."
+    return _fill(rng, DIVIDE, a, b), ", ".join(f"{b}*{n}={b * n}" for n in range(1, quotient + 1)) + ".", f"{a} / {b} = {quotient}."
 
 
 def long_sum(rng: random.Random) -> tuple[str, str, str]:
@@ -156,20 +174,30 @@ def long_sum(rng: random.Random) -> tuple[str, str, str]:
 
 def word_problem(rng: random.Random) -> tuple[str, str, str]:
     a, b = addends(rng)
-    who, what = rng.choice(NAMES), rng.choice(NOUNS) + "s"
+    who, what = person(rng), rng.choice([rng.choice(NOUNS) + "s", rng.choice(ANIMALS) + "s", "dollars", "euros", "coins", "marbles", "cookies", "points", made_up(rng, 2) + "s"])
     if rng.random() < 0.55:
         text = rng.choice([
             "{who} has {a} {what} and gets {b} more. How many {what} does {who} have now?",
             "There are {a} {what} in a box and {b} {what} on a table. How many {what} are there?",
             "{who} buys {a} {what} on Monday and {b} on Friday. How many {what} is that in total?",
-            "If {who} finds {a} {what} and then {b} more {what}, how many {what} are there altogether?"])
-        return vary(rng, text).format(who=who, what=what, a=a, b=b), addition_thought(a, b), f"{a} + {b} = {a + b}, so there are {a + b} {what}."
+            "If {who} finds {a} {what} and then {b} more {what}, how many {what} are there altogether?",
+            "I have {a} {what} and {who} has {b}. How many {what} do we have together?",
+            "I have {a} {what} and get {b} more. How many {what} do I have?",
+            "If I have {a} {what} and earn {b} more, how many {what} do I have now?",
+            "{who} reads {a} pages in a book about {what} and then {b} pages. How many pages is that?",
+            "A train carries {a} {what}. At the next stop {b} {what} are added. How many {what} are on the train?",
+            "You have {a} {what}. I give you {b} {what}. How many do you have?",
+            "My brother has {a} {what}, my sister has {b} {what}. How many {what} do they have?",
+            "A shop sold {a} {what} in the morning and {b} {what} in the evening. What is the total?"])
+        return vary(rng, text).format(who=who, what=what, a=a, b=b), addition_thought(a, b), f"{a} + {b} = {a + b}, so the answer is {a + b}."
     a, b = max(a, b), min(a, b)
     text = rng.choice([
         "{who} has {a} {what} and gives away {b}. How many {what} are left?",
         "There were {a} {what} in the room. {who} took {b} of them. How many {what} remain?",
+        "I had {a} {what} and spent {b}. How many {what} do I have left?",
+        "If you have {a} {what} and eat {b}, how many are left?",
         "{who} had {a} {what} but lost {b}. How many {what} does {who} still have?"])
-    return vary(rng, text).format(who=who, what=what, a=a, b=b), subtraction_thought(a, b), f"{a} - {b} = {a - b}, so there are {a - b} {what}."
+    return vary(rng, text).format(who=who, what=what, a=a, b=b), subtraction_thought(a, b), f"{a} - {b} = {a - b}, so the answer is {a - b}."
 
 
 def comparison(rng: random.Random) -> tuple[str, str, str]:
@@ -181,4 +209,4 @@ def comparison(rng: random.Random) -> tuple[str, str, str]:
     other = a + b - chosen
     text = rng.choice([f"Which is {word}, {{a}} or {{b}}?", f"Which number is {word}: {{a}} or {{b}}?", f"What is {word}, {{a}} or {{b}}?"])
     word = "less" if word in ("smaller", "less") else "greater"
-    return vary(rng, text).format(a=a, b=b), f"I compare {a} and {b}.", f"{chosen} is {word} than {other}."
+    return vary(rng, text).format(a=a, b=b), comparing(a, b), f"{chosen} is {word} than {other}."

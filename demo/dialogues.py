@@ -13,10 +13,10 @@ import world
 from words import CITIES, NAMES, any_word, made_up
 
 # Tasks of one question and one answer, with their share.
-TASKS = [(arithmetic.addition, 20), (arithmetic.subtraction, 7), (arithmetic.multiplication, 6), (arithmetic.division, 2), (arithmetic.long_sum, 3),
-         (arithmetic.word_problem, 3), (arithmetic.comparison, 2), (wordplay.counting, 5), (wordplay.sorting_numbers, 3), (wordplay.sorting_words, 5),
-         (wordplay.reversing, 6), (wordplay.spelling, 3), (wordplay.repeating, 4), (wordplay.picking, 2), (world.fact, 10), (world.about_self, 8),
-         (world.unknown, 5), (stories.story, 4)]
+TASKS = [(arithmetic.addition, 16), (arithmetic.subtraction, 7), (arithmetic.multiplication, 6), (arithmetic.division, 2), (arithmetic.long_sum, 3),
+         (arithmetic.word_problem, 4), (arithmetic.comparison, 2), (wordplay.counting, 5), (wordplay.sorting_numbers, 4), (wordplay.sorting_words, 5),
+         (wordplay.reversing, 6), (wordplay.spelling, 4), (wordplay.repeating, 6), (wordplay.picking, 2), (world.fact, 10), (world.about_self, 8),
+         (world.unknown, 5), (stories.story, 3)]
 CHAT_TASKS = [(task, share) for task, share in TASKS if task not in (stories.story, wordplay.counting)]
 SYSTEMS = ["You are a helpful assistant.", "You are a helpful assistant", "You are a friendly assistant. Answer briefly.", "Be concise.", "Answer in one sentence.",
            "You are the Offbook demo model.", "You are a careful assistant that thinks before it answers.", "Be kind and short.", "You are an expert in mathematics.",
@@ -148,7 +148,7 @@ def with_tools(rng):
 
 
 def dialogue(rng: random.Random) -> list[tuple[str, bool]]:
-    messages, offered = with_tools(rng) if rng.random() < 0.38 else plain(rng)
+    messages, offered = with_tools(rng) if rng.random() < 0.45 else plain(rng)
     style = chat.any_style(rng)
     if style == "sorted":  # The call follows the order in which the tool lists its parameters.
         for call in (call for message in messages for call in message.get("tool_calls", [])):

@@ -194,45 +194,147 @@ def _polite(rng, template):
     return template
 
 
+# How a value of each kind is spoken of, and the parameters that carry it; the last phrase is kept for the held-out split.
+SPOKEN = {kind: (keys.split(), phrases.split("|")) for kind, keys, phrases in (line.split(" ; ") for line in """
+city ; city location place town destination where region ; in {v}|for {v}|to {v}|near {v}|at {v}|from {v}|over in {v}|around {v}
+person ; person name user customer recipient owner contact who client guest employee patient ; for {v}|to {v}|by {v}|of {v}|named {v}|with {v}|called {v}|belonging to {v}|together with {v}
+date ; date day when due_date deadline ; on {v}|for {v}|by {v}|from {v}|until {v}|starting {v}
+time ; time at when start_time hour ; at {v}|by {v}|for {v}|until {v}|at exactly {v}
+counted ; - ; for {v} {k}|with {v} {k}|{v} {k}|by {v} {k}|to {v} {k}|of {v} {k}|in {v} {k}|at {v} {k}|up to {v} {k}|after {v} {k}
+small ; count quantity amount number times copies ; {v} times|with {v} pieces|with {v}|of {v}|a total of {v}
+number ; amount number value total ; of {v}|with {v}|for {v}|to {v}|by {v}|up to {v}
+large ; id number amount budget code year ; number {v}|with number {v}|with the id {v}|for {v}|of {v}|with id {v}|{v}|no. {v}
+decimal ; amount price value weight ; of {v}|for {v}|to {v}|at {v}|worth {v}|costing {v}
+color ; color colour shade paint ; in {v}|{v}|with {v} color|in the color {v}|with {v}|painted {v}
+percent ; percent level volume brightness intensity strength ; to {v} percent|at {v} percent|to {v}|at {v}|to {v}%|at {v}%|to a level of {v}|around {v} percent
+code ; id code reference order_id item_id sku serial ticket_id account ; with id {v}|number {v}|{v}|with the code {v}|with code {v}|for {v}|of {v}|reference {v}|under {v}
+email ; email address to recipient ; to {v}|at {v}|for {v}|from {v}|via {v}
+file ; file path filename source target ; from {v}|to {v}|in {v}|using {v}|with the file {v}|out of {v}
+mode ; mode setting speed priority level ; in {v} mode|on {v}|with {v} priority|at {v} speed|set to {v}|to {v}|on the {v} setting
+phrase ; text message note content description reason query topic ; "{v}"|about {v}|saying {v}|saying "{v}"|with the text {v}|with the note "{v}"|because of {v}|: {v}|that says {v}
+title ; title name label subject ; called {v}|named {v}|titled {v}|"{v}"|with the title "{v}"|with the name {v}|under the name {v}
+word ; name label tag keyword key word ; called {v}|named {v}|"{v}"|with the tag {v}|for {v}|tagged {v}
+noun ; item object thing product room part ; for the {v}|in the {v}|of the {v}|with the {v}|on the {v}|to the {v}|next to the {v}
+language ; language lang target_language ; in {v}|into {v}|to {v}|using {v}
+currency ; currency money target_currency ; in {v}|to {v}|into {v}|paid in {v}
+ticker ; symbol ticker stock code ; of {v}|for {v}|{v}|on {v}|about {v}
+""".strip().splitlines())}
+UNITS = """minutes hours days nights weeks seconds seats guests people pages steps degrees meters kilometers miles liters pieces
+points rooms copies tickets cups grams stars players rounds months years dollars euros coins bags boxes""".split()
+KINDS["counted"] = ("integer", _integer(1, 200))
+GETTERS = "get check fetch find lookup look_up show read query count list search".split()
+QUESTIONS = ["What is the {n} of {v}?", "What's the {n} for {v}?", "Show me the {n} of {v}.", "I need the {n} of {v}.", "Tell me the {n} for {v}.", "Do you know the {n} of {v}?",
+             "What {n} does {v} have?", "Give me the {n} of {v}.", "Can you get the {n} for {v}?", "{n} of {v}", "How is the {n} of {v}?", "Which {n} belongs to {v}?", "{v}: what is the {n}?",
+             "How many {n}s does {v} have?", "How many {n}s are in {v}?", "Is there a {n} for {v}?", "Look up the {n} of {v}.", "Find the {n} for {v}.", "What about the {n} of {v}?", "Please report the {n} of {v}."]
+LISTED = ["{k} {v}", "{k} {v}", "the {k} {v}", "{k} = {v}", "{k}={v}", "{k}: {v}", "{k} set to {v}", "{k} of {v}", "{k} as {v}", "{v} as {k}", "{v} as the {k}", "{v} for {k}",
+          "{k} being {v}", "a {k} of {v}", "{k} should be {v}", "{k} is {v}", "the {k} is {v}", "{k} to {v}", "{k} -> {v}", "{k} ({v})"]
+LISTED_HELD_OUT = ["{k} equal to {v}", "{v} for the {k}", "the {k} set to {v}"]
+
+
 def invented(rng: random.Random, held_out: bool = False) -> Call:
-    """A tool that nobody has seen: a verb and a noun, or nonsense, with up to four parameters named by nouns."""
+    """A tool that nobody has seen: a verb and a noun, or nonsense, with up to four parameters."""
     nonsense = rng.random() < 0.3
     verb = made_up(rng, 2) if nonsense else rng.choice(VERBS)
-    noun = made_up(rng, 2) if nonsense and rng.random() < 0.5 else rng.choice(NOUNS)
-    name = rng.choice([f"{verb}_{noun}", f"{verb}_{noun}", f"{verb}_{noun}", f"{noun}_{verb}", f"{verb}{noun.capitalize()}", f"{verb}-{noun}", f"{verb}_the_{noun}", f"{verb}_{noun}_{rng.choice(NOUNS)}", verb])
-    description = rng.choice([f"{verb.capitalize()} the {noun}", f"{verb.capitalize()} a {noun}", f"{verb.capitalize()}s the {noun} of the {rng.choice(NOUNS)}", f"A tool to {verb} the {noun}"])
-    kinds = rng.sample([kind for kind in KINDS if kind not in ("expression",)], rng.choices([0, 1, 2, 3, 4], [0.06, 0.37, 0.35, 0.17, 0.05])[0])
-    chosen = []
-    for kind in kinds:
-        key = kind if rng.random() < 0.35 else rng.choice(NOUNS + ["level", "count", "speed", "size", "width", "height", "name", "target", "id", "label", "reason", "duration", "note", "category", "priority", "distance", "depth", "amount"])
-        if rng.random() < 0.15:
-            key = rng.choice(ADJECTIVES) + "_" + key
-        if rng.random() < 0.1:
-            key = made_up(rng, 2)
-        chosen.append((key, kind))
-    chosen = list(dict(chosen).items())
-    values = [KINDS[kind][1](rng) for _, kind in chosen]
-    shown = [f'"{v}"' if isinstance(v, str) and rng.random() < 0.2 else str(v) for v in values]
-    spoken = [key.replace("_", " ") for key, _ in chosen]
-    schema = _schema(rng, name, description, chosen, [key for key, _ in chosen])
-    order = list(range(len(chosen)))
-    if rng.random() < 0.25:
-        rng.shuffle(order)
-    join = rng.choice(["{k} {v}", "{k} {v}", "the {k} {v}", "{k} = {v}", "{k}={v}", "{k}: {v}", "{k} set to {v}", "{k} of {v}"] if not held_out else ["{v} as {k}", "{k} being {v}"])
-    pieces = [join.format(k=spoken[place], v=shown[place]) for place in order]
-    if len(chosen) == 1 and rng.random() < 0.4:
-        listing = " " + rng.choice(["for {v}", "to {v}", "with {v}", "{v}", "at {v}", "in {v}", "on {v}", "called {v}"]).format(v=shown[0])
-    elif pieces:
-        listing = rng.choice([" with ", " with ", " using ", " for ", ", ", ": "]) + (", ".join(pieces) if rng.random() < 0.4 else ", ".join(pieces[:-1]) + (" and " if len(pieces) > 1 else "") + pieces[-1])
+    noun = made_up(rng, 2) if nonsense and rng.random() < 0.5 or rng.random() < 0.1 else rng.choice(NOUNS)
+    name = rng.choice([f"{verb}_{noun}"] * 4 + [f"{noun}_{verb}", f"{verb}{noun.capitalize()}", f"{verb}-{noun}", f"{verb}_the_{noun}", f"{verb}_{noun}s", f"{verb}_{noun}_{rng.choice(NOUNS)}", verb])
+    description = rng.choice([f"{verb.capitalize()} the {noun}", f"{verb.capitalize()} a {noun}", f"{verb.capitalize()}s the {noun} of the {rng.choice(NOUNS)}", f"A tool to {verb} the {noun}", f"{verb.capitalize()} some {noun}s"])
+    make = rng.choices([_asked, _natural, _listed], [0.15, 0.5, 0.35])[0]
+    chosen, text = make(rng, verb, noun, name, held_out)
+    if make is _asked:
+        getter = rng.choice(GETTERS)
+        name = rng.choice([f"{getter}_{noun}", f"{getter}_{noun}", f"{getter}{noun.capitalize()}", f"{getter}_{noun}s", f"{noun}_{getter}", noun, f"{noun}_info"])
+        description = rng.choice([f"{getter.replace('_', ' ').capitalize()} the {noun}", f"Get the {noun} of something", f"{noun.capitalize()} lookup"])
+    schema = _schema(rng, name, description, [(key, kind) for key, kind, _ in chosen], [key for key, _, _ in chosen])
+    return Call(schema, text, {key: value for key, _, value in chosen})
+
+
+def _key(rng, kind):
+    pick = rng.random()
+    if kind == "counted":
+        return rng.choice(UNITS)
+    if pick < 0.65 and kind in SPOKEN:
+        return rng.choice(SPOKEN[kind][0])
+    key = kind if pick < 0.75 else rng.choice(NOUNS + ["level", "count", "speed", "size", "width", "height", "name", "target", "id", "label", "reason", "duration", "note", "category", "distance", "depth"])
+    if rng.random() < 0.15:
+        key = rng.choice(ADJECTIVES) + "_" + key
+    return made_up(rng, 2) if rng.random() < 0.1 else key
+
+
+def _asked(rng, verb, noun, name, held_out):
+    """A question for a property of one thing."""
+    kind = rng.choice(["city", "person", "code", "ticker", "word", "large", "file", "title", "noun"])
+    value = KINDS[kind][1](rng)
+    question = rng.choice(QUESTIONS[-3:] if held_out else QUESTIONS[:-3]).format(n=noun, v=f"the {value}" if kind == "noun" else value)
+    return [(_key(rng, kind), kind, value)], question if rng.random() < 0.8 else question[0].lower() + question[1:].rstrip("?.")
+
+
+def _natural(rng, verb, noun, name, held_out):
+    """As people speak: the thing acted on first, then what prepositions say; the keys are hardly ever named."""
+    chosen, pieces = [], []
+    if rng.random() < 0.5:  # The object is a value too: "water the roses" for water_plants(plant).
+        kind = rng.choice(["noun", "noun", "word", "code", "title", "person", "phrase"])
+        value = KINDS[kind][1](rng)
+        key = rng.choice([noun, noun, f"{noun}_name", f"{noun}_id", "item", "object", "name", "target", "thing", noun + "s"])
+        chosen.append((key, kind, value))
+        action = verb + " " + rng.choice([f"the {value}", f"the {value}", f"{value}", f"{noun} {value}", f"the {noun} {value}", f'"{value}"', f"my {value}", f"a {value}"])
     else:
-        listing = ""
-    action = rng.choice([f"{verb} the {noun}", f"{verb} the {noun}", f"{verb} a {noun}", f"{verb} my {noun}", f"use {name}", f"call {name}", f"use the {name} tool", f"call the tool {name}", f"run {name}", f"please {verb} the {noun}"])
-    opener = rng.choice(["", "", "", "", rng.choice(OPENERS), "I want to ", "I would like to ", "Let us ", "We need to "])
-    text = opener + action + listing
+        action = verb + " " + rng.choice([f"the {noun}", f"a {noun}", f"my {noun}", f"{noun}s", f"some {noun}", f"the {noun}s", "something", noun])
+    for kind in rng.sample(list(SPOKEN), rng.choices([0, 1, 2, 3], [0.1, 0.45, 0.35, 0.1])[0]):
+        value, phrases = KINDS[kind][1](rng), SPOKEN[kind][1]
+        key = _key(rng, kind)
+        if key in [k for k, _, _ in chosen]:
+            continue
+        chosen.append((key, kind, value))
+        pieces.append((phrases[-1] if held_out and len(phrases) > 4 else rng.choice(phrases[:-1])).format(v=value, k=key.replace("_", " ")))
+    order = list(range(len(pieces)))
+    if rng.random() < 0.4:
+        rng.shuffle(order)
+    text = " ".join([action] + [pieces[place] for place in order]).replace(" : ", ": ")
+    if rng.random() < 0.3:  # The schema's order is not the order of speech.
+        rng.shuffle(chosen)
+    return chosen, _opened(rng, text)
+
+
+def _listed(rng, verb, noun, name, held_out):
+    """Keys and values spelled out."""
+    kinds = rng.sample([kind for kind in KINDS if kind != "expression"], rng.choices([0, 1, 2, 3, 4], [0.05, 0.33, 0.37, 0.2, 0.05])[0])
+    values = {_key(rng, kind): (kind, KINDS[kind][1](rng)) for kind in kinds}
+    chosen = [(key, kind, value) for key, (kind, value) in values.items()]
+    join = rng.choice(LISTED_HELD_OUT if held_out else LISTED)
+    pieces = [join.format(k=key.replace("_", " ") if rng.random() < 0.9 else key, v=f'"{value}"' if isinstance(value, str) and rng.random() < 0.2 else value) for key, _, value in chosen]
+    if rng.random() < 0.25:
+        rng.shuffle(pieces)
+    listing = ""
+    if pieces:
+        last = rng.choice([" and ", " and ", ", ", " and with "]) if len(pieces) > 1 else ""
+        listing = rng.choice([" with ", " with ", " using ", " for ", ", ", ": ", " where "]) + ", ".join(pieces[:-1]) + last + pieces[-1]
+    action = rng.choice([f"{verb} the {noun}", f"{verb} the {noun}", f"{verb} a {noun}", f"use {name}", f"call {name}", f"use the {name} tool", f"call the tool {name}", f"run {name}", f"invoke {name}", f"use {name} to {verb} it"])
+    return chosen, _opened(rng, action + listing)
+
+
+def _opened(rng, text):
+    opener = rng.choice(["", "", "", "", rng.choice(OPENERS), "I want to ", "I would like to ", "Let us ", "We need to ", "I have to ", "You should ", "please "])
+    text = opener + text
     text = text[0].upper() + text[1:] if rng.random() < 0.8 else text
-    closer = "?" if "ould you" in opener or "an you" in opener else rng.choice([".", ".", "", "!"])
-    return Call(schema, text + closer, {key: value for (key, _), value in zip(chosen, values)})
+    return text + ("?" if "ould you" in opener or "an you" in opener else rng.choice([".", ".", "", "!", " please.", " now."]))
+
+
+# Sentences around a request that say nothing the call needs.
+BEFORE = ["I need your help.", "I am planning a trip.", "I have a question.", "It is getting late.", "My boss asked me.", "{p} told me to ask you.", "I am with {p}.", "Good morning!", "Hello.", "Hi there,", "Let us begin.",
+          "We are at home.", "I am busy today.", "Sorry to bother you.", "This is urgent.", "OK, next one.", "I am {p}.", "Listen:", "One more thing:", "Now to something else.", "I like {n}s.", "Thanks for that."]
+AFTER = ["It is for {p}.", "I need it soon.", "My friend {p} wants to know.", "Thank you so much!", "Thanks in advance.", "It is important.", "I am in a hurry.", "Then we are done.", "That would be great.", "Cheers, {p}", "You have the tools for it.", "Use your tools."]
+
+
+def _surrounded(rng, call):
+    pick = rng.random()
+    text = call.request
+    if pick < 0.1:
+        text = rng.choice(BEFORE).format(p=person(rng), n=rng.choice(NOUNS)) + " " + text
+    elif pick < 0.17:
+        text = text + ("" if text[-1] in ".?!" else ".") + " " + rng.choice(AFTER).format(p=person(rng), n=rng.choice(NOUNS))
+    call.request = text
+    return call
 
 
 def any_call(rng: random.Random, held_out: bool = False) -> Call:
-    return familiar(rng, held_out) if rng.random() < 0.5 else invented(rng, held_out)
+    return _surrounded(rng, familiar(rng, held_out) if rng.random() < 0.45 else invented(rng, held_out))

@@ -42,7 +42,13 @@ def sorting_numbers(rng: random.Random) -> tuple[str, str, str]:
     text = rng.choice([f"Sort these numbers{order}: {{l}}", f"Sort {{l}}{order}.", f"Sort the numbers {{l}}{order}.",
                        f"Order these numbers{order}: {{l}}.", f"Put these numbers in order{order.replace(' in', ',')}: {{l}}"])
     ordered = sorted(numbers, reverse=down)
-    return request(rng, text).format(l=listing), "Largest first." if down else "Smallest first.", ", ".join(map(str, ordered)) + "."
+    return request(rng, text).format(l=listing), _by_digits(numbers), ", ".join(map(str, ordered)) + "."
+
+
+def _by_digits(numbers: list[int]) -> str:
+    """The smallest first, those with fewer digits before those with more."""
+    groups = [[number for number in sorted(numbers) if len(str(number)) == digits] for digits in range(1, 5)]
+    return " ".join(f"With {len(str(group[0]))} digits {' '.join(map(str, group))}." for group in groups if group)
 
 
 def sorting_words(rng: random.Random) -> tuple[str, str, str]:
@@ -51,9 +57,9 @@ def sorting_words(rng: random.Random) -> tuple[str, str, str]:
     if rng.random() < 0.25:
         listing = ", ".join(words[:-1]) + " and " + words[-1]
     text = rng.choice(["Sort these words: {l}", "Sort these words alphabetically: {l}", "Sort {l} alphabetically.", "Put these words in alphabetical order: {l}.",
-                       "Order the words {l} from A to Z.", "Sort the words {l}.", "Alphabetize: {l}", "Arrange these words in alphabetical order: {l}"])
+                       "Order the words {l} from A to Z.", "Sort the words {l}.", "Alphabetize: {l}", "Sort: {l}", "sort {l}", "Sort this list: {l}", "Sort this list of words: {l}", "Arrange these words in alphabetical order: {l}"])
     ordered = sorted(words)
-    return request(rng, text).format(l=listing), f"By first letters: {' '.join(word[:2] for word in ordered)}.", ", ".join(ordered) + "."
+    return request(rng, text).format(l=listing), ", ".join(f"{word[0]} {word[1]} {word}" for word in words) + ".", ", ".join(ordered) + "."
 
 
 def reversing(rng: random.Random) -> tuple[str, str, str]:
@@ -62,14 +68,14 @@ def reversing(rng: random.Random) -> tuple[str, str, str]:
         listing = rng.choice([" ", ", "]).join(words)
         text = rng.choice(["Reverse the order of these words: {l}", "Say these words in reverse order: {l}", "List these words backwards: {l}.", "Reverse this list: {l}"])
         return request(rng, text).format(l=listing), "From last to first.", ", ".join(reversed(words)) + "."
-    word = rng.choice(NOUNS) if rng.random() < 0.7 else made_up(rng, 2)[:8]
+    word = any_word(rng)[:9] if rng.random() < 0.7 else made_up(rng, 2)[:8]
     text = rng.choice(["Reverse the word {w}.", "Reverse the word '{w}'.", 'Reverse "{w}".', "Spell {w} backwards.", "What is {w} spelled backwards?",
                        "Write {w} backwards.", "Reverse the letters of {w}.", "reverse {w}", "Say '{w}' in reverse.", "What is '{w}' in reverse?"])
     return request(rng, text).format(w=word), f"{' '.join(word)}. Backwards {' '.join(word[::-1])}.", f"{word} reversed is {word[::-1]}."
 
 
 def spelling(rng: random.Random) -> tuple[str, str, str]:
-    word = rng.choice(NOUNS) if rng.random() < 0.75 else made_up(rng, 2)[:9]
+    word = any_word(rng)[:10] if rng.random() < 0.75 else made_up(rng, 2)[:9]
     if rng.random() < 0.5:
         text = rng.choice(["Spell {w}.", "Spell the word {w}.", 'How do you spell "{w}"?', "Spell out {w}."])
         return request(rng, text).format(w=word), f"The letters of {word}.", "-".join(word) + "."
@@ -79,7 +85,7 @@ def spelling(rng: random.Random) -> tuple[str, str, str]:
 
 
 def repeating(rng: random.Random) -> tuple[str, str, str]:
-    phrase = " ".join(any_word(rng) for _ in range(rng.randint(1, 6)))
+    phrase = "hello world" if rng.random() < 0.05 else " ".join(any_word(rng) for _ in range(rng.randint(1, 6)))
     if rng.random() < 0.3:
         phrase = phrase.capitalize()
     if rng.random() < 0.1:

@@ -34,6 +34,13 @@ query lookup submit approve notify sort tag merge split build plan make add remo
 ADJECTIVES = """small big old new quiet bright dark cold warm soft round tall brave kind quick slow clever sleepy happy
 gentle curious patient careful honest lucky proud shy strong tiny""".split()
 
+COMMON = """the a is of to and in it you that he was for on are with as his they at be this have from or one had by word but
+not what all were we when your can said there use an each which she do how their if will up other about out many then them these
+so some her would make like him into time has look two more go see no way could people my than first been call who its now find
+long down day did get come made may part hello world yes okay good morning night milk bread meeting lunch dinner late early home
+work happy birthday thanks love sorry please tomorrow today soon later running weather traffic money party movie music doctor
+dentist mother father sister brother banana cat dog quick lazy jumps over foo bar baz test data user order invoice report""".split()
+
 _ONSETS = "b c d f g h j k l m n p r s t v w z br ch cl cr dr fl gr pl pr sh sk sl sn st th tr qu x y kr bl".split()
 _VOWELS = "a e i o u a e i o ai ea oo ou ie y".split()
 _CODAS = ["", "", "", "n", "r", "l", "s", "t", "m", "x", "ck", "nd", "rt", "st", "sh", "th", "p", "b", "g", "z", "ng"]
@@ -49,21 +56,21 @@ def made_up(rng: random.Random, syllables_max: int = 3) -> str:
 
 def any_word(rng: random.Random) -> str:
     pick = rng.random()
-    if pick < 0.5:
+    if pick < 0.4:
         return rng.choice(NOUNS)
-    if pick < 0.6:
+    if pick < 0.5:
         return rng.choice(ANIMALS + COLORS)
-    if pick < 0.7:
+    if pick < 0.62:
         return rng.choice(ADJECTIVES + VERBS)
-    return made_up(rng)
+    return rng.choice(COMMON) if pick < 0.74 else made_up(rng)
 
 
 def person(rng: random.Random) -> str:
-    return rng.choice(NAMES) if rng.random() < 0.6 else made_up(rng, 2).capitalize()
+    return rng.choice(NAMES) if rng.random() < 0.5 else made_up(rng, 2).capitalize()
 
 
 def city(rng: random.Random) -> str:
-    return rng.choice(CITIES) if rng.random() < 0.5 else made_up(rng, 3).capitalize()
+    return rng.choice(CITIES) if rng.random() < 0.45 else made_up(rng, 3).capitalize()
 
 
 OPENERS = ["Please ", "Can you ", "Could you ", "Could you please ", "Would you ", "I want you to ", "I need you to ",
