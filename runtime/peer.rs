@@ -371,7 +371,7 @@ mod tests {
         let stale = welcome(&peer, "a", &hello(4, 9, 0));
         assert!(matches!(stale.err(), Some(HandshakeError::StaleBoot(_))));
         let us = name("a");
-        let (second, replaced) = peer
+        let welcomed = peer
             .welcome(&us, &hello(6, 1, 0), addr(), &Limits::default())
             .unwrap();
         let (lost, reason) = welcomed.replaced.unwrap();

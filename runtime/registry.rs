@@ -8,10 +8,12 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 
+use actix::prelude::SendError;
 use actix::{MailboxError, Recipient};
 use bytes::BytesMut;
+use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -43,27 +45,23 @@ impl Registry {
 
     /// A later registration under the same names replaces the earlier one.
     pub(crate) fn add<M: RemoteMessage>(&self, actor: &str, recipient: Recipient<M>) {
-        let mailbox = Arc::new(Semaphore::new(self.limits.mailbox_max));
+        let mailbox = Mailbox::new(recipient, &self.limits);
         let frame_bytes_max = self.limits.frame_bytes_max;
-        insert(
-            &self.messages,
-            actor,
-            M::NAME,
-            Arc::new(Typed {
-                recipient,
-                mailbox,
-                frame_bytes_max,
-            }),
-        );
+        let handler = Arc::new(Typed {
+            mailbox,
+            frame_bytes_max,
+        });
+        insert(&self.messages, actor, M::NAME, handler);
     }
 
     pub(crate) fn add_stream<M: StreamMessage>(&self, actor: &str, recipient: Recipient<Open<M>>) {
+        let mailbox = Mailbox::new(recipient, &self.limits);
         let limits = self.limits.clone();
         insert(
             &self.streams,
             actor,
             M::NAME,
-            Arc::new(TypedStream { recipient, limits }),
+            Arc::new(TypedStream { mailbox, limits }),
         );
     }
 
@@ -158,19 +156,35 @@ pub(crate) trait MessageHandler: Any + Send + Sync {
     ) -> Result<Option<BoxFuture<'static, ()>>, Failure>;
 }
 
-/// The handler of one message of one actor.
-pub(crate) struct Typed<M: RemoteMessage> {
+/// One kind of message of one actor, and how many of it wait there.
+struct Mailbox<M>
+where
+    M: actix::Message + Send,
+    M::Result: Send,
+{
     recipient: Recipient<M>,
-    mailbox: Arc<Semaphore>,
-    frame_bytes_max: usize,
+    places: Arc<Semaphore>,
 }
 
-impl<M: RemoteMessage> Typed<M> {
-    /// Puts the message into the mailbox at once; the future is its reply.
-    pub(crate) fn send(&self, message: M) -> Result<Asked<M>, Failure> {
-        let permit = self.permit()?;
+impl<M> Mailbox<M>
+where
+    M: actix::Message + Send + 'static,
+    M::Result: Send,
+{
+    fn new(recipient: Recipient<M>, limits: &Limits) -> Self {
+        Self {
+            recipient,
+            places: Arc::new(Semaphore::new(limits.mailbox_max)),
+        }
+    }
+
+    /// Puts the message into the mailbox at once, or hands it back; the future is its reply.
+    fn send(&self, message: M) -> Result<Asked<M>, (M, Failure)> {
+        let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
+            return Err((message, Failure::Overloaded));
+        };
         if !self.recipient.connected() {
-            return Err(Failure::Closed);
+            return Err((message, Failure::Closed));
         }
         let mut request = Box::pin(self.recipient.send(message));
         // A full mailbox takes the message only when the request is polled: poll it now, or a
@@ -181,24 +195,35 @@ impl<M: RemoteMessage> Typed<M> {
         Ok(Asked {
             request,
             early: Some(early),
-            _permit: permit,
+            _place: place,
         })
     }
 
-    /// Puts the message into the mailbox, or hands it back when that is full or closed.
-    pub(crate) fn try_tell(&self, message: M) -> Result<(), (M, Failure)> {
-        self.recipient
-            .try_send(message)
-            .map_err(|error| match error {
-                actix::prelude::SendError::Full(message) => (message, Failure::Overloaded),
-                actix::prelude::SendError::Closed(message) => (message, Failure::Closed),
-            })
+    /// The same for a message without reply: mostly nothing is left to be awaited. actix's own
+    /// bound is small, so our places come on top of it.
+    fn tell(&self, message: M) -> Result<Option<Asked<M>>, (M, Failure)> {
+        match self.recipient.try_send(message) {
+            Ok(()) => Ok(None),
+            Err(SendError::Full(message)) => self.send(message).map(Some),
+            Err(SendError::Closed(message)) => Err((message, Failure::Closed)),
+        }
+    }
+}
+
+/// The handler of one message of one actor.
+pub(crate) struct Typed<M: RemoteMessage> {
+    mailbox: Mailbox<M>,
+    frame_bytes_max: usize,
+}
+
+impl<M: RemoteMessage> Typed<M> {
+    pub(crate) fn send(&self, message: M) -> Result<Asked<M>, Failure> {
+        self.mailbox.send(message).map_err(|(_, failure)| failure)
     }
 
-    fn permit(&self) -> Result<OwnedSemaphorePermit, Failure> {
-        Arc::clone(&self.mailbox)
-            .try_acquire_owned()
-            .map_err(|_| Failure::Overloaded)
+    /// The future, if there is one, must be driven to its end.
+    pub(crate) fn tell_local(&self, message: M) -> Result<Option<Asked<M>>, (M, Failure)> {
+        self.mailbox.tell(message)
     }
 
     fn read(&self, call: &Call<'_>, arrival: &Arrival) -> Result<M, Failure> {
@@ -236,17 +261,8 @@ impl<M: RemoteMessage> MessageHandler for Typed<M> {
         arrival: &Arrival,
     ) -> Result<Option<BoxFuture<'static, ()>>, Failure> {
         let message = self.read(call, arrival)?;
-        // The common way costs no task. actix's own bound is small, so ours comes on top of it.
-        match self.try_tell(message) {
-            Ok(()) => Ok(None),
-            Err((message, Failure::Overloaded)) => {
-                let asked = self.send(message)?;
-                Ok(Some(Box::pin(async move {
-                    let _ = asked.await;
-                })))
-            }
-            Err((_, failure)) => Err(failure),
-        }
+        let told = self.mailbox.tell(message).map_err(|(_, failure)| failure)?;
+        Ok(told.map(|asked| asked.map(drop).boxed()))
     }
 }
 
@@ -262,16 +278,29 @@ fn reply_frame<M: RemoteMessage>(id: u64, reply: &M::Reply, frame_bytes_max: usi
 }
 
 /// A message in a mailbox, until its reply. Dropping it withdraws a message that was not begun.
-pub(crate) struct Asked<M: RemoteMessage> {
+pub(crate) struct Asked<M>
+where
+    M: actix::Message + Send,
+    M::Result: Send,
+{
     request: Pin<Box<actix::dev::RecipientRequest<M>>>,
-    early: Option<Poll<Result<M::Reply, MailboxError>>>,
-    _permit: OwnedSemaphorePermit,
+    early: Option<Poll<Result<M::Result, MailboxError>>>,
+    _place: OwnedSemaphorePermit,
 }
 
-impl<M: RemoteMessage> Unpin for Asked<M> {}
+impl<M> Unpin for Asked<M>
+where
+    M: actix::Message + Send,
+    M::Result: Send,
+{
+}
 
-impl<M: RemoteMessage> Future for Asked<M> {
-    type Output = Result<M::Reply, Failure>;
+impl<M> Future for Asked<M>
+where
+    M: actix::Message + Send,
+    M::Result: Send,
+{
+    type Output = Result<M::Result, Failure>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let polled = match self.early.take() {
@@ -303,20 +332,47 @@ pub(crate) enum Fill {
 
 /// The handler of one subscription of one actor.
 pub(crate) struct TypedStream<M: StreamMessage> {
-    recipient: Recipient<Open<M>>,
+    mailbox: Mailbox<Open<M>>,
     limits: Limits,
 }
 
 impl<M: StreamMessage> TypedStream<M> {
-    pub(crate) fn open_local(&self, message: M) -> Result<ItemReceiver<M::Item>, Failure> {
+    pub(crate) fn open_local(&self, message: M) -> Result<Opened<M::Item>, Failure> {
         let (items, queue) = ItemSender::channel(self.limits.items_queued_max);
-        self.recipient
-            .try_send(Open { message, items })
-            .map_err(|error| match error {
-                actix::prelude::SendError::Full(_) => Failure::Overloaded,
-                actix::prelude::SendError::Closed(_) => Failure::Closed,
-            })?;
-        Ok(queue)
+        let opening = self
+            .mailbox
+            .send(Open { message, items })
+            .map_err(|(_, failure)| failure)?;
+        Ok(Opened {
+            queue,
+            opening: Some(opening.boxed()),
+            broken: false,
+        })
+    }
+}
+
+/// A subscription whose message is in a mailbox. Dropping it withdraws that, if it was not begun.
+pub(crate) struct Opened<T> {
+    queue: ItemReceiver<T>,
+    opening: Option<BoxFuture<'static, Result<(), Failure>>>,
+    broken: bool,
+}
+
+impl<T> Opened<T> {
+    pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Produced<T>> {
+        // The message keeps its place in the mailbox until it was handled.
+        if let Some(opening) = &mut self.opening
+            && let Poll::Ready(opened) = opening.as_mut().poll(cx)
+        {
+            self.opening = None;
+            self.broken = opened.is_err();
+        }
+        match ready!(self.queue.poll_next(cx)) {
+            // An actor that stopped before its turn has produced nothing, not an empty sequence.
+            Produced::End if self.opening.is_some() => Poll::Pending,
+            Produced::End if self.broken => Poll::Ready(Produced::Panicked),
+            produced => Poll::Ready(produced),
+        }
     }
 }
 
@@ -339,7 +395,7 @@ impl<M: StreamMessage> StreamHandler for TypedStream<M> {
 }
 
 struct Encoded<T> {
-    queue: ItemReceiver<T>,
+    queue: Opened<T>,
     name: &'static str,
     bytes_max: usize,
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
+use futures::FutureExt;
 
 use crate::codec::{self, EncodeError};
 use crate::failure::{AskError, Failure, Lost, LostReason, TellError};
@@ -116,17 +117,23 @@ impl<M: RemoteMessage> Remote<M> {
         if let Err(reason) = target.check_open() {
             return Err(TellError { message, reason });
         }
-        match target.shared.registry.local::<M>(&target.path.actor) {
-            Ok(handler) => {
-                message.arrived(&target.local_arrival(None));
-                handler
-                    .try_tell(message)
-                    .map_err(|(message, failure)| TellError {
-                        message,
-                        reason: self.failed(failure),
-                    })
+        let handler = match target.shared.registry.local::<M>(&target.path.actor) {
+            Ok(handler) => handler,
+            Err(failure) => {
+                return Err(TellError {
+                    message,
+                    reason: self.failed(failure),
+                });
             }
-            Err(failure) => Err(TellError {
+        };
+        message.arrived(&target.local_arrival(None));
+        match handler.tell_local(message) {
+            Ok(None) => Ok(()),
+            Ok(Some(waiting)) => {
+                target.shared.finish(waiting.map(drop));
+                Ok(())
+            }
+            Err((message, failure)) => Err(TellError {
                 message,
                 reason: self.failed(failure),
             }),

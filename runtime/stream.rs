@@ -15,9 +15,10 @@ use crate::codec;
 use crate::failure::{AskError, Failure, Lost, LostReason};
 use crate::frame::{CallKind, Frame, FrameError, FrameReader};
 use crate::link::Link;
-use crate::message::{ItemReceiver, Produced, StreamMessage};
+use crate::message::{Produced, StreamMessage};
 use crate::name::ActorPath;
 use crate::peer::Peer;
+use crate::registry::Opened;
 use crate::remote::{Target, call_frame};
 use crate::system::Shared;
 
@@ -144,7 +145,7 @@ pub struct Subscription<T> {
 }
 
 enum Source<T> {
-    Here(ItemReceiver<T>),
+    Here(Opened<T>),
     There {
         frames: FrameReader,
         link: Arc<Link>,
@@ -171,7 +172,7 @@ impl<T: DeserializeOwned> Stream for Subscription<T> {
 }
 
 fn poll_here<T>(
-    queue: &mut ItemReceiver<T>,
+    queue: &mut Opened<T>,
     cx: &mut Context<'_>,
 ) -> Poll<Option<Result<T, StreamLost>>> {
     queue.poll_next(cx).map(|produced| match produced {
@@ -222,8 +223,8 @@ pub enum StreamLost {
     /// The link ended.
     #[error(transparent)]
     Link(#[from] Lost),
-    /// The producing actor panicked.
-    #[error("the producer panicked")]
+    /// The producing actor panicked, or stopped before it had begun.
+    #[error("the producer stopped or panicked")]
     Abandoned,
     /// The producer's item was too long for a frame or could not be encoded: its fault.
     #[error("the producer's item cannot be sent: it is too long or unencodable")]

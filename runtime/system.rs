@@ -281,6 +281,11 @@ impl Shared {
         }
     }
 
+    /// Drives what waits for a local actor to its end; a shutdown waits for it.
+    pub(crate) fn finish(&self, waiting: impl Future<Output = ()> + Send + 'static) {
+        self.answers.spawn_on(waiting, &self.runtime);
+    }
+
     fn links(&self) -> Vec<Arc<Link>> {
         lock(&self.peers)
             .values()

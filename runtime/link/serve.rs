@@ -63,6 +63,8 @@ impl Link {
         shared: &Arc<Shared>,
         call: &Call<'_>,
     ) -> Result<(), FrameError> {
+        // Counted before the actor can see the message: a shutdown that begins now waits for it.
+        let counted = shared.answers.token();
         let answer = match self.take_ask(shared, call) {
             Ok(answer) => answer,
             Err(failure) => {
@@ -78,8 +80,9 @@ impl Link {
             let frame = answered.unwrap_or_else(|_| frame::failed(id, Failure::DeadlinePassed));
             link.stop_running(id);
             link.owe(&frame);
+            drop(counted);
         };
-        let fresh = self.start_running(id, || shared.answers.spawn(answering).abort_handle());
+        let fresh = self.start_running(id, || tokio::spawn(answering).abort_handle());
         if fresh {
             Ok(())
         } else {
@@ -114,9 +117,7 @@ impl Link {
             .and_then(|handler| handler.tell(call, &self.arrival(Duration::ZERO)));
         match told {
             Ok(None) => {}
-            Ok(Some(waiting)) => {
-                shared.answers.spawn(waiting);
-            }
+            Ok(Some(waiting)) => shared.finish(waiting),
             // At most once: nobody is told, but the operator can see it.
             Err(failure) => {
                 tracing::warn!(
