@@ -37,8 +37,9 @@ impl Started {
     }
 }
 
-/// Binds the socket and starts the thread.
-pub(crate) fn start(config: &SystemConfig) -> Result<Started, StartError> {
+/// Binds the socket and starts the thread. The thread makes its own runtime, which must not be
+/// dropped on any other.
+pub(crate) async fn start(config: &SystemConfig) -> Result<Started, StartError> {
     let bind = |source| StartError::Bind {
         addr: config.listen,
         source,
@@ -46,33 +47,53 @@ pub(crate) fn start(config: &SystemConfig) -> Result<Started, StartError> {
     let socket = UdpSocket::bind(config.listen).map_err(bind)?;
     let addr = socket.local_addr().map_err(bind)?;
     widen(&socket);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(StartError::Thread)?;
-    let endpoint = {
-        let _entered = runtime.enter();
-        make_endpoint(config, socket)?
-    };
+    let parts = EndpointParts::new(config)?;
     let (main, shared) = std::sync::mpsc::channel::<Arc<Shared>>();
-    let handle = runtime.handle().clone();
-    let accepting = endpoint.clone();
+    let (ready, started) = tokio::sync::oneshot::channel();
+    let thread = move || {
+        let made = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .and_then(|runtime| {
+                let endpoint = runtime.block_on(async { parts.endpoint(socket) })?;
+                Ok((runtime, endpoint))
+            });
+        let (runtime, endpoint) = match made {
+            Ok(made) => made,
+            Err(error) => return drop(ready.send(Err(error))),
+        };
+        let _ = ready.send(Ok((endpoint.clone(), runtime.handle().clone())));
+        if let Ok(shared) = shared.recv() {
+            let _ended = Ended(Arc::clone(&shared));
+            runtime.block_on(serve(shared, endpoint));
+            drop(runtime);
+        }
+    };
     std::thread::Builder::new()
         .name("links".into())
-        .spawn(move || {
-            if let Ok(shared) = shared.recv() {
-                runtime.block_on(serve(Arc::clone(&shared), accepting));
-                drop(runtime);
-                shared.stopped.send_replace(true);
-            }
-        })
+        .spawn(thread)
+        .map_err(StartError::Thread)?;
+    let ended = |_| Err(std::io::Error::other("the thread ended"));
+    let (endpoint, runtime) = started
+        .await
+        .unwrap_or_else(ended)
         .map_err(StartError::Thread)?;
     Ok(Started {
         addr,
         endpoint,
-        runtime: handle,
+        runtime,
         main,
     })
+}
+
+/// Whatever ends the thread, a panic too, nobody goes on waiting for it.
+struct Ended(Arc<Shared>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.close();
+        self.0.stopped.send_replace(true);
+    }
 }
 
 /// Accepts connections until the system is closed, then lets the goodbyes out.
@@ -109,8 +130,10 @@ async fn spin(shared: Arc<Shared>) {
 
 /// Makes one link by dialling, and gives up after the connect timeout.
 pub(crate) async fn dial(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Link>, addr: SocketAddr) {
+    let joining = Joining::new(&shared, &link);
     let timeout = shared.limits.connect_timeout;
     let dialed = tokio::time::timeout(timeout, try_dial(&shared, &peer, &link, addr)).await;
+    joining.done();
     let Err(error) = dialed.unwrap_or(Err(HandshakeError::NoAnswer(addr))) else {
         return;
     };
@@ -240,20 +263,17 @@ async fn join(shared: &Arc<Shared>, connection: &Connection) -> Result<(), Hands
     let peer = shared.peer(&hello.from);
     let welcomed = peer.welcome(&shared.process, &hello, addr, &shared.limits)?;
     let link = welcomed.link;
+    let joining = Joining::new(shared, &link);
     if let Some((old, reason)) = welcomed.replaced {
         old.lose(reason);
     }
     let answer = our_hello(shared, &hello.from, 0, hello.link);
     frames.allow(shared.limits.frame_bytes_max);
     if sending.write_all(&answer.frame()).await.is_err() {
-        let reason = connection
-            .close_reason()
-            .as_ref()
-            .map(LostReason::of_connection);
-        shared.link_ended(&link, reason.unwrap_or(LostReason::Closed));
         return Err(HandshakeError::Malformed("the stream ended early".into()));
     }
     link.run(shared, connection.clone(), sending, frames);
+    joining.done();
     Ok(())
 }
 
@@ -291,6 +311,33 @@ fn check_key(
     }
 }
 
+/// A link that others wait for already: should the task that sets it up end early, by a time-out or
+/// with the runtime, they must learn of it.
+struct Joining(Option<(Arc<Shared>, Arc<Link>)>);
+
+impl Joining {
+    fn new(shared: &Arc<Shared>, link: &Arc<Link>) -> Self {
+        Self(Some((Arc::clone(shared), Arc::clone(link))))
+    }
+
+    fn done(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Joining {
+    fn drop(&mut self) {
+        if let Some((shared, link)) = self.0.take() {
+            let reason = if shared.is_closing() {
+                LostReason::ShutDown
+            } else {
+                LostReason::Closed
+            };
+            shared.link_ended(&link, reason);
+        }
+    }
+}
+
 /// A connection whose handshake fails half-way must not linger until the idle timeout.
 struct CloseOnDrop(Option<Connection>);
 
@@ -308,41 +355,54 @@ impl Drop for CloseOnDrop {
     }
 }
 
-fn make_endpoint(config: &SystemConfig, socket: UdpSocket) -> Result<Endpoint, StartError> {
-    let bind = |source| StartError::Bind {
-        addr: config.listen,
-        source,
-    };
-    let transport = Arc::new(transport(&config.limits));
+/// All that an endpoint needs but its socket.
+struct EndpointParts {
+    endpoint: EndpointConfig,
+    server: quinn::ServerConfig,
+    client: quinn::ClientConfig,
+}
 
-    let tls = config.identity.server_config(&config.trust, ALPN)?;
-    let tls = QuicServerConfig::try_from(tls).expect("ring has TLS 1.3 with AES-128-GCM");
-    let mut server = quinn::ServerConfig::with_crypto(Arc::new(tls));
-    server
-        .transport_config(Arc::clone(&transport))
-        .migration(false)
-        .max_incoming(INCOMING_MAX);
+impl EndpointParts {
+    fn new(config: &SystemConfig) -> Result<Self, StartError> {
+        let transport = Arc::new(transport(&config.limits));
 
-    let tls = config.identity.client_config(&config.trust, ALPN)?;
-    let tls = QuicClientConfig::try_from(tls).expect("ring has TLS 1.3 with AES-128-GCM");
-    let mut client = quinn::ClientConfig::new(Arc::new(tls));
-    client.transport_config(transport);
+        let tls = config.identity.server_config(&config.trust, ALPN)?;
+        let tls = QuicServerConfig::try_from(tls).expect("ring has TLS 1.3 with AES-128-GCM");
+        let mut server = quinn::ServerConfig::with_crypto(Arc::new(tls));
+        server
+            .transport_config(Arc::clone(&transport))
+            .migration(false)
+            .max_incoming(INCOMING_MAX);
 
-    // Both are the same at every start of this process: so its next incarnation recognises packets
-    // for its last one, and tells the sender that the link is gone.
-    let reset = config.identity.derive(&format!("reset {}", config.process));
-    let ids = config
-        .identity
-        .derive(&format!("connection ids {}", config.process));
-    let ids = u64::from_le_bytes(*ids.first_chunk().expect("32 bytes have a first 8"));
-    let reset = hmac::Key::new(hmac::HMAC_SHA256, &reset);
-    let mut endpoint = EndpointConfig::new(Arc::new(reset));
-    endpoint.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids)));
+        let tls = config.identity.client_config(&config.trust, ALPN)?;
+        let tls = QuicClientConfig::try_from(tls).expect("ring has TLS 1.3 with AES-128-GCM");
+        let mut client = quinn::ClientConfig::new(Arc::new(tls));
+        client.transport_config(transport);
 
-    let runtime = Arc::new(quinn::TokioRuntime);
-    let mut endpoint = Endpoint::new(endpoint, Some(server), socket, runtime).map_err(bind)?;
-    endpoint.set_default_client_config(client);
-    Ok(endpoint)
+        // Both are the same at every start of this process: so its next incarnation recognises
+        // packets for its last one, and tells the sender that the link is gone.
+        let reset = config.identity.derive(&format!("reset {}", config.process));
+        let ids = config
+            .identity
+            .derive(&format!("connection ids {}", config.process));
+        let ids = u64::from_le_bytes(*ids.first_chunk().expect("32 bytes have a first 8"));
+        let reset = hmac::Key::new(hmac::HMAC_SHA256, &reset);
+        let mut endpoint = EndpointConfig::new(Arc::new(reset));
+        endpoint.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids)));
+        Ok(Self {
+            endpoint,
+            server,
+            client,
+        })
+    }
+
+    /// Must be called on the runtime that is to drive it.
+    fn endpoint(self, socket: UdpSocket) -> std::io::Result<Endpoint> {
+        let runtime = Arc::new(quinn::TokioRuntime);
+        let mut endpoint = Endpoint::new(self.endpoint, Some(self.server), socket, runtime)?;
+        endpoint.set_default_client_config(self.client);
+        Ok(endpoint)
+    }
 }
 
 fn transport(limits: &Limits) -> TransportConfig {

@@ -319,9 +319,9 @@ fn take_short<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], FrameError> {
 
 /// Names are short by construction; a longer text is cut, and then names nobody.
 pub(crate) fn put_text(out: &mut BytesMut, text: &str) {
-    let length = u16::try_from(text.len()).unwrap_or(u16::MAX);
-    out.put_u16_le(length);
-    out.put_slice(&text.as_bytes()[..usize::from(length)]);
+    let text = &text[..text.floor_char_boundary(TEXT_BYTES_MAX)];
+    out.put_u16_le(text.len() as u16);
+    out.put_slice(text.as_bytes());
 }
 
 const ASK: u8 = 1;
@@ -334,6 +334,9 @@ const OPENED: u8 = 7;
 const ITEM: u8 = 8;
 const END: u8 = 9;
 const ABANDONED: u8 = 10;
+
+/// What a length of 16 bits allows.
+const TEXT_BYTES_MAX: usize = u16::MAX as usize;
 
 const LENGTH_BYTES: usize = 4;
 

@@ -36,6 +36,8 @@ pub(crate) struct Link {
     id_next: AtomicU64,
     /// Asks of theirs that an actor of ours has not answered yet.
     running: Mutex<HashMap<u64, AbortHandle>>,
+    /// Tells of theirs that reached no mailbox.
+    dropped: AtomicU64,
 }
 
 /// What came back for an ask: the reply's bytes or why there are none.
@@ -58,6 +60,7 @@ impl Link {
             pending_max: limits.asks_in_flight_max,
             id_next: AtomicU64::new(1),
             running: Mutex::new(HashMap::new()),
+            dropped: AtomicU64::new(0),
         })
     }
 

@@ -61,7 +61,7 @@ impl System {
     /// [`StartError`], before anything is sent.
     pub async fn start(config: SystemConfig) -> Result<Self, StartError> {
         config.check()?;
-        let started = endpoint::start(&config)?;
+        let started = endpoint::start(&config).await?;
         let (stopped, _) = watch::channel(false);
         let shared = Arc::new(Shared {
             process: config.process,
@@ -293,7 +293,8 @@ impl Shared {
             .collect()
     }
 
-    fn close(&self) {
+    /// Closes every link and the socket, now. May be called again.
+    pub(crate) fn close(&self) {
         self.closing.store(true, Ordering::Release);
         for link in self.links() {
             link.lose(LostReason::ShutDown);

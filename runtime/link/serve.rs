@@ -1,6 +1,7 @@
 //! The receiving side of a link: frames of the other process become messages in mailboxes here.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -118,16 +119,17 @@ impl Link {
         match told {
             Ok(None) => {}
             Ok(Some(waiting)) => shared.finish(waiting),
-            // At most once: nobody is told, but the operator can see it.
-            Err(failure) => {
-                tracing::warn!(
-                    peer = %self.peer,
-                    actor = call.actor,
-                    message = call.message,
-                    ?failure,
-                    "a told message was dropped"
-                );
-            }
+            Err(failure) => self.note_dropped(call, failure),
+        }
+    }
+
+    /// At most once: the sender is not told, but the operator can see it. Logs the first, the
+    /// second, the fourth and so on, so that a flood does not become one of lines.
+    fn note_dropped(&self, call: &Call<'_>, failure: Failure) {
+        let count = self.dropped.fetch_add(1, Ordering::Relaxed) + 1;
+        if count.is_power_of_two() {
+            let (peer, actor, message) = (&self.peer, call.actor, call.message);
+            tracing::warn!(%peer, actor, message, ?failure, count, "told messages were dropped");
         }
     }
 

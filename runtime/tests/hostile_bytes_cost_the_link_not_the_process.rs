@@ -1,0 +1,161 @@
+//! A process with a good key may still send anything. Whatever it sends ends its own link at most;
+//! the one it sends to goes on, and serves the others.
+
+mod support;
+
+use std::sync::Arc;
+
+use offbook_runtime::*;
+use quinn::crypto::rustls::QuicClientConfig;
+use support::*;
+
+/// A client with a's key that speaks bytes, not messages.
+async fn connect(cluster: &Cluster, to: &System) -> (quinn::Endpoint, quinn::Connection) {
+    let config = cluster.config("a");
+    let tls = config
+        .identity
+        .client_config(&config.trust, b"offbook-messages/1")
+        .unwrap();
+    let tls = QuicClientConfig::try_from(tls).unwrap();
+    let mut endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    endpoint.set_default_client_config(quinn::ClientConfig::new(Arc::new(tls)));
+    let connection = endpoint
+        .connect(to.local_addr(), "any.invalid")
+        .unwrap()
+        .await
+        .unwrap();
+    (endpoint, connection)
+}
+
+/// A hello from a to b, laid out by hand: this is what the wire looks like.
+fn hello() -> Vec<u8> {
+    let mut bytes = b"OFBK\x01\0".to_vec();
+    for number in [7u64, 1, 1, 0] {
+        bytes.extend_from_slice(&number.to_le_bytes());
+    }
+    for text in ["test", "a", "b"] {
+        bytes.extend_from_slice(&(text.len() as u16).to_le_bytes());
+        bytes.extend_from_slice(text.as_bytes());
+    }
+    framed(&bytes)
+}
+
+fn framed(bytes: &[u8]) -> Vec<u8> {
+    [&(bytes.len() as u32).to_le_bytes()[..], bytes].concat()
+}
+
+/// Whether the connection ended, and with which code of ours.
+async fn close_code(connection: &quinn::Connection) -> u64 {
+    match connection.closed().await {
+        quinn::ConnectionError::ApplicationClosed(close) => close.error_code.into_inner(),
+        other => panic!("{other}"),
+    }
+}
+
+/// b lives and answers an honest process.
+async fn still_serves(cluster: &Cluster, b: &System) {
+    let c = cluster.start("c").await;
+    c.learn(b.process().clone(), b.local_addr());
+    let echo = c.remote::<Echo>(&path("b#subject"));
+    assert_eq!(echo.ask(Echo(vec![1]), LONG).await.unwrap(), [1]);
+}
+
+async fn victim() -> (Cluster, System) {
+    let cluster = Cluster::new(&["a", "b", "c"]);
+    let b = cluster.start("b").await;
+    Subject::new().register(&b, "subject");
+    (cluster, b)
+}
+
+#[actix::test]
+async fn instead_of_a_hello() {
+    within(async {
+        let (cluster, b) = victim().await;
+        let long = [&5000u32.to_le_bytes()[..], &[0; 100]].concat();
+        let later = framed(b"OFBK\x02\0");
+        for (bytes, code) in [
+            (framed(b"GET / HTTP/1.1"), 0x17),
+            (long, 0x17),
+            (framed(b""), 0x17),
+            (later, 0x10),
+        ] {
+            let (_endpoint, connection) = connect(&cluster, &b).await;
+            let (mut sending, _receiving) = connection.open_bi().await.unwrap();
+            sending.write_all(&bytes).await.unwrap();
+            assert_eq!(close_code(&connection).await, code);
+        }
+        still_serves(&cluster, &b).await;
+    })
+    .await;
+}
+
+#[actix::test]
+async fn after_the_hello() {
+    within(async {
+        let (cluster, b) = victim().await;
+        let bomb = (1u32 << 31).to_le_bytes().to_vec();
+        let unknown = framed(&[99, 0, 0]);
+        let short = framed(&[1, 0]);
+        let misplaced = framed(&[8, 1, 2, 3]);
+        for bytes in [bomb, unknown, short, misplaced, framed(b"")] {
+            let (_endpoint, connection) = connect(&cluster, &b).await;
+            let (mut sending, mut receiving) = connection.open_bi().await.unwrap();
+            sending.write_all(&hello()).await.unwrap();
+            receiving.read_exact(&mut [0; 8]).await.unwrap();
+            let lost = b.watch(&name("a"));
+            sending.write_all(&bytes).await.unwrap();
+            assert_eq!(close_code(&connection).await, 0x20, "{bytes:?}");
+            assert!(matches!(lost.await.reason, LostReason::PeerMisbehaved(_)));
+        }
+        still_serves(&cluster, &b).await;
+    })
+    .await;
+}
+
+#[actix::test]
+async fn on_a_stream_of_its_own() {
+    within(async {
+        let (cluster, b) = victim().await;
+        let (_endpoint, connection) = connect(&cluster, &b).await;
+        let (mut sending, mut receiving) = connection.open_bi().await.unwrap();
+        sending.write_all(&hello()).await.unwrap();
+        receiving.read_exact(&mut [0; 8]).await.unwrap();
+        let (mut other, _) = connection.open_bi().await.unwrap();
+        other.write_all(&framed(&[1, 2, 3])).await.unwrap();
+        assert_eq!(close_code(&connection).await, 0x20);
+        still_serves(&cluster, &b).await;
+    })
+    .await;
+}
+
+#[actix::test]
+async fn an_ask_whose_body_is_a_length_bomb_is_answered() {
+    within(async {
+        let (cluster, b) = victim().await;
+        let (_endpoint, connection) = connect(&cluster, &b).await;
+        let (mut sending, mut receiving) = connection.open_bi().await.unwrap();
+        sending.write_all(&hello()).await.unwrap();
+        let mut welcome = vec![0; hello().len()];
+        receiving.read_exact(&mut welcome).await.unwrap();
+
+        let mut ask = vec![1, 0, 0];
+        ask.extend_from_slice(&42u64.to_le_bytes());
+        ask.extend_from_slice(&1_000_000u64.to_le_bytes());
+        for text in ["subject", "echo"] {
+            ask.extend_from_slice(&(text.len() as u16).to_le_bytes());
+            ask.extend_from_slice(text.as_bytes());
+        }
+        ask.extend_from_slice(&1u16.to_le_bytes());
+        // `Echo(Vec<u8>)` of 2^63 bytes.
+        ask.push(253);
+        ask.extend_from_slice(&(1u64 << 63).to_le_bytes());
+        sending.write_all(&framed(&ask)).await.unwrap();
+
+        // Failed, id 42, not understood.
+        let mut failed = [0; 16];
+        receiving.read_exact(&mut failed).await.unwrap();
+        assert_eq!(failed, [12, 0, 0, 0, 4, 42, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0]);
+        still_serves(&cluster, &b).await;
+    })
+    .await;
+}
