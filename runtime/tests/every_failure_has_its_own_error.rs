@@ -154,16 +154,36 @@ async fn bytes_that_are_not_the_message_or_not_the_reply() {
     .await;
 }
 
+/// Replies with so many bytes.
+#[derive(Debug, Serialize, Deserialize, Message)]
+#[rtype(result = "Vec<u8>")]
+struct Grow(usize);
+
+impl RemoteMessage for Grow {
+    const NAME: &'static str = "grow";
+    type Reply = Vec<u8>;
+}
+
+struct Grower;
+
+impl Actor for Grower {
+    type Context = Context<Self>;
+}
+
+impl Handler<Grow> for Grower {
+    type Result = Vec<u8>;
+
+    fn handle(&mut self, message: Grow, _: &mut Context<Self>) -> Vec<u8> {
+        vec![0; message.0]
+    }
+}
+
 #[actix::test]
 async fn a_message_or_a_reply_longer_than_a_frame() {
     within(async {
-        let cluster = Cluster::new(&["a", "b"]);
-        let a = cluster.start("a").await;
-        let mut config = cluster.config("b");
-        config.limits.frame_bytes_max = 64 * 1024;
-        let b = System::start(config).await.unwrap();
-        a.learn(b.process().clone(), b.local_addr());
+        let (a, b) = pair().await;
         Subject::new().register(&b, "subject");
+        b.register::<Grow>("grower", Grower.start().recipient());
         let echo = a.remote::<Echo>(&path("b#subject"));
         let error = echo.ask(Echo(vec![0; 2 << 20]), LONG).await.unwrap_err();
         assert_eq!(
@@ -173,13 +193,38 @@ async fn a_message_or_a_reply_longer_than_a_frame() {
                 bytes_max: 1 << 20
             }
         );
-        // b itself cannot send as much as it was asked to.
-        let back = b.remote::<Echo>(&path("a#subject"));
-        let error = back.ask(Echo(vec![0; 65 * 1024]), LONG).await.unwrap_err();
-        assert!(matches!(
-            error,
-            AskError::TooLong { .. } | AskError::UnknownProcess { .. }
-        ));
+        let grow = a.remote::<Grow>(&path("b#grower"));
+        let error = grow.ask(Grow(2 << 20), LONG).await.unwrap_err();
+        let expected = AskError::ReplyNotSendable {
+            actor: path("b#grower"),
+            message: "grow",
+        };
+        assert_eq!(error, expected);
+        // Neither costs the link.
+        assert_eq!(grow.ask(Grow(3), LONG).await.unwrap(), [0; 3]);
+    })
+    .await;
+}
+
+#[actix::test]
+async fn a_frame_longer_than_the_other_side_takes() {
+    within(async {
+        let cluster = Cluster::new(&["a", "b"]);
+        let a = cluster.start("a").await;
+        let mut config = cluster.config("b");
+        config.limits.frame_bytes_max = 64 * 1024;
+        let b = System::start(config).await.unwrap();
+        a.learn(b.process().clone(), b.local_addr());
+        Subject::new().register(&b, "subject");
+        let echo = a.remote::<Echo>(&path("b#subject"));
+        let error = echo.ask(Echo(vec![0; 100 * 1024]), LONG).await.unwrap_err();
+        let AskError::LinkLost(lost) = error else {
+            panic!("{error}")
+        };
+        assert!(
+            matches!(lost.reason, LostReason::PeerMisbehaved(_)),
+            "{lost}"
+        );
     })
     .await;
 }

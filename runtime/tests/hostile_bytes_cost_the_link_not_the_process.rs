@@ -128,34 +128,55 @@ async fn on_a_stream_of_its_own() {
     .await;
 }
 
+/// An ask with the id 42, after the header of its frame.
+fn ask(message: &str, deadline_us: u64, body: &[u8]) -> Vec<u8> {
+    let mut ask = vec![1, 0, 0];
+    ask.extend_from_slice(&42u64.to_le_bytes());
+    ask.extend_from_slice(&deadline_us.to_le_bytes());
+    for text in ["subject", message] {
+        ask.extend_from_slice(&(text.len() as u16).to_le_bytes());
+        ask.extend_from_slice(text.as_bytes());
+    }
+    ask.extend_from_slice(&1u16.to_le_bytes());
+    ask.extend_from_slice(body);
+    framed(&ask)
+}
+
+/// What b answers to an ask: the code of its failure.
+async fn failure(cluster: &Cluster, b: &System, ask: &[u8]) -> u8 {
+    let (_endpoint, connection) = connect(cluster, b).await;
+    let (mut sending, mut receiving) = connection.open_bi().await.unwrap();
+    sending.write_all(&hello()).await.unwrap();
+    let mut welcome = vec![0; hello().len()];
+    receiving.read_exact(&mut welcome).await.unwrap();
+    sending.write_all(ask).await.unwrap();
+    let mut failed = [0; 16];
+    receiving.read_exact(&mut failed).await.unwrap();
+    assert_eq!(failed[..13], [12, 0, 0, 0, 4, 42, 0, 0, 0, 0, 0, 0, 0]);
+    failed[13]
+}
+
 #[actix::test]
 async fn an_ask_whose_body_is_a_length_bomb_is_answered() {
     within(async {
         let (cluster, b) = victim().await;
-        let (_endpoint, connection) = connect(&cluster, &b).await;
-        let (mut sending, mut receiving) = connection.open_bi().await.unwrap();
-        sending.write_all(&hello()).await.unwrap();
-        let mut welcome = vec![0; hello().len()];
-        receiving.read_exact(&mut welcome).await.unwrap();
-
-        let mut ask = vec![1, 0, 0];
-        ask.extend_from_slice(&42u64.to_le_bytes());
-        ask.extend_from_slice(&1_000_000u64.to_le_bytes());
-        for text in ["subject", "echo"] {
-            ask.extend_from_slice(&(text.len() as u16).to_le_bytes());
-            ask.extend_from_slice(text.as_bytes());
-        }
-        ask.extend_from_slice(&1u16.to_le_bytes());
         // `Echo(Vec<u8>)` of 2^63 bytes.
-        ask.push(253);
-        ask.extend_from_slice(&(1u64 << 63).to_le_bytes());
-        sending.write_all(&framed(&ask)).await.unwrap();
-
-        // Failed, id 42, not understood.
-        let mut failed = [0; 16];
-        receiving.read_exact(&mut failed).await.unwrap();
-        assert_eq!(failed, [12, 0, 0, 0, 4, 42, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0]);
+        let bomb = [&[253][..], &(1u64 << 63).to_le_bytes()].concat();
+        assert_eq!(
+            failure(&cluster, &b, &ask("echo", 1_000_000, &bomb)).await,
+            4
+        );
         still_serves(&cluster, &b).await;
+    })
+    .await;
+}
+
+#[actix::test]
+async fn an_ask_that_is_never_cancelled_is_held_to_its_deadline() {
+    within(async {
+        let (cluster, b) = victim().await;
+        assert_eq!(failure(&cluster, &b, &ask("wait", 20_000, &[0])).await, 7);
+        assert_eq!(failure(&cluster, &b, &ask("wait", 0, &[0])).await, 7);
     })
     .await;
 }

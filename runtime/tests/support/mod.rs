@@ -157,7 +157,7 @@ pub struct Subject {
     pub notes: Arc<Mutex<Vec<u64>>>,
     /// `Wait` takes one permit of it.
     pub gate: Arc<Semaphore>,
-    /// Each `Wait` that was begun adds a permit to it.
+    /// Each `Wait` and each subscription that was begun adds a permit to it.
     pub begun: Arc<Semaphore>,
     /// Each producer whose subscriber left adds a permit to it.
     pub left: Arc<Semaphore>,
@@ -232,6 +232,7 @@ impl Handler<Open<Count>> for Subject {
     type Result = ();
 
     fn handle(&mut self, open: Open<Count>, ctx: &mut Context<Self>) {
+        self.begun.add_permits(1);
         let left = Arc::clone(&self.left);
         ctx.spawn(
             async move {
