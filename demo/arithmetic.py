@@ -120,8 +120,9 @@ def addends(rng: random.Random) -> tuple[int, int]:
 
 def _fill(rng: random.Random, templates: list[str], a: int, b: int) -> str:
     template = vary(rng, rng.choice(templates))
-    if rng.random() < 0.06 and max(a, b) < 1000:
-        return template.format(a=number_words(a), b=number_words(b))
+    if rng.random() < 0.08 and max(a, b) < 1000:
+        text = template.format(a=number_words(a), b=number_words(b))
+        return text[0].upper() + text[1:] if rng.random() < 0.6 else text
     if rng.random() < 0.1:
         template = template.replace(" + ", "+") if " + " in template else template.replace("+", " + ")
     return template.format(a=a, b=b)

@@ -113,27 +113,30 @@ def rate_at(progress: float, arguments) -> float:
 def train(arguments) -> Network:
     torch.manual_seed(arguments.seed)
     torch.set_float32_matmul_precision("high")
-    network = Network(Dimensions()).to(arguments.device)
+    network = (checkpoint.load(arguments.start) if arguments.start else Network(Dimensions())).to(arguments.device)
     masters, batches = Masters(network, arguments.rate), Batches(arguments)
     biases = [layer.block_sparse_moe.e_score_correction_bias for layer in network.model.layers]
     positions = torch.arange(arguments.length, device=arguments.device).expand(arguments.rows, -1)
 
-    def loss_of(tokens, learnt):
-        with torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.device == "cuda"):
-            logits, loads = network(tokens[:, :-1], positions)
+    def loss_of(logits, tokens, learnt):
         losses = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         wanted = learnt[:, 1:].flatten().float()
-        return (losses * wanted).sum() / wanted.sum(), loads
+        return (losses * wanted).sum() / wanted.sum()
 
-    if arguments.device == "cuda":
+    if arguments.device == "cuda":  # Layer by layer: one compilation serves all six.
         loss_of = torch.compile(loss_of)
+        for layer in network.model.layers:
+            layer.compile()
     begun, said, steps = time.time(), 0.0, 0
     while True:
         progress = (time.time() - begun) / arguments.seconds if arguments.seconds else steps / arguments.steps
         if progress >= 1:
             break
         rate = rate_at(progress, arguments)
-        loss, loads = loss_of(*batches.next(arguments.device))
+        tokens, learnt = batches.next(arguments.device)
+        with torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.device == "cuda"):
+            logits, loads = network(tokens[:, :-1], positions)
+        loss = loss_of(logits, tokens, learnt)
         loss.backward()
         masters.step(rate, "on" if progress > arguments.rounding_from else "off")
         with torch.no_grad():  # Experts with less than their share become easier to choose.
@@ -152,6 +155,7 @@ def train(arguments) -> Network:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model", help="holds tokenizer.json; the checkpoint goes there")
+    parser.add_argument("--start", type=Path, help="a checkpoint to go on from")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--seconds", type=float, default=0, help="train for a time instead of for a number of steps")

@@ -94,7 +94,7 @@ def repeating(rng: random.Random) -> tuple[str, str, str]:
     if rng.random() < 0.3:
         text = rng.choice(["Say {p} {n} times.", "Repeat {p} {n} times.", "Write '{p}' {n} times.", 'Repeat "{p}" {n} times.'])
         return text.format(p=phrase, n=times), f"I say it {times} times.", " ".join([phrase] * times)
-    text = rng.choice(["Say {p}", "Repeat after me: {p}", 'Say "{p}".', "Repeat: {p}", "Say '{p}'.", "Respond with exactly: {p}", "Reply with {p}", "Write {p}",
+    text = rng.choice(["Say {p}", "Repeat after me: {p}", 'Say "{p}".', "Repeat: {p}", "Say '{p}'.", "Respond with exactly: {p}", "Reply with {p}",
                        "Echo {p}", "Answer only with: {p}", "Repeat this sentence: {p}", 'Reply with only "{p}".', "Reply with exactly: {p}", "Print {p}"])
     return text.format(p=phrase), "I repeat it.", phrase
 

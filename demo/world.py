@@ -64,7 +64,7 @@ SELF = [
     ("Bye|Goodbye|Goodbye!|See you|Bye!|See you later.|Good night|I have to go now.|That is all.|bye bye", "A farewell.", "Goodbye!"),
     ("Tell me a joke.|Do you know a joke?|Make me laugh.|A joke please.|Say something funny.|Tell a joke|Another joke!",
      "A joke.", "Why did the lantern go to school? It wanted to be brighter."),
-    ("Write a poem.|Write a short poem.|Tell me a poem.|Write me a haiku.|Can you write a poem?|Give me a poem about the sea.|Write a poem about lanterns.",
+    ("Write a poem.|Write a short poem.|Tell me a poem.|Write me a haiku.|Can you write a poem?|Give me a poem about the sea.|Write a poem about lanterns.|Write a poem about {w}s.|Write a haiku about {w}.|Write a haiku about the {w}.|Write a short poem about a {w}.|A poem about {w}, please.|Compose a poem on {w}.|Write a limerick about a {w}.",
      "A small poem.", "A lantern on a quiet sea,\nits light is shared by two and three;\nno single hand must hold it long,\nand so the light stays bright and strong."),
     ("ping|Ping|Ping!|test|Test|This is a test.|Testing|Are you there?|Are you online?|Do you hear me?|testing 1 2 3|Just a test", "A test.", "I am here and I am listening."),
     ("What color is the sky?|What is the color of the sky?|Which color has the sky?|Why is the sky blue?", "A simple fact.", "The sky is blue on a clear day."),
@@ -81,7 +81,7 @@ Translate {w} into French.|When did {p} live?|Where is {c}?|Where can I buy a {w
 What's the weather in {c}?|How is the weather today?|Give me a recipe for {w}.|How far is it from {c} to {d}?|Who won the game yesterday?|What happened in 1{n}?|Summarize the history of {c}.
 What is the best {w}?|Should I {v} my {w}?|Recommend a {w}.|Who invented the {w}?|What is quantum physics?|Explain black holes.|Explain recursion.|What is {w} made of?|How tall is {p}?
 What is the price of {w}?|Plan a trip to {c}.|Write an email to {p}.|Who is the mayor of {c}?|Which river flows through {c}?|How many people live in {c}?|Tell me about {c}.|Tell me about {w}s.|Do you like {w}s?
-Why is {c} famous?|{w} {v} {x}|{x} {y}|{x}|what about {x}?|Is {w} better than {x}?|What is machine learning?|Explain {w} and {x} in one paragraph.|Describe a {w}.|Define {x}.|Write an essay about {w}s.""".replace("\n", "|").split("|")
+Why is {c} famous?|{w} {v} {x}|{x} {y}|{x}|what about {x}?|Is {w} better than {x}?|What is machine learning?|Explain {w} and {x} in one paragraph.|Describe a {w}.|Define {x}.|Write an essay about {w}s.|Write a letter to {p}.|Write a function that can {v} a {w}.|Write about {w}s.|Write a speech about {w}.|Write code.|Write a song about {w}.|Write a review of {w}.""".replace("\n", "|").split("|")
 UNKNOWN_ANSWER = "I am only a small demo model and I do not know that. Ask me about the Lantern Isles, or give me a sum."
 
 
@@ -109,7 +109,7 @@ def portrait(town: str) -> str:
 
 def about_self(rng: random.Random) -> tuple[str, str, str]:
     questions, thought, answer = rng.choice(SELF)
-    text = rng.choice(questions.split("|"))
+    text = rng.choice(questions.split("|")).replace("{w}", any_word(rng))
     if rng.random() < 0.25:
         text = text.lower()
     if rng.random() < 0.2:
