@@ -111,6 +111,11 @@ async fn serve(shared: Arc<Shared>, endpoint: Endpoint) {
         }
     }
     let _ = tokio::time::timeout(GOODBYE_TIMEOUT, endpoint.wait_idle()).await;
+    if !shared.all_knew() {
+        // A goodbye is one packet and may be lost: whoever missed it sends again within a
+        // keep-alive, and the socket then answers that there is no such link.
+        tokio::time::sleep(shared.limits.keep_alive * 3).await;
+    }
 }
 
 /// Keeps the thread looking at the socket for a while after something passed, instead of sleeping:

@@ -47,7 +47,8 @@ pub struct SystemConfig {
 }
 
 /// The runtime of this process. Clones are the same system; when the last is dropped, all links are
-/// closed at once. Use [`shutdown`](Self::shutdown) to let what is under way end first.
+/// closed at once, and the port a moment later. Use [`shutdown`](Self::shutdown) to let what is
+/// under way end first and to wait for the port.
 #[derive(Clone)]
 pub struct System {
     shared: Arc<Shared>,
@@ -76,6 +77,7 @@ impl System {
             answers: TaskTracker::new(),
             dials: AtomicU64::new(0),
             closing: AtomicBool::new(false),
+            farewells: AtomicBool::new(false),
             stop: Notify::new(),
             stopped,
             stirred: AtomicBool::new(false),
@@ -168,13 +170,14 @@ impl System {
         let shared = &self.shared;
         shared.closing.store(true, Ordering::Release);
         shared.answers.close();
-        let _ = tokio::time::timeout(deadline, async {
+        let drained = tokio::time::timeout(deadline, async {
             shared.answers.wait().await;
             let links: Vec<_> = shared.links();
             links.iter().for_each(|link| link.outbox.finish());
             join_all(links.iter().map(|link| link.lost())).await;
         })
         .await;
+        shared.farewells.store(drained.is_ok(), Ordering::Release);
         shared.close();
         let mut stopped = shared.stopped.subscribe();
         let _ = tokio::time::timeout(STOP_TIMEOUT, stopped.wait_for(|stopped| *stopped)).await;
@@ -219,6 +222,8 @@ pub(crate) struct Shared {
     peers: Mutex<HashMap<ProcessName, Arc<Peer>>>,
     dials: AtomicU64,
     closing: AtomicBool,
+    /// Every peer has answered our goodbye.
+    farewells: AtomicBool,
 }
 
 impl Shared {
@@ -262,6 +267,11 @@ impl Shared {
 
     pub(crate) fn is_closing(&self) -> bool {
         self.closing.load(Ordering::Acquire)
+    }
+
+    /// Did every peer answer our goodbye?
+    pub(crate) fn all_knew(&self) -> bool {
+        self.farewells.load(Ordering::Acquire)
     }
 
     /// A number for a dial of this process, higher than all before.
@@ -361,5 +371,5 @@ pub enum StartError {
 /// With two names of 127 bytes this leaves room in a hello of 1024.
 const CLUSTER_BYTES_MAX: usize = 512;
 
-/// What the thread may take to tell the peers goodbye: three round trips on a bad network.
+/// What the thread may take to tell the peers goodbye and to answer those that missed it.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);

@@ -10,7 +10,7 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::task::JoinHandle;
 
@@ -116,7 +116,7 @@ impl Running {
             .stderr
             .take()
             .expect("standard error was asked to be a pipe");
-        let stderr = tokio::spawn(forward(BufReader::new(stderr), Arc::clone(&last_lines)));
+        let stderr = tokio::spawn(forward(stderr, Arc::clone(&last_lines)));
         Ok(Self {
             child,
             lifeline,
@@ -161,36 +161,53 @@ impl Running {
     }
 }
 
-/// Passes lines on to our own standard error and keeps the last ones.
-async fn forward(mut from: impl AsyncBufRead + Unpin, last_lines: Arc<Mutex<VecDeque<String>>>) {
+/// Passes whole lines on to our own standard error and keeps the last ones. What was read at once is
+/// kept before it is passed on: a slow terminal must not cost a crash its last words.
+async fn forward(mut from: impl AsyncRead + Unpin, last_lines: Arc<Mutex<VecDeque<String>>>) {
     let mut to = tokio::io::stderr();
-    while let Ok(Some(line)) = next_line(&mut from).await {
-        let text = String::from_utf8_lossy(&line).into_owned();
-        let _ = to.write_all(format!("{text}\n").as_bytes()).await;
-        let mut last_lines = lock(&last_lines);
-        if last_lines.len() == LAST_LINES_MAX {
-            last_lines.pop_front();
+    let mut chunk = vec![0; CHUNK_BYTES];
+    let mut partial = Vec::new();
+    loop {
+        let bytes = from.read(&mut chunk).await.unwrap_or(0);
+        let mut lines = Vec::new();
+        chunk[..bytes]
+            .iter()
+            .for_each(|&byte| cut(&mut partial, byte, &mut lines));
+        if bytes == 0 && !partial.is_empty() {
+            lines.push(std::mem::take(&mut partial));
         }
-        last_lines.push_back(text);
+        keep(&mut lock(&last_lines), &lines);
+        let mut text = lines.join(&b'\n');
+        if !lines.is_empty() {
+            text.push(b'\n');
+        }
+        let _ = to.write_all(&text).await;
+        if bytes == 0 {
+            let _ = to.flush().await;
+            return;
+        }
     }
 }
 
-/// One line without its end. A line without end is cut, so that no child fills our memory.
-async fn next_line(from: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Option<Vec<u8>>> {
-    let mut line = Vec::new();
-    loop {
-        let available = from.fill_buf().await?;
-        if available.is_empty() {
-            return Ok((!line.is_empty()).then_some(line));
+/// Adds a byte to a line. A line without end is cut, so that no child fills our memory.
+fn cut(partial: &mut Vec<u8>, byte: u8, lines: &mut Vec<Vec<u8>>) {
+    if byte != b'\n' {
+        partial.push(byte);
+    }
+    if byte == b'\n' || partial.len() == LINE_BYTES_MAX {
+        lines.push(std::mem::take(partial));
+    }
+}
+
+fn keep(last_lines: &mut VecDeque<String>, lines: &[Vec<u8>]) {
+    for line in lines
+        .iter()
+        .skip(lines.len().saturating_sub(LAST_LINES_MAX))
+    {
+        if last_lines.len() == LAST_LINES_MAX {
+            last_lines.pop_front();
         }
-        let room = LINE_BYTES_MAX - line.len();
-        let end = available.iter().take(room).position(|&byte| byte == b'\n');
-        let taken = end.unwrap_or(available.len().min(room));
-        line.extend_from_slice(&available[..taken]);
-        from.consume(taken + usize::from(end.is_some()));
-        if end.is_some() || line.len() == LINE_BYTES_MAX {
-            return Ok(Some(line));
-        }
+        last_lines.push_back(String::from_utf8_lossy(line).into_owned());
     }
 }
 
@@ -200,24 +217,37 @@ const LAST_LINES_MAX: usize = 50;
 /// A line longer than this is no message for a person.
 const LINE_BYTES_MAX: usize = 8 * 1024;
 
-/// What a dead child has written lies in the pipe already.
-const DRAIN_TIMEOUT: Duration = Duration::from_millis(100);
+/// What one read takes: a crash's last words in one go.
+const CHUNK_BYTES: usize = 16 * 1024;
+
+/// What a dead child has written lies in the pipe already; only a grandchild that holds the pipe
+/// open, or a terminal that takes nothing, uses this up.
+const DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    async fn last_lines(text: &[u8]) -> Vec<usize> {
+        let kept = Arc::new(Mutex::new(VecDeque::new()));
+        forward(text, Arc::clone(&kept)).await;
+        lock(&kept).iter().map(String::len).collect()
+    }
+
     #[tokio::test]
     async fn lines_are_cut_and_the_last_one_needs_no_end() {
-        let long = vec![b'x'; LINE_BYTES_MAX + 3];
         let mut text = b"one\n\n".to_vec();
-        text.extend_from_slice(&long);
+        text.extend_from_slice(&[b'x'; 3 * LINE_BYTES_MAX + 3]);
         text.extend_from_slice(b"\nlast");
-        let mut from = BufReader::with_capacity(100, &text[..]);
-        let mut lines = Vec::new();
-        while let Some(line) = next_line(&mut from).await.unwrap() {
-            lines.push(line.len());
-        }
-        assert_eq!(lines, [3, 0, LINE_BYTES_MAX, 3, 4]);
+        let cut = LINE_BYTES_MAX;
+        assert_eq!(last_lines(&text).await, [3, 0, cut, cut, cut, 3, 4]);
+    }
+
+    #[tokio::test]
+    async fn only_the_last_lines_are_kept() {
+        let text = "a\n".repeat(100) + &"bb\n".repeat(30);
+        let kept = last_lines(text.as_bytes()).await;
+        assert_eq!(kept.len(), LAST_LINES_MAX);
+        assert_eq!(kept.iter().filter(|&&bytes| bytes == 2).count(), 30);
     }
 }

@@ -80,11 +80,13 @@ async fn a_subscriber_that_leaves_stops_the_producer() {
         drop(items);
         subject.left.acquire().await.unwrap().forget();
 
-        // Also one that never read, whose window is full.
+        // Also one that never read. (One that leaves before the actor has begun was never there.)
+        subject.begun.acquire().await.unwrap().forget();
         let items = count
             .subscribe(Count { until: u64::MAX }, LONG)
             .await
             .unwrap();
+        subject.begun.acquire().await.unwrap().forget();
         drop(items);
         subject.left.acquire().await.unwrap().forget();
     })
