@@ -1,0 +1,30 @@
+//! What the API asks of the cluster: generate, and say how you are.
+
+use std::pin::Pin;
+
+use futures::Stream;
+use futures::future::BoxFuture;
+use offbook_protocol::{ClusterReport, Rejection, Request, SampledToken};
+use thiserror::Error;
+
+/// The cluster, as the API sees it.
+pub trait Backend: Send + Sync + 'static {
+    /// Resolves once the request is accepted or rejected, before its first token. A cluster that
+    /// cannot be reached at all is [`Rejection::NotReady`].
+    fn submit(&self, request: Request) -> BoxFuture<'_, Result<Tokens, Rejection>>;
+
+    /// How the cluster is. The error says, for an operator, why nobody can tell.
+    fn cluster(&self) -> BoxFuture<'_, Result<ClusterReport, String>>;
+}
+
+/// The tokens of one request, in order, the last one with a finish reason. It ends after that
+/// token, or after an error. Dropping it cancels the request at once.
+pub type Tokens = Pin<Box<dyn Stream<Item = Result<SampledToken, StreamError>> + Send>>;
+
+/// Why an answer that had begun will not be completed.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum StreamError {
+    /// The shards that worked on it are gone, and so is what they had computed.
+    #[error("the answer was lost: {detail}")]
+    ShardLost { detail: String },
+}
