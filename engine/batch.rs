@@ -1,0 +1,419 @@
+//! Which rows the next step has. Pure: every rank holds one `Batch`, feeds it the same plans and the
+//! same tokens in the same order, and so all ranks build the same steps without asking each other.
+//!
+//! Steps are built one ahead of the tokens that are known. A sequence that turns out to have ended
+//! may therefore sit in one more step; its token there is dropped, on every rank alike.
+
+use std::collections::HashMap;
+
+use offbook_protocol::{FinishReason, Join, Plan, Sampling, SequenceId};
+use thiserror::Error;
+
+/// The sequences that run, in the order in which they joined.
+#[derive(Debug)]
+pub struct Batch {
+    limits: Limits,
+    running: Vec<Sequence>,
+    /// Who drew in the step that was built last, in row order.
+    last_draws: Vec<SequenceId>,
+}
+
+/// What bounds a step and a sequence. Equal on every rank.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Prompt tokens in one step, over all sequences.
+    pub prefill_chunk_tokens: usize,
+    /// Positions of one sequence, prompt included.
+    pub context_tokens: usize,
+}
+
+#[derive(Debug)]
+struct Sequence {
+    id: SequenceId,
+    prompt: Vec<u32>,
+    sampling: Sampling,
+    stop_tokens: Vec<u32>,
+    /// `max_tokens`, or what the context leaves.
+    draws_max: usize,
+    /// Prompt tokens that were given to a step.
+    prefilled: usize,
+    /// Tokens that the steps built so far draw.
+    drawn: usize,
+    /// Tokens that are known.
+    seen: usize,
+}
+
+/// The rows of one step: decode rows first, then chunks of prompts, each in the order of arrival.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepBatch {
+    pub segments: Vec<Segment>,
+}
+
+/// Consecutive positions of one sequence.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Segment {
+    pub sequence: SequenceId,
+    /// Position of the first row.
+    pub start: usize,
+    pub input: Input,
+    /// Set when the last row draws a token.
+    pub draw: Option<Draw>,
+    /// Positions that this sequence may need soon, for its cache to reserve.
+    pub reserve: usize,
+}
+
+/// Where the rows' tokens come from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Input {
+    /// Token ids that the host knows.
+    Prompt(Vec<u32>),
+    /// The token that the step before drew, in this place among its draws. It may still be on the
+    /// device.
+    Drawn(usize),
+}
+
+/// One token to draw.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Draw {
+    /// The position that the token will have in its sequence.
+    pub position: usize,
+    pub sampling: Sampling,
+}
+
+/// A token that became known, of a sequence that was still waiting for it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Observed {
+    /// Its place among the draws of its step.
+    pub row: usize,
+    pub sequence: SequenceId,
+    pub token: u32,
+    pub finish: Option<FinishReason>,
+}
+
+impl Batch {
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            running: Vec::new(),
+            last_draws: Vec::new(),
+        }
+    }
+
+    /// Lets sequences leave and join. The plan takes effect in the step built next. A plan that is
+    /// refused leaves the batch as it was.
+    pub fn apply(&mut self, plan: &Plan) -> Result<(), BatchError> {
+        let joins: Vec<Sequence> = plan
+            .joins
+            .iter()
+            .map(|join| self.admit(join))
+            .collect::<Result<_, _>>()?;
+        self.running.retain(|s| !plan.leaves.contains(&s.id));
+        self.running.extend(joins);
+        Ok(())
+    }
+
+    fn admit(&self, join: &Join) -> Result<Sequence, BatchError> {
+        let sequence = join.sequence;
+        if join.prompt.is_empty() {
+            return Err(BatchError::EmptyPrompt { sequence });
+        }
+        if join.prompt.len() >= self.limits.context_tokens {
+            return Err(BatchError::PromptTooLong {
+                sequence,
+                prompt: join.prompt.len(),
+                context: self.limits.context_tokens,
+            });
+        }
+        if self.contains(sequence) {
+            return Err(BatchError::Duplicate { sequence });
+        }
+        let room = self.limits.context_tokens - join.prompt.len();
+        Ok(Sequence {
+            id: sequence,
+            prompt: join.prompt.clone(),
+            sampling: join.sampling.clone(),
+            stop_tokens: join.stop_tokens.clone(),
+            draws_max: room.min(join.max_tokens.max(1) as usize),
+            prefilled: 0,
+            drawn: 0,
+            seen: 0,
+        })
+    }
+
+    /// The next step, or `None` when nobody needs one before more tokens are known.
+    pub fn next_batch(&mut self) -> Option<StepBatch> {
+        let rows: HashMap<SequenceId, usize> =
+            self.last_draws.iter().copied().zip(0usize..).collect();
+        let mut segments: Vec<Segment> = self
+            .running
+            .iter_mut()
+            .filter(|s| s.drawn > 0 && s.drawn < s.draws_max)
+            .map(|s| s.decode(rows[&s.id]))
+            .collect();
+        let mut budget = self.limits.prefill_chunk_tokens.max(1);
+        for sequence in &mut self.running {
+            if budget > 0 && sequence.prefilled < sequence.prompt.len() {
+                let segment = sequence.prefill(budget);
+                budget -= segment.rows();
+                segments.push(segment);
+            }
+        }
+        if segments.is_empty() {
+            return None;
+        }
+        self.last_draws = segments
+            .iter()
+            .filter(|s| s.draw.is_some())
+            .map(|s| s.sequence)
+            .collect();
+        Some(StepBatch { segments })
+    }
+
+    /// Takes in the tokens of a step: `draws[i]` drew `tokens[i]`. Sequences that end are removed.
+    /// Tokens of sequences that ended or left meanwhile are passed over.
+    pub fn observe(&mut self, draws: &[SequenceId], tokens: &[u32]) -> Vec<Observed> {
+        let mut observed = Vec::with_capacity(draws.len());
+        for (row, (&sequence, &token)) in draws.iter().zip(tokens).enumerate() {
+            let Some(place) = self.running.iter().position(|s| s.id == sequence) else {
+                continue;
+            };
+            let finish = self.running[place].see(token);
+            if finish.is_some() {
+                self.running.remove(place);
+            }
+            observed.push(Observed {
+                row,
+                sequence,
+                token,
+                finish,
+            });
+        }
+        observed
+    }
+
+    pub fn contains(&self, sequence: SequenceId) -> bool {
+        self.running.iter().any(|s| s.id == sequence)
+    }
+
+    /// Sequences that have not ended.
+    pub fn len(&self) -> usize {
+        self.running.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.running.is_empty()
+    }
+}
+
+impl Sequence {
+    fn decode(&mut self, row: usize) -> Segment {
+        let start = self.prompt.len() + self.drawn - 1;
+        self.drawn += 1;
+        self.segment(start, Input::Drawn(row), Some(start + 1))
+    }
+
+    fn prefill(&mut self, budget: usize) -> Segment {
+        let start = self.prefilled;
+        let end = self.prompt.len().min(start + budget);
+        self.prefilled = end;
+        let tokens = self.prompt[start..end].to_vec();
+        let last = end == self.prompt.len();
+        if last {
+            self.drawn = 1;
+        }
+        self.segment(start, Input::Prompt(tokens), last.then_some(end))
+    }
+
+    fn segment(&self, start: usize, input: Input, draws_at: Option<usize>) -> Segment {
+        Segment {
+            sequence: self.id,
+            start,
+            input,
+            draw: draws_at.map(|position| Draw {
+                position,
+                sampling: self.sampling.clone(),
+            }),
+            reserve: self.prompt.len() + self.draws_max.min(RESERVE_DRAWS),
+        }
+    }
+
+    fn see(&mut self, token: u32) -> Option<FinishReason> {
+        self.seen += 1;
+        if self.stop_tokens.contains(&token) {
+            return Some(FinishReason::Stop);
+        }
+        (self.seen == self.draws_max).then_some(FinishReason::Length)
+    }
+}
+
+impl StepBatch {
+    /// Rows of all segments.
+    pub fn rows(&self) -> usize {
+        self.segments.iter().map(Segment::rows).sum()
+    }
+
+    /// Who draws, in row order.
+    pub fn draws(&self) -> Vec<SequenceId> {
+        self.segments
+            .iter()
+            .filter(|s| s.draw.is_some())
+            .map(|s| s.sequence)
+            .collect()
+    }
+
+    /// Whether every row continues a sequence by one drawn token.
+    pub fn is_decode(&self) -> bool {
+        self.segments
+            .iter()
+            .all(|s| matches!(s.input, Input::Drawn(_)))
+    }
+}
+
+impl Segment {
+    /// Positions in this segment, at least 1.
+    pub fn rows(&self) -> usize {
+        match &self.input {
+            Input::Prompt(tokens) => tokens.len(),
+            Input::Drawn(_) => 1,
+        }
+    }
+}
+
+/// A plan asks for what the scheduler should have refused.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum BatchError {
+    #[error("sequence {sequence} joins with an empty prompt")]
+    EmptyPrompt { sequence: SequenceId },
+    #[error("sequence {sequence} joins with {prompt} tokens, the context holds {context}")]
+    PromptTooLong {
+        sequence: SequenceId,
+        prompt: usize,
+        context: usize,
+    },
+    #[error("sequence {sequence} joins a second time")]
+    Duplicate { sequence: SequenceId },
+}
+
+/// One block of the KV cache: what is reserved beyond the prompt before the first growth.
+const RESERVE_DRAWS: usize = 256;
+
+#[cfg(test)]
+mod tests {
+    use offbook_protocol::{Epoch, PlanNumber};
+
+    use super::*;
+
+    const LIMITS: Limits = Limits {
+        prefill_chunk_tokens: 4,
+        context_tokens: 16,
+    };
+
+    fn join(id: u64, prompt: usize, max_tokens: u32) -> Join {
+        Join {
+            sequence: SequenceId(id),
+            prompt: (0..prompt as u32).collect(),
+            sampling: Sampling::greedy(),
+            max_tokens,
+            stop_tokens: vec![99],
+        }
+    }
+
+    fn plan(joins: Vec<Join>, leaves: Vec<u64>) -> Plan {
+        Plan {
+            epoch: Epoch(1),
+            number: PlanNumber(1),
+            joins,
+            leaves: leaves.into_iter().map(SequenceId).collect(),
+        }
+    }
+
+    /// (sequence, start, rows, draws) of each segment.
+    fn shape(step: &StepBatch) -> Vec<(u64, usize, usize, bool)> {
+        step.segments
+            .iter()
+            .map(|s| (s.sequence.0, s.start, s.rows(), s.draw.is_some()))
+            .collect()
+    }
+
+    #[test]
+    fn prompts_are_cut_in_chunks_between_decode_rows() {
+        let mut batch = Batch::new(LIMITS);
+        batch
+            .apply(&plan(vec![join(1, 3, 8), join(2, 6, 8)], vec![]))
+            .unwrap();
+        let steps: Vec<_> = (0..4).map(|_| batch.next_batch().unwrap()).collect();
+        assert_eq!(shape(&steps[0]), [(1, 0, 3, true), (2, 0, 1, false)]);
+        assert_eq!(shape(&steps[1]), [(1, 3, 1, true), (2, 1, 4, false)]);
+        assert_eq!(shape(&steps[2]), [(1, 4, 1, true), (2, 5, 1, true)]);
+        assert_eq!(shape(&steps[3]), [(1, 5, 1, true), (2, 6, 1, true)]);
+        assert_eq!(steps[1].segments[0].input, Input::Drawn(0));
+        assert_eq!(steps[3].segments[1].input, Input::Drawn(1));
+        assert_eq!(steps[3].segments[1].draw.as_ref().unwrap().position, 7);
+        assert!(steps[3].is_decode() && !steps[2].is_decode());
+    }
+
+    #[test]
+    fn the_last_token_is_foreseen_but_a_stop_is_not() {
+        let mut batch = Batch::new(LIMITS);
+        batch
+            .apply(&plan(vec![join(1, 2, 2), join(2, 2, 9)], vec![]))
+            .unwrap();
+        let first = batch.next_batch().unwrap();
+        let second = batch.next_batch().unwrap();
+        let seen = batch.observe(&first.draws(), &[5, 99]);
+        assert_eq!(seen[0].finish, None);
+        assert_eq!(seen[1].finish, Some(FinishReason::Stop));
+        assert!(batch.next_batch().is_none(), "1 has its two tokens, 2 ended");
+        let seen = batch.observe(&second.draws(), &[6, 7]);
+        assert_eq!(seen.len(), 1, "the token of the ended sequence is dropped");
+        assert_eq!(seen[0].finish, Some(FinishReason::Length));
+        assert!(batch.is_empty());
+    }
+
+    #[test]
+    fn who_leaves_is_gone_from_the_next_step_and_rows_still_match() {
+        let mut batch = Batch::new(LIMITS);
+        batch
+            .apply(&plan(vec![join(1, 1, 9), join(2, 1, 9)], vec![]))
+            .unwrap();
+        let first = batch.next_batch().unwrap();
+        batch.apply(&plan(vec![join(3, 1, 9)], vec![1])).unwrap();
+        let second = batch.next_batch().unwrap();
+        assert_eq!(shape(&second), [(2, 1, 1, true), (3, 0, 1, true)]);
+        assert_eq!(second.segments[0].input, Input::Drawn(1));
+        let seen = batch.observe(&first.draws(), &[5, 6]);
+        assert_eq!((seen.len(), seen[0].row, seen[0].token), (1, 1, 6));
+    }
+
+    #[test]
+    fn the_context_ends_a_sequence() {
+        let mut batch = Batch::new(LIMITS);
+        batch.apply(&plan(vec![join(1, 14, 100)], vec![])).unwrap();
+        let mut draws = 0;
+        while let Some(step) = batch.next_batch() {
+            draws += step.draws().len();
+            let tokens = vec![5; step.draws().len()];
+            if let Some(last) = batch.observe(&step.draws(), &tokens).last() {
+                assert_eq!(last.finish.is_some(), draws == 2);
+            }
+        }
+        assert_eq!(draws, 2, "14 positions of 16 were the prompt");
+    }
+
+    #[test]
+    fn a_refused_plan_changes_nothing() {
+        let mut batch = Batch::new(LIMITS);
+        batch.apply(&plan(vec![join(1, 1, 9)], vec![])).unwrap();
+        let bad = plan(vec![join(2, 1, 9), join(3, 16, 9)], vec![1]);
+        assert!(matches!(
+            batch.apply(&bad),
+            Err(BatchError::PromptTooLong { .. })
+        ));
+        assert_eq!(batch.len(), 1);
+        let twice = plan(vec![join(1, 1, 9)], vec![]);
+        assert!(matches!(
+            batch.apply(&twice),
+            Err(BatchError::Duplicate { .. })
+        ));
+    }
+}

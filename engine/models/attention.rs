@@ -1,0 +1,242 @@
+//! Grouped-query attention with q and k normalised over the whole projection, all heads together.
+//!
+//! Under tensor parallelism each rank holds some heads. The two norms need sums of squares over all
+//! ranks: both travel in one tiny all-reduce. The output projection needs a second one.
+
+use mlx_rs::error::Exception;
+use mlx_rs::fast::{ScaledDotProductAttentionMask, scaled_dot_product_attention};
+use mlx_rs::ops::indexing::{TryIndexOp, take_axis};
+use mlx_rs::ops::{concatenate, matmul, rsqrt, softmax_axis};
+use mlx_rs::{Array, Dtype};
+
+use crate::config::ModelConfig;
+use crate::kv_cache::{KeysAndValues, Place};
+use crate::models::linear::{Fused, arrays, fuse, project};
+use crate::models::minimax::{Borrowed, DeviceKind, Numerics, Rows};
+use crate::models::rotary::Rotary;
+use crate::partition::RankShare;
+use crate::weights::{AttentionWeights, Linear};
+
+/// The heads that this rank holds, if any.
+pub(crate) struct Attention {
+    heads: Option<Heads>,
+    /// Whether the model has norms of q and k: all ranks take part in their sums.
+    normed: bool,
+    numerics: Numerics,
+}
+
+struct Heads {
+    /// q, k and v in one matrix, or each by itself when they are stored differently.
+    inputs: Vec<Linear>,
+    output: Linear,
+    /// The norms' weights by head, q's with the attention's scale in them:
+    /// `[query + kv heads, head_dim]`, 32 bits.
+    gains: Array,
+    /// `None` for a model without these norms.
+    norm: Option<Norm>,
+    query: i32,
+    kv: i32,
+    width: i32,
+}
+
+/// What the norms of q and k need beside the gains.
+struct Norm {
+    /// Which norm each head belongs to: 0 for q, 1 for k.
+    of_head: Array,
+    /// 1 / width of each norm over all ranks: `[2]`.
+    inverse_widths: Array,
+    eps: Array,
+}
+
+/// What attention reads for every row of a step.
+struct Prepared {
+    /// `[rows, query heads, head_dim]`, scaled.
+    queries: Array,
+    /// `[rows, 2 × kv heads, head_dim]`: keys, then values.
+    pairs: Array,
+}
+
+impl Attention {
+    pub(crate) fn new(
+        config: &ModelConfig,
+        share: &RankShare,
+        weights: Option<AttentionWeights>,
+        numerics: Numerics,
+    ) -> Result<Self, Exception> {
+        let heads = match weights {
+            Some(weights) => Some(Heads::new(config, share, weights)?),
+            None => None,
+        };
+        Ok(Self {
+            heads,
+            normed: config.qk_norm,
+            numerics,
+        })
+    }
+
+    /// `[rows, hidden]` → `[rows, hidden]`, whole on every rank.
+    pub(crate) fn forward(
+        &self,
+        x: &Array,
+        rows: &Rows<'_>,
+        rotary: &Rotary,
+        caches: &mut Borrowed<'_>,
+    ) -> Result<Array, Exception> {
+        let dtype = self.numerics.dtype;
+        let Some(heads) = &self.heads else {
+            return self.nothing(x, rows);
+        };
+        let prepared = heads.prepare(x, rows, rotary, dtype)?;
+        let mut parts = Vec::with_capacity(rows.segments.len());
+        for (segment, range) in rows.segments.iter().zip(&rows.ranges) {
+            let place = Place {
+                start: segment.start,
+                reserve: segment.reserve,
+            };
+            let pairs = rows.slice(&prepared.pairs, range)?;
+            let past = caches.of(segment.sequence)?.append(&pairs, place)?;
+            let queries = rows.slice(&prepared.queries, range)?;
+            parts.push(heads.attend(&queries, &past, self.numerics.device)?);
+        }
+        let attended = match parts.len() {
+            1 => parts.remove(0),
+            _ => concatenate(&parts, 0)?,
+        };
+        let part = project(&heads.output, &attended)?;
+        rows.whole(part)
+    }
+
+    /// This rank's part of the other ranks' sums: zeros. Each is made from what came before it, so
+    /// that no sum overtakes another.
+    fn nothing(&self, x: &Array, rows: &Rows<'_>) -> Result<Array, Exception> {
+        let zero = Array::from_f32(0.0).as_dtype(self.numerics.dtype)?;
+        let mut part = x.multiply(&zero)?;
+        if self.normed {
+            let sums = part.try_index((.., ..2))?.as_dtype(Dtype::Float32)?;
+            let sums = rows.whole(sums)?.try_index((.., ..1))?;
+            part = part.add(sums.as_dtype(self.numerics.dtype)?.multiply(&zero)?)?;
+        }
+        rows.whole(part)
+    }
+
+    pub(crate) fn arrays(&self) -> Vec<&Array> {
+        let Some(heads) = &self.heads else {
+            return Vec::new();
+        };
+        let linears = heads.inputs.iter().chain([&heads.output]);
+        let mut all: Vec<&Array> = linears.flat_map(arrays).collect();
+        all.push(&heads.gains);
+        all
+    }
+}
+
+impl Heads {
+    fn new(
+        config: &ModelConfig,
+        share: &RankShare,
+        weights: AttentionWeights,
+    ) -> Result<Self, Exception> {
+        let (query, kv) = (share.query_heads.len() as i32, share.kv_heads.len() as i32);
+        let width = config.head_dim as i32;
+        let gain = |norm: Option<Array>, heads: i32| match norm {
+            Some(norm) => norm.as_dtype(Dtype::Float32)?.reshape(&[heads, width]),
+            None => Array::ones::<f32>(&[heads, width]),
+        };
+        let scale = Array::from_f32((config.head_dim as f32).powf(-0.5));
+        let gains = [
+            gain(weights.q_norm, query)?.multiply(scale)?,
+            gain(weights.k_norm, kv)?,
+        ];
+        let norm_of_head: Vec<i32> = (0..query + kv).map(|head| (head >= query).into()).collect();
+        let inverse_widths = [config.query_width(), config.kv_width()].map(|w| 1.0 / w as f32);
+        Ok(Self {
+            inputs: match fuse(vec![weights.q, weights.k, weights.v])? {
+                Fused::Whole(whole) => vec![whole],
+                Fused::Apart(parts) => parts,
+            },
+            output: weights.o,
+            gains: concatenate(&gains, 0)?,
+            norm: config.qk_norm.then(|| Norm {
+                of_head: Array::from_slice(&norm_of_head, &[query + kv]),
+                inverse_widths: Array::from_slice(&inverse_widths, &[2]),
+                eps: Array::from_f32(config.rms_norm_eps),
+            }),
+            query,
+            kv,
+            width,
+        })
+    }
+
+    /// Projects, normalises and turns all rows.
+    fn prepare(
+        &self,
+        x: &Array,
+        rows: &Rows<'_>,
+        rotary: &Rotary,
+        dtype: Dtype,
+    ) -> Result<Prepared, Exception> {
+        let mut projected = Vec::with_capacity(self.inputs.len());
+        for input in &self.inputs {
+            projected.push(project(input, x)?);
+        }
+        let projected = match projected.len() {
+            1 => projected.remove(0),
+            _ => concatenate(&projected, 1)?,
+        };
+        let normed = self.query + self.kv;
+        let heads = projected.reshape(&[rows.count, normed + self.kv, self.width])?;
+        let turned = heads.try_index((.., ..normed, ..))?;
+        let turned = self.normalise(&turned.as_dtype(Dtype::Float32)?, rows)?;
+        let turned = rotary.apply(&rows.turn, &turned.as_dtype(dtype)?)?;
+        let values = heads.try_index((.., normed.., ..))?;
+        let keys = turned.try_index((.., self.query.., ..))?;
+        Ok(Prepared {
+            queries: turned.try_index((.., ..self.query, ..))?,
+            pairs: concatenate(&[keys, values], 1)?,
+        })
+    }
+
+    /// RMS norms of q and k (`[rows, query + kv heads, head_dim]`, 32 bits) over all heads of all
+    /// ranks.
+    fn normalise(&self, x: &Array, rows: &Rows<'_>) -> Result<Array, Exception> {
+        let Some(norm) = &self.norm else {
+            return x.multiply(&self.gains);
+        };
+        let squares = x.square()?;
+        let sum = |part: Array| part.sum_axes(&[1, 2], false)?.expand_dims(1);
+        let sums = [
+            sum(squares.try_index((.., ..self.query, ..))?)?,
+            sum(squares.try_index((.., self.query.., ..))?)?,
+        ];
+        let sums = rows.whole(concatenate(&sums, 1)?)?;
+        let inverse = rsqrt(sums.multiply(&norm.inverse_widths)?.add(&norm.eps)?)?;
+        let by_head = take_axis(&inverse, &norm.of_head, 1)?.expand_dims(2)?;
+        x.multiply(by_head)?.multiply(&self.gains)
+    }
+
+    /// Causal attention of one segment: `[n, query heads, head_dim]` → `[n, query heads ×
+    /// head_dim]`. The last query sees all of `past`.
+    fn attend(
+        &self,
+        queries: &Array,
+        past: &KeysAndValues,
+        device: DeviceKind,
+    ) -> Result<Array, Exception> {
+        let n = queries.dim(0);
+        let flat = [n, self.query * self.width];
+        if n == 1 && device == DeviceKind::Cpu {
+            // The library composes its kernel from a dozen operations there; for one row, three do.
+            let grouped = queries.reshape(&[self.kv, self.query / self.kv, self.width])?;
+            let scores = matmul(&grouped, past.keys.swap_axes(1, 2)?)?;
+            let weights = softmax_axis(&scores, -1, true)?;
+            return matmul(&weights, &past.values)?.reshape(&flat);
+        }
+        let queries = queries.transpose_axes(&[1, 0, 2])?.expand_dims(0)?;
+        let (keys, values) = (past.keys.expand_dims(0)?, past.values.expand_dims(0)?);
+        let mask = (n > 1).then_some(ScaledDotProductAttentionMask::Causal);
+        scaled_dot_product_attention(&queries, &keys, &values, 1.0, mask, None)?
+            .squeeze_axes(&[0])?
+            .transpose_axes(&[1, 0, 2])?
+            .reshape(&flat)
+    }
+}

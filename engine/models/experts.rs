@@ -1,0 +1,176 @@
+//! The mixture of experts: a router that picks a few of many SwiGLU networks for each row.
+//!
+//! Under tensor parallelism each rank holds some columns of every expert's inner width, so that all
+//! ranks work on every row whoever is picked; one all-reduce makes the sum whole.
+
+use mlx_rs::error::Exception;
+use mlx_rs::ops::indexing::{Ellipsis, TryIndexOp, take_along_axis, take_axis};
+use mlx_rs::ops::{argpartition_axis, argsort, floor_divide, matmul, sigmoid};
+use mlx_rs::{Array, Dtype};
+
+use crate::config::ModelConfig;
+use crate::models::linear::{
+    Fused, Order, arrays, fuse, project, project_experts,
+};
+use crate::models::minimax::{DeviceKind, Numerics, Rows};
+use crate::partition::RankShare;
+use crate::weights::{ExpertWeights, Linear};
+
+/// Router and experts of one layer.
+pub(crate) struct Experts {
+    router: Linear,
+    /// Added to the scores to choose by, not to weigh by: `[experts]`, 32 bits.
+    correction: Array,
+    columns: Option<Columns>,
+    top: i32,
+    experts: i32,
+    tiny: Array,
+    numerics: Numerics,
+}
+
+/// What a layer's mixture is made from.
+pub(crate) struct RouterAndExperts {
+    pub(crate) router: Linear,
+    pub(crate) router_bias: Array,
+    pub(crate) experts: Option<ExpertWeights>,
+}
+
+/// This rank's columns of the experts.
+struct Columns {
+    /// gate and up in one stack, or each by itself when they are stored differently.
+    inputs: Vec<Linear>,
+    output: Linear,
+    width: i32,
+}
+
+/// Which experts a row goes to, and how much each counts. Both `[rows, top]`.
+struct Routes {
+    experts: Array,
+    weights: Array,
+}
+
+impl Experts {
+    pub(crate) fn new(
+        config: &ModelConfig,
+        share: &RankShare,
+        layer: RouterAndExperts,
+        numerics: Numerics,
+    ) -> Result<Self, Exception> {
+        let columns = match layer.experts {
+            Some(experts) => Some(Columns::new(share, experts)?),
+            None => None,
+        };
+        Ok(Self {
+            router: layer.router,
+            correction: layer.router_bias,
+            columns,
+            top: config.experts_per_token as i32,
+            experts: config.experts as i32,
+            tiny: Array::from_f32(WEIGHT_SUM_MIN),
+            numerics,
+        })
+    }
+
+    /// `[rows, hidden]` → `[rows, hidden]`, whole on every rank.
+    pub(crate) fn forward(&self, x: &Array, rows: &Rows<'_>) -> Result<Array, Exception> {
+        let part = match &self.columns {
+            Some(columns) => {
+                let routes = self.route(x)?;
+                let per_expert = if self.numerics.device == DeviceKind::Gpu
+                    && rows.count * self.top >= SORT_ROUTES_MIN
+                {
+                    columns.sorted(x, &routes.experts)?
+                } else {
+                    columns.as_they_come(x, &routes.experts)?
+                };
+                let weights = routes.weights.as_dtype(self.numerics.dtype)?.expand_dims(1)?;
+                matmul(&weights, &per_expert)?.squeeze_axes(&[1])?
+            }
+            // Zeros, made from what came before, so that no sum overtakes another.
+            None => x.multiply(Array::from_f32(0.0).as_dtype(self.numerics.dtype)?)?,
+        };
+        rows.whole(part)
+    }
+
+    /// Scores are computed in 32 bits; the weights are the chosen scores without the correction,
+    /// scaled to a sum of one.
+    fn route(&self, x: &Array) -> Result<Routes, Exception> {
+        let scores = sigmoid(project(&self.router, &x.as_dtype(Dtype::Float32)?)?)?;
+        let first = self.experts - self.top;
+        let ordered = argpartition_axis(scores.add(&self.correction)?, first, -1)?;
+        let experts = ordered.try_index((.., first..))?;
+        let chosen = take_along_axis(&scores, &experts, -1)?;
+        let sum = chosen.sum_axis(-1, true)?.add(&self.tiny)?;
+        Ok(Routes {
+            experts,
+            weights: chosen.divide(sum)?,
+        })
+    }
+
+    pub(crate) fn arrays(&self) -> Vec<&Array> {
+        let mut all = arrays(&self.router);
+        all.push(&self.correction);
+        if let Some(columns) = &self.columns {
+            let linears = columns.inputs.iter().chain([&columns.output]);
+            all.extend(linears.flat_map(arrays));
+        }
+        all
+    }
+}
+
+impl Columns {
+    fn new(share: &RankShare, experts: ExpertWeights) -> Result<Self, Exception> {
+        Ok(Self {
+            inputs: match fuse(vec![experts.gate, experts.up])? {
+                Fused::Whole(whole) => vec![whole],
+                Fused::Apart(parts) => parts,
+            },
+            output: experts.down,
+            width: share.expert_columns.len() as i32,
+        })
+    }
+
+    /// `x` `[rows, hidden]`, `experts` `[rows, top]` → `[rows, top, hidden]`.
+    fn as_they_come(&self, x: &Array, experts: &Array) -> Result<Array, Exception> {
+        let (rows, hidden) = (x.dim(0), x.dim(1));
+        let x = x.reshape(&[rows, 1, 1, hidden])?;
+        self.swiglu(&x, experts, Order::AsTheyCome)?.squeeze_axes(&[2])
+    }
+
+    /// The same with rows brought together by expert, so that a matrix is read once for all of its
+    /// rows.
+    fn sorted(&self, x: &Array, experts: &Array) -> Result<Array, Exception> {
+        let (rows, top, hidden) = (x.dim(0), experts.dim(1), x.dim(1));
+        let experts = experts.reshape(&[-1])?;
+        let order = argsort(&experts)?;
+        let back = argsort(&order)?;
+        let row_of_route = floor_divide(&order, Array::from_int(top).as_dtype(order.dtype())?)?;
+        let x = take_axis(x, row_of_route, 0)?.expand_dims(1)?;
+        let y = self.swiglu(&x, &take_axis(&experts, &order, 0)?, Order::Sorted)?;
+        take_axis(&y, back, 0)?.reshape(&[rows, top, hidden])
+    }
+
+    /// `silu(gate x) ∘ (up x)`, then down: `[…, 1, hidden]` → `[…, 1, hidden]`.
+    fn swiglu(&self, x: &Array, experts: &Array, order: Order) -> Result<Array, Exception> {
+        let (gate, up) = match self.inputs.as_slice() {
+            [whole] => {
+                let both = project_experts(whole, x, experts, order)?;
+                let gate = both.try_index((Ellipsis, ..self.width))?;
+                let up = both.try_index((Ellipsis, self.width..))?;
+                (gate, up)
+            }
+            apart => (
+                project_experts(&apart[0], x, experts, order)?,
+                project_experts(&apart[1], x, experts, order)?,
+            ),
+        };
+        let inner = sigmoid(&gate)?.multiply(&gate)?.multiply(&up)?;
+        project_experts(&self.output, &inner, experts, order)
+    }
+}
+
+/// Keeps the weights finite when all scores vanish. From the reference implementation.
+const WEIGHT_SUM_MIN: f32 = 1e-20;
+
+/// Routes from which sorting pays on a GPU; mlx-lm's figure.
+const SORT_ROUTES_MIN: i32 = 64;

@@ -1,0 +1,255 @@
+//! MiniMax-M2: the layers that one rank owns, over the rows of any number of sequences at once.
+//!
+//! Everything but attention works row by row, so all rows go through it together; attention runs
+//! per segment, against the segment's own cache. A row is therefore computed as it would be alone.
+//! The maths is that of the model's reference implementations (`minimax_m2` in transformers,
+//! `minimax` in mlx-lm).
+//!
+//! Shapes: `rows` is the number of rows of the step, `hidden` the model's width. On a rank that
+//! holds no heads, or no share of the experts, the part is absent and adds zeros.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use mlx_rs::error::Exception;
+use mlx_rs::fast::rms_norm;
+use mlx_rs::ops::indexing::TryIndexOp;
+use mlx_rs::{Array, Dtype};
+use offbook_collectives::Group;
+use offbook_protocol::SequenceId;
+
+use crate::batch::{Segment, StepBatch};
+use crate::config::ModelConfig;
+use crate::kv_cache::SequenceCache;
+use crate::models::attention::Attention;
+use crate::models::experts::{Experts, RouterAndExperts};
+use crate::models::linear::{arrays, embed, project};
+use crate::models::rotary::{Rotary, Turn};
+use crate::partition::RankShare;
+use crate::weights::{LayerWeights, Linear, ShardWeights};
+
+/// One rank's share of the model, ready to run.
+pub(crate) struct MiniMax {
+    embedding: Option<Linear>,
+    blocks: Vec<Block>,
+    final_norm: Option<Array>,
+    head: Option<Linear>,
+    rotary: Rotary,
+    pub(crate) numerics: Numerics,
+}
+
+/// What holds for every layer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Numerics {
+    pub(crate) hidden: i32,
+    pub(crate) norm_eps: f32,
+    /// Of activations and caches.
+    pub(crate) dtype: Dtype,
+    pub(crate) device: DeviceKind,
+}
+
+/// Whether the device has kernels for whole blocks, or composes them from plain operations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DeviceKind {
+    Cpu,
+    Gpu,
+}
+
+/// What all layers of one step share.
+pub(crate) struct Rows<'a> {
+    pub(crate) segments: &'a [Segment],
+    /// The rows of each segment.
+    pub(crate) ranges: Vec<Range<i32>>,
+    pub(crate) count: i32,
+    pub(crate) turn: Turn,
+    pub(crate) group: &'a Group,
+    /// Whether ranks hold parts of the same layer, and sums have to be made whole.
+    pub(crate) divided: bool,
+}
+
+/// The caches of the sequences that run.
+pub(crate) type Caches = HashMap<SequenceId, SequenceCache>;
+
+struct Block {
+    input_norm: Array,
+    attention: Attention,
+    post_norm: Array,
+    experts: Experts,
+}
+
+impl MiniMax {
+    /// Fuses what multiplies the same input. `share` says what of the model they are.
+    pub(crate) fn new(
+        config: &ModelConfig,
+        share: &RankShare,
+        weights: ShardWeights,
+        numerics: Numerics,
+    ) -> Result<Self, Exception> {
+        let mut blocks = Vec::with_capacity(weights.layers.len());
+        for layer in weights.layers {
+            let block = Block::new(config, share, layer, numerics)?;
+            // One layer at a time: the parts are freed before the next layer is fused.
+            mlx_rs::transforms::eval(block.arrays())?;
+            blocks.push(block);
+        }
+        Ok(Self {
+            embedding: weights.embedding,
+            blocks,
+            final_norm: weights.final_norm,
+            head: weights.head,
+            rotary: Rotary::new(config.rotary_dim, config.head_dim, config.rope_theta),
+            numerics,
+        })
+    }
+
+    /// Layers on this rank.
+    pub(crate) fn layers(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// What the layers of a step share.
+    pub(crate) fn rows<'a>(
+        &self,
+        batch: &'a StepBatch,
+        group: &'a Group,
+        divided: bool,
+    ) -> Rows<'a> {
+        let mut ranges = Vec::with_capacity(batch.segments.len());
+        let mut positions = Vec::with_capacity(batch.rows());
+        for segment in &batch.segments {
+            let first = positions.len() as i32;
+            let start = segment.start as i32;
+            positions.extend(start..start + segment.rows() as i32);
+            ranges.push(first..positions.len() as i32);
+        }
+        let turn = match self.numerics.device {
+            DeviceKind::Cpu => self.rotary.tables(&positions),
+            DeviceKind::Gpu => self.rotary.kernel(&positions),
+        };
+        Rows {
+            segments: &batch.segments,
+            ranges,
+            count: positions.len() as i32,
+            turn,
+            group,
+            divided,
+        }
+    }
+
+    /// `ids` (`[rows]`) → `[rows, hidden]`; `None` on a rank without the embedding.
+    pub(crate) fn embed(&self, ids: &Array) -> Result<Option<Array>, Exception> {
+        let Some(table) = &self.embedding else {
+            return Ok(None);
+        };
+        embed(table, ids)?.as_dtype(self.numerics.dtype).map(Some)
+    }
+
+    /// One of this rank's layers: `[rows, hidden]` → `[rows, hidden]`.
+    pub(crate) fn layer(
+        &self,
+        index: usize,
+        x: &Array,
+        rows: &Rows<'_>,
+        caches: &mut Caches,
+    ) -> Result<Array, Exception> {
+        let block = &self.blocks[index];
+        let norm = |x, weight| rms_norm(x, Some(weight), self.numerics.norm_eps);
+        let mut caches = Borrowed { caches, index };
+        let attended =
+            block
+                .attention
+                .forward(&norm(x, &block.input_norm)?, rows, &self.rotary, &mut caches)?;
+        let x = x.add(attended)?;
+        let mixed = block.experts.forward(&norm(&x, &block.post_norm)?, rows)?;
+        x.add(mixed)
+    }
+
+    /// Logits of the given rows over this rank's part of the vocabulary: `[rows, hidden]` →
+    /// `[draws, vocabulary rows]` in 32 bits; `None` on a rank without a part.
+    pub(crate) fn logits(&self, x: &Array, draws: &[i32]) -> Result<Option<Array>, Exception> {
+        let (Some(norm), Some(head)) = (&self.final_norm, &self.head) else {
+            return Ok(None);
+        };
+        let picked = if draws.len() as i32 == x.dim(0) {
+            x.clone()
+        } else {
+            x.take_axis(Array::from_slice(draws, &[draws.len() as i32]), 0)?
+        };
+        let normed = rms_norm(&picked, Some(norm), self.numerics.norm_eps)?;
+        project(head, &normed)?.as_dtype(Dtype::Float32).map(Some)
+    }
+
+    /// Every array that the model holds.
+    pub(crate) fn arrays(&self) -> Vec<&Array> {
+        let linears = self.embedding.iter().chain(&self.head).flat_map(arrays);
+        let blocks = self.blocks.iter().flat_map(Block::arrays);
+        linears.chain(&self.final_norm).chain(blocks).collect()
+    }
+}
+
+impl Block {
+    fn new(
+        config: &ModelConfig,
+        share: &RankShare,
+        layer: LayerWeights,
+        numerics: Numerics,
+    ) -> Result<Self, Exception> {
+        let mixture = RouterAndExperts {
+            router: layer.router,
+            router_bias: layer.router_bias,
+            experts: layer.experts,
+        };
+        Ok(Self {
+            input_norm: layer.input_norm,
+            attention: Attention::new(config, share, layer.attention, numerics)?,
+            post_norm: layer.post_attention_norm,
+            experts: Experts::new(config, share, mixture, numerics)?,
+        })
+    }
+
+    fn arrays(&self) -> Vec<&Array> {
+        let mut all = vec![&self.input_norm, &self.post_norm];
+        all.extend(self.attention.arrays());
+        all.extend(self.experts.arrays());
+        all
+    }
+}
+
+/// The caches of one layer.
+pub(crate) struct Borrowed<'a> {
+    caches: &'a mut Caches,
+    index: usize,
+}
+
+impl Borrowed<'_> {
+    /// The cache of one sequence in this layer.
+    pub(crate) fn of(
+        &mut self,
+        sequence: SequenceId,
+    ) -> Result<&mut crate::kv_cache::LayerCache, Exception> {
+        self.caches
+            .get_mut(&sequence)
+            .and_then(|cache| cache.layers.get_mut(self.index))
+            .ok_or_else(|| Exception::custom(format!("sequence {sequence} has no cache")))
+    }
+}
+
+impl Rows<'_> {
+    /// `part` summed over the ranks that hold parts of the same layer.
+    pub(crate) fn whole(&self, part: Array) -> Result<Array, Exception> {
+        if self.divided {
+            self.group.all_sum(&part)
+        } else {
+            Ok(part)
+        }
+    }
+
+    /// One segment's rows of `x`; all of them without a slice when there is only one segment.
+    pub(crate) fn slice(&self, x: &Array, range: &Range<i32>) -> Result<Array, Exception> {
+        if range.len() as i32 == self.count {
+            Ok(x.clone())
+        } else {
+            x.try_index(range.clone())
+        }
+    }
+}

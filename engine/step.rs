@@ -1,0 +1,375 @@
+//! Builds and submits one step: embed, layers, sample. Nothing here waits for the step; the tokens
+//! stay on the device, where the next step finds them.
+//!
+//! The last thing that a step does is the message: one array of 32-bit integers that the sampling
+//! rank broadcasts, `[control word, token, token, …]`. All ranks go on with the tokens in it, so
+//! they cannot diverge. A rank alone needs no message.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use mlx_rs::error::Exception;
+use mlx_rs::ops::indexing::{TryIndexOp, take_axis};
+use mlx_rs::ops::{concatenate, zeros_dtype};
+use mlx_rs::transforms::async_eval;
+use mlx_rs::{Array, Dtype};
+use offbook_collectives::Group;
+use offbook_protocol::{Layout, SequenceId};
+
+use crate::batch::{Batch, Draw, Input, StepBatch};
+use crate::engine::Engine;
+use crate::kv_cache::SequenceCache;
+use crate::models::minimax::{Caches, Rows};
+use crate::sampler::{self, Drawn, Logprobs, RowLogprobs, host};
+
+/// What one rank keeps from step to step.
+pub(crate) struct Stepper<'a> {
+    engine: &'a Engine,
+    group: &'a Group,
+    caches: Caches,
+    /// What the step before drew: `[draws]`.
+    tokens: Option<Array>,
+    in_flight: InFlight,
+    steps: u64,
+}
+
+/// A step that was submitted.
+pub(crate) struct Submitted {
+    serial: u64,
+    /// Who draws, in row order.
+    pub(crate) draws: Vec<SequenceId>,
+    /// Sequences that it works on.
+    pub(crate) sequences: usize,
+    message: Array,
+    logprobs: Option<Logprobs>,
+    /// How long the throttle held the host back while it built the step.
+    pub(crate) throttled: Duration,
+}
+
+/// What a step said, on the host.
+pub(crate) struct Answer {
+    /// What the sampling rank put into its message; `None` on a rank alone.
+    pub(crate) control: Option<u32>,
+    pub(crate) tokens: Vec<u32>,
+    /// One entry per token on the rank that samples, when a sequence asked for it; else empty.
+    pub(crate) logprobs: Vec<RowLogprobs>,
+}
+
+/// How a step is to be submitted.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Orders {
+    /// What the message carries when this rank samples.
+    pub(crate) control: u32,
+    /// Layers in flight at most, over all steps.
+    pub(crate) window: usize,
+}
+
+impl<'a> Stepper<'a> {
+    pub(crate) fn new(engine: &'a Engine, group: &'a Group) -> Self {
+        Self {
+            engine,
+            group,
+            caches: Caches::new(),
+            tokens: None,
+            in_flight: InFlight::default(),
+            steps: 0,
+        }
+    }
+
+    /// Frees what sequences that ended or left have cached.
+    pub(crate) fn forget_all_but(&mut self, batch: &Batch) {
+        self.caches.retain(|id, _| batch.contains(*id));
+    }
+
+    /// Builds the step and hands it to the device.
+    pub(crate) fn submit(
+        &mut self,
+        batch: &StepBatch,
+        orders: Orders,
+    ) -> Result<Submitted, Exception> {
+        let layers = self.engine.model.layers();
+        for segment in &batch.segments {
+            self.caches
+                .entry(segment.sequence)
+                .or_insert_with(|| SequenceCache::new(layers));
+        }
+        self.steps += 1;
+        let waited = self.in_flight.waited;
+        let hidden = self.forward(batch, orders.window)?;
+        let drawn = self.draw(batch, &hidden)?;
+        let draws = batch.draws();
+        let message = self.message(&drawn, draws.len(), orders.control)?;
+        let logprobs = drawn.sampled.and_then(|sampled| sampled.logprobs);
+        let mut outputs = vec![&message];
+        outputs.extend(logprobs.iter().flat_map(Logprobs::arrays));
+        async_eval(outputs)?;
+        self.tokens = Some(match self.alone() {
+            true => message.clone(),
+            false => message.try_index(1..)?,
+        });
+        Ok(Submitted {
+            serial: self.steps,
+            draws,
+            sequences: batch.segments.len(),
+            message,
+            logprobs,
+            throttled: self.in_flight.waited - waited,
+        })
+    }
+
+    /// Waits for the step and brings its answer to the host.
+    pub(crate) fn read(&mut self, step: &Submitted) -> Result<Answer, Exception> {
+        step.message.eval()?;
+        self.in_flight.done(step.serial);
+        if self.alone() && step.draws.is_empty() {
+            return Ok(Answer {
+                control: None,
+                tokens: Vec::new(),
+                logprobs: Vec::new(),
+            });
+        }
+        let words: Vec<u32> = host::<i32>(&step.message)?
+            .into_iter()
+            .map(i32::cast_unsigned)
+            .collect();
+        let (control, tokens) = match words.split_first() {
+            Some((&control, tokens)) if !self.alone() => (Some(control), tokens.to_vec()),
+            _ => (None, words),
+        };
+        let logprobs = match &step.logprobs {
+            Some(logprobs) => logprobs.read()?,
+            None => Vec::new(),
+        };
+        Ok(Answer {
+            control,
+            tokens,
+            logprobs,
+        })
+    }
+
+    fn alone(&self) -> bool {
+        self.group.size() == 1
+    }
+
+    fn pipelined(&self) -> bool {
+        !self.alone() && self.engine.layout() == Layout::Pipeline
+    }
+
+    /// Through this rank's layers: `[rows, hidden]`, as it was sent on where another rank follows.
+    fn forward(&mut self, batch: &StepBatch, window: usize) -> Result<Array, Exception> {
+        let model = &self.engine.model;
+        let divided = !self.alone() && self.engine.layout() == Layout::Tensor;
+        let rows = model.rows(batch, self.group, divided);
+        let mut x = self.first(batch, &rows)?;
+        // A prompt's layers are submitted one by one: they hold much memory and take long. A decode
+        // step goes whole, as long as the window leaves room for the one behind it.
+        let layers = model.layers();
+        let stride = match batch.is_decode() {
+            true if window >= 2 * layers => layers,
+            true => (window / 2).max(1),
+            false => 1,
+        };
+        let mut unsubmitted = 0;
+        for index in 0..layers {
+            if unsubmitted == stride {
+                async_eval([&x])?;
+                self.in_flight.push(self.steps, unsubmitted, x.clone());
+                unsubmitted = 0;
+            }
+            if unsubmitted == 0 {
+                self.in_flight.make_room(stride, window)?;
+            }
+            x = model.layer(index, &x, &rows, &mut self.caches)?;
+            unsubmitted += 1;
+        }
+        if self.pipelined() && self.group.rank() + 1 < self.group.size() {
+            x = self.group.send(&x, self.group.rank() + 1)?;
+        }
+        self.in_flight.push(self.steps, unsubmitted, x.clone());
+        Ok(x)
+    }
+
+    /// What the first of this rank's layers reads: embeddings, or what the rank before sent.
+    fn first(&self, batch: &StepBatch, rows: &Rows<'_>) -> Result<Array, Exception> {
+        let model = &self.engine.model;
+        if self.pipelined() && self.group.rank() > 0 {
+            let shape = [rows.count, model.numerics.hidden];
+            return self
+                .group
+                .recv(&shape, model.numerics.dtype, self.group.rank() - 1);
+        }
+        let ids = self.ids(batch)?;
+        model
+            .embed(&ids)?
+            .ok_or_else(|| Exception::custom("the rank that embeds has no embedding"))
+    }
+
+    /// The rows' token ids: `[rows]`. Those of decode rows come from the step before, unseen.
+    fn ids(&self, batch: &StepBatch) -> Result<Array, Exception> {
+        let mut places = Vec::new();
+        let mut known = Vec::new();
+        for segment in &batch.segments {
+            match &segment.input {
+                Input::Drawn(place) => places.push(*place as i32),
+                Input::Prompt(tokens) => known.extend(tokens.iter().map(|t| t.cast_signed())),
+            }
+        }
+        let known_count = known.len() as i32;
+        let known = (known_count > 0).then(|| Array::from_slice(&known, &[known_count]));
+        let drawn = match (&self.tokens, places.is_empty()) {
+            (_, true) => None,
+            (None, false) => return Err(Exception::custom("a first step cannot continue")),
+            (Some(tokens), false) => Some(pick(tokens, &places)?),
+        };
+        match (drawn, known) {
+            // Decode rows come first in every batch.
+            (Some(drawn), Some(known)) => concatenate(&[drawn, known], 0),
+            (Some(ids), None) | (None, Some(ids)) => Ok(ids),
+            (None, None) => Err(Exception::custom("a step without rows")),
+        }
+    }
+
+    /// Draws on the rank that samples; the others send it their part of the logits.
+    fn draw(&self, batch: &StepBatch, hidden: &Array) -> Result<Outcome, Exception> {
+        let mut rows = Vec::new();
+        let mut draws: Vec<&Draw> = Vec::new();
+        let mut row = 0;
+        for segment in &batch.segments {
+            row += segment.rows() as i32;
+            if let Some(draw) = &segment.draw {
+                rows.push(row - 1);
+                draws.push(draw);
+            }
+        }
+        if draws.is_empty() {
+            return Ok(Outcome::without(hidden));
+        }
+        let part = self.engine.model.logits(hidden, &rows)?;
+        if self.alone() || self.pipelined() {
+            return match part {
+                Some(logits) => Outcome::with(&logits, &draws),
+                None => Ok(Outcome::without(hidden)),
+            };
+        }
+        let count = draws.len() as i32;
+        let part = match part {
+            Some(part) => part.transpose_axes(&[1, 0])?,
+            None => zeros_dtype(&[0, count], Dtype::Float32)?,
+        };
+        let root = self.engine.sampling_rank();
+        let gathered = self
+            .group
+            .gather_to(&part, &self.engine.vocabulary_rows(), root)?;
+        if self.group.rank() != root {
+            return Ok(Outcome::without(&gathered));
+        }
+        Outcome::with(&gathered.transpose_axes(&[1, 0])?, &draws)
+    }
+
+    /// The step's last word, on every rank. It depends on all that this rank has to do in the step,
+    /// so that no rank runs its exchanges in another order.
+    fn message(&self, drawn: &Outcome, draws: usize, control: u32) -> Result<Array, Exception> {
+        let tokens = drawn.sampled.as_ref().map(|sampled| &sampled.tokens);
+        if self.alone() {
+            return Ok(tokens.unwrap_or(&drawn.last).clone());
+        }
+        let control = Array::from_slice(&[control.cast_signed()], &[1]);
+        let words = match tokens {
+            Some(tokens) => concatenate(&[&control, tokens], 0)?,
+            // Elsewhere than on the sampling rank only the shape counts.
+            None => {
+                let nothing = drawn
+                    .last
+                    .flatten(None, None)?
+                    .try_index(..1)?
+                    .as_type::<i32>()?
+                    .multiply(Array::from_int(0))?;
+                let rest = zeros_dtype(&[draws as i32], Dtype::Int32)?;
+                concatenate(&[control.add(nothing)?, rest], 0)?
+            }
+        };
+        self.group.broadcast(&words, self.engine.sampling_rank())
+    }
+}
+
+/// What came of the last rows.
+struct Outcome {
+    sampled: Option<Drawn>,
+    /// The last thing computed, for those who did not sample.
+    last: Array,
+}
+
+impl Outcome {
+    fn with(logits: &Array, draws: &[&Draw]) -> Result<Self, Exception> {
+        let sampled = sampler::draw(logits, draws)?;
+        Ok(Self {
+            last: sampled.tokens.clone(),
+            sampled: Some(sampled),
+        })
+    }
+
+    fn without(last: &Array) -> Self {
+        Self {
+            sampled: None,
+            last: last.clone(),
+        }
+    }
+}
+
+/// Layers that were handed to the device and are not known to be done, oldest first.
+#[derive(Default)]
+struct InFlight {
+    submitted: VecDeque<Layers>,
+    layers: usize,
+    /// How long the host has been held back, over all steps.
+    waited: Duration,
+}
+
+struct Layers {
+    step: u64,
+    count: usize,
+    output: Array,
+}
+
+impl InFlight {
+    fn push(&mut self, step: u64, count: usize, output: Array) {
+        self.layers += count;
+        self.submitted.push_back(Layers {
+            step,
+            count,
+            output,
+        });
+    }
+
+    /// Waits until `count` more layers fit the window.
+    fn make_room(&mut self, count: usize, window: usize) -> Result<(), Exception> {
+        while self.layers + count > window
+            && let Some(oldest) = self.submitted.pop_front()
+        {
+            let since = Instant::now();
+            oldest.output.eval()?;
+            self.waited += since.elapsed();
+            self.layers -= oldest.count;
+        }
+        Ok(())
+    }
+
+    /// A step was read: so all that it was made of is done.
+    fn done(&mut self, step: u64) {
+        while let Some(oldest) = self.submitted.front()
+            && oldest.step <= step
+        {
+            self.layers -= oldest.count;
+            self.submitted.pop_front();
+        }
+    }
+}
+
+/// `tokens[places]`, without an operation when that is `tokens` itself.
+fn pick(tokens: &Array, places: &[i32]) -> Result<Array, Exception> {
+    let count = places.len() as i32;
+    if tokens.dim(0) == count && places.iter().zip(0..).all(|(&place, i)| place == i) {
+        return Ok(tokens.clone());
+    }
+    take_axis(tokens, Array::from_slice(places, &[count]), 0)
+}

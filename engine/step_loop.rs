@@ -1,0 +1,464 @@
+//! The life of a shard: steps, back to back, on the thread that owns the engine.
+//!
+//! Decode runs one step ahead of the host: step n + 1 is built and submitted before the tokens of
+//! step n are read. Nothing on the way of a token waits for a message.
+//!
+//! All ranks must build the same steps. Each receives the same plans in the same order, but not at
+//! the same time, so the sampling rank decides: the message of every step carries the highest plan
+//! number that it had received when it built that step. Having read it, every rank applies the plans
+//! up to that number, and the step built next knows them. A rank whose copy of a plan is late waits
+//! for it. When nothing runs, all ranks are in the same state, and each begins with exactly the next
+//! plan, whenever that comes, without a collective.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::{Duration, Instant};
+
+use mlx_rs::error::Exception;
+use offbook_collectives::{CollectiveError, Group, GroupHandle};
+use offbook_protocol::{Epoch, Plan, PlanNumber, Rank, SampledToken, Step, StepOutcome};
+use thiserror::Error;
+
+use crate::batch::{Batch, BatchError, Observed};
+use crate::engine::Engine;
+use crate::sampler::RowLogprobs;
+use crate::step::{Answer, Orders, Stepper, Submitted};
+use crate::step_log::{Noted, StepTiming};
+
+/// What the engine's thread is told.
+#[derive(Clone, Debug)]
+pub enum Command {
+    /// The next plan of this epoch.
+    Plan(Plan),
+    Shutdown,
+}
+
+/// Who hears of the steps. Called on the engine's thread, between steps: whatever takes long there
+/// makes the device wait.
+pub trait Report {
+    /// The tokens of one step, in order. Called on the sampling rank alone.
+    fn outcome(&mut self, outcome: StepOutcome);
+
+    /// Where the time of a step went. Called on every rank, after the step's outcome.
+    fn timing(&mut self, timing: StepTiming);
+
+    /// The loop ends with this error. Called once, last.
+    fn failed(&mut self, error: &StepError);
+}
+
+/// How the loop runs.
+#[derive(Clone, Debug)]
+pub struct LoopOptions {
+    /// Plans of other epochs are passed over.
+    pub epoch: Epoch,
+    /// How many layers may be in flight on the device. Read at every step; anybody may move it.
+    pub window: Arc<AtomicU32>,
+    /// Every how many steps the log line is `info` rather than `debug`; 0 for never.
+    pub step_log_every: u64,
+    /// How long a plan that the sampling rank has may be missing here.
+    pub plan_deadline: Duration,
+}
+
+/// How the loop ended. The engine keeps its weights; its sequences are gone.
+pub struct LoopEnd {
+    pub engine: Engine,
+    pub reason: EndReason,
+}
+
+/// Why the loop ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum EndReason {
+    /// Told to, or nobody is left to tell it anything.
+    Shutdown,
+    /// The engine can run again with a fresh group.
+    Failed(StepError),
+}
+
+/// Runs steps until told to stop or until one fails. Nothing that a failed step computed is used.
+pub fn run(
+    engine: Engine,
+    group: Group,
+    commands: Receiver<Command>,
+    report: impl Report,
+    options: LoopOptions,
+) -> LoopEnd {
+    let mut report = report;
+    let reason = {
+        let inbox = Inbox::new(&commands, &options);
+        match Loop::new(&engine, &group, inbox, &options).run(&mut report) {
+            Ok(()) => EndReason::Shutdown,
+            Err(error) => {
+                report.failed(&error);
+                EndReason::Failed(error)
+            }
+        }
+    };
+    LoopEnd { engine, reason }
+}
+
+struct Loop<'a> {
+    rank: Rank,
+    samples: bool,
+    batch: Batch,
+    stepper: Stepper<'a>,
+    inbox: Inbox<'a>,
+    handle: GroupHandle,
+    options: &'a LoopOptions,
+    /// Submitted and not read, oldest first: two at most.
+    ahead: VecDeque<(Step, Submitted)>,
+    next: Step,
+    clock: Clock,
+}
+
+impl<'a> Loop<'a> {
+    fn new(
+        engine: &'a Engine,
+        group: &'a Group,
+        inbox: Inbox<'a>,
+        options: &'a LoopOptions,
+    ) -> Self {
+        let handle = group.handle();
+        Self {
+            rank: engine.rank(),
+            samples: group.size() == 1 || engine.rank() == engine.partition().sampling_rank(),
+            batch: Batch::new(engine.limits()),
+            stepper: Stepper::new(engine, group),
+            inbox,
+            clock: Clock::new(handle.waited()),
+            handle,
+            options,
+            ahead: VecDeque::with_capacity(STEPS_AHEAD_MAX),
+            next: Step(0),
+        }
+    }
+
+    /// `Ok` when told to stop.
+    fn run(&mut self, report: &mut impl Report) -> Result<(), StepError> {
+        let result = self.steps(report);
+        // Nothing may run on when the engine goes back: what is on its way is awaited, whatever it
+        // says. Collectives end by their own deadlines, or at once when the group is poisoned.
+        if let Err(error) = &result {
+            self.handle.poison(&error.to_string());
+        }
+        for (_, step) in self.ahead.drain(..) {
+            let _ = self.stepper.read(&step);
+        }
+        result
+    }
+
+    fn steps(&mut self, report: &mut impl Report) -> Result<(), StepError> {
+        loop {
+            self.inbox.drain()?;
+            if self.inbox.shutdown {
+                return Ok(());
+            }
+            while self.ahead.len() < STEPS_AHEAD_MAX && self.submit()? {}
+            match self.ahead.pop_front() {
+                Some((step, submitted)) => self.read(step, submitted, report)?,
+                None if !self.begin()? => return Ok(()),
+                None => (),
+            }
+        }
+    }
+
+    /// Builds the next step, if there is one to build.
+    fn submit(&mut self) -> Result<bool, StepError> {
+        let Some(batch) = self.batch.next_batch() else {
+            return Ok(false);
+        };
+        let step = self.next;
+        self.next = step.next();
+        let orders = Orders {
+            control: self.inbox.received.0 as u32,
+            window: self.options.window.load(Ordering::Relaxed).max(1) as usize,
+        };
+        let since = Instant::now();
+        let submitted = self.stepper.submit(&batch, orders);
+        let submitted = submitted.map_err(|error| self.blame(step, error))?;
+        self.clock.built += since.elapsed().saturating_sub(submitted.throttled);
+        self.clock.blocked += submitted.throttled;
+        self.ahead.push_back((step, submitted));
+        Ok(true)
+    }
+
+    /// Waits for a step, reports it, and lets plans take effect that it names.
+    fn read(
+        &mut self,
+        step: Step,
+        submitted: Submitted,
+        report: &mut impl Report,
+    ) -> Result<(), StepError> {
+        let since = Instant::now();
+        let answer = self.stepper.read(&submitted);
+        self.clock.blocked += since.elapsed();
+        let answer = answer.map_err(|error| self.blame(step, error))?;
+        self.healthy(step)?;
+
+        let observed = self.batch.observe(&submitted.draws, &answer.tokens);
+        if self.samples && !observed.is_empty() {
+            report.outcome(StepOutcome {
+                epoch: self.options.epoch,
+                step,
+                tokens: sampled(&observed, &answer),
+            });
+        }
+        let upto = match answer.control {
+            Some(word) => self.inbox.named(word),
+            None => self.inbox.received,
+        };
+        while self.inbox.applied < upto {
+            let plan = self.inbox.wait(step, self.rank)?;
+            self.batch.apply(&plan).map_err(StepError::Plan)?;
+        }
+        self.stepper.forget_all_but(&self.batch);
+        self.time(step, submitted.sequences, report);
+        Ok(())
+    }
+
+    /// Nothing runs: waits for the next plan, and applies it. `false` when there will be none.
+    fn begin(&mut self) -> Result<bool, StepError> {
+        loop {
+            if let Some(plan) = self.inbox.next() {
+                self.batch.apply(&plan).map_err(StepError::Plan)?;
+                self.clock.restart(self.handle.waited());
+                return Ok(true);
+            }
+            self.inbox.sleep(IDLE_CHECK)?;
+            if self.inbox.shutdown {
+                return Ok(false);
+            }
+            self.healthy(self.next)?;
+        }
+    }
+
+    fn healthy(&self, step: Step) -> Result<(), StepError> {
+        self.handle.health().map_err(|error| StepError::Collective {
+            rank: self.rank,
+            step,
+            error,
+        })
+    }
+
+    /// A device error is often only what a failed collective looks like from here.
+    fn blame(&self, step: Step, error: Exception) -> StepError {
+        match self.healthy(step) {
+            Err(collective) => collective,
+            Ok(()) => StepError::Device {
+                rank: self.rank,
+                step,
+                what: error.what().to_owned(),
+            },
+        }
+    }
+
+    fn time(&mut self, step: Step, batch: usize, report: &mut impl Report) {
+        let window = self.options.window.load(Ordering::Relaxed);
+        let timing = self.clock.lap(step, self.handle.waited(), batch, window);
+        let every = self.options.step_log_every;
+        timing.log(
+            self.rank,
+            match every > 0 && step.0.is_multiple_of(every) {
+                true => Noted::Info,
+                false => Noted::Debug,
+            },
+        );
+        report.timing(timing);
+    }
+}
+
+/// What the step's tokens are to the scheduler.
+fn sampled(observed: &[Observed], answer: &Answer) -> Vec<SampledToken> {
+    observed
+        .iter()
+        .map(|seen| {
+            let row = answer.logprobs.get(seen.row).cloned();
+            let RowLogprobs { chosen, top } = row.unwrap_or_default();
+            SampledToken {
+                sequence: seen.sequence,
+                token: seen.token,
+                logprob: chosen,
+                top,
+                finish: seen.finish,
+            }
+        })
+        .collect()
+}
+
+/// Plans that came and have not taken effect.
+struct Inbox<'a> {
+    commands: &'a Receiver<Command>,
+    options: &'a LoopOptions,
+    waiting: VecDeque<Plan>,
+    applied: PlanNumber,
+    /// The highest number that came; plans come without gaps.
+    received: PlanNumber,
+    shutdown: bool,
+}
+
+impl<'a> Inbox<'a> {
+    fn new(commands: &'a Receiver<Command>, options: &'a LoopOptions) -> Self {
+        Self {
+            commands,
+            options,
+            waiting: VecDeque::new(),
+            applied: PlanNumber(0),
+            received: PlanNumber(0),
+            shutdown: false,
+        }
+    }
+
+    /// Takes what has come, without waiting. What does not fit stays in the channel, whose own bound
+    /// then holds its senders back.
+    fn drain(&mut self) -> Result<(), StepError> {
+        while !self.shutdown && self.waiting.len() < PLANS_WAITING_MAX {
+            match self.commands.try_recv() {
+                Ok(command) => self.take(command)?,
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => self.shutdown = true,
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for one command.
+    fn sleep(&mut self, at_most: Duration) -> Result<(), StepError> {
+        match self.commands.recv_timeout(at_most) {
+            Ok(command) => self.take(command)?,
+            Err(RecvTimeoutError::Timeout) => (),
+            Err(RecvTimeoutError::Disconnected) => self.shutdown = true,
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, command: Command) -> Result<(), StepError> {
+        match command {
+            Command::Shutdown => self.shutdown = true,
+            Command::Plan(plan) if plan.epoch != self.options.epoch => {
+                tracing::debug!(epoch = %plan.epoch, "a plan of another epoch was passed over");
+            }
+            Command::Plan(plan) if plan.number != self.received.next() => {
+                return Err(StepError::PlanOrder {
+                    expected: self.received.next(),
+                    came: plan.number,
+                });
+            }
+            Command::Plan(plan) => {
+                self.received = plan.number;
+                self.waiting.push_back(plan);
+            }
+        }
+        Ok(())
+    }
+
+    fn next(&mut self) -> Option<Plan> {
+        let plan = self.waiting.pop_front()?;
+        self.applied = plan.number;
+        Some(plan)
+    }
+
+    /// The plan number that a control word means: its low 32 bits, never below what is applied.
+    fn named(&self, word: u32) -> PlanNumber {
+        let ahead = word.wrapping_sub(self.applied.0 as u32);
+        PlanNumber(self.applied.0 + u64::from(ahead))
+    }
+
+    /// The next plan, which the sampling rank has; waits for it when it is late.
+    fn wait(&mut self, step: Step, rank: Rank) -> Result<Plan, StepError> {
+        let deadline = Instant::now() + self.options.plan_deadline;
+        loop {
+            if let Some(plan) = self.next() {
+                return Ok(plan);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.shutdown {
+                return Err(StepError::PlanMissing {
+                    rank,
+                    step,
+                    number: self.applied.next(),
+                });
+            }
+            self.sleep(left)?;
+        }
+    }
+}
+
+/// Adds up where time goes between two laps.
+struct Clock {
+    since: Instant,
+    waited: Duration,
+    built: Duration,
+    blocked: Duration,
+}
+
+impl Clock {
+    fn new(waited: Duration) -> Self {
+        Self {
+            since: Instant::now(),
+            waited,
+            built: Duration::ZERO,
+            blocked: Duration::ZERO,
+        }
+    }
+
+    /// Forgets the time in which nothing ran.
+    fn restart(&mut self, waited: Duration) {
+        *self = Self::new(waited);
+    }
+
+    fn lap(&mut self, step: Step, waited: Duration, batch: usize, window: u32) -> StepTiming {
+        let total = self.since.elapsed();
+        let collective = waited.saturating_sub(self.waited);
+        let gpu_eval = self.blocked.saturating_sub(collective);
+        let timing = StepTiming {
+            step,
+            total,
+            model: self.built,
+            gpu_eval,
+            eval: total.saturating_sub(self.built + gpu_eval),
+            collective,
+            batch,
+            window,
+        };
+        self.restart(waited);
+        timing
+    }
+}
+
+/// A step failed, and the epoch with it. The shard itself is whole.
+#[derive(Clone, Debug, PartialEq, Error)]
+pub enum StepError {
+    #[error("rank {rank}, step {step}: {error}")]
+    Collective {
+        rank: Rank,
+        step: Step,
+        error: CollectiveError,
+    },
+    #[error("rank {rank}, step {step}: the device failed: {what}")]
+    Device {
+        rank: Rank,
+        step: Step,
+        what: String,
+    },
+    #[error("rank {rank}, step {step}: plan {number} took effect elsewhere and never came here")]
+    PlanMissing {
+        rank: Rank,
+        step: Step,
+        number: PlanNumber,
+    },
+    #[error("plan {came} came where plan {expected} was due")]
+    PlanOrder {
+        expected: PlanNumber,
+        came: PlanNumber,
+    },
+    #[error("a plan cannot be carried out: {0}")]
+    Plan(BatchError),
+}
+
+/// Of the device: while it works on one step, the next one waits behind it.
+const STEPS_AHEAD_MAX: usize = 2;
+/// Plans held here; more wait in the channel. A plan takes effect within two steps.
+const PLANS_WAITING_MAX: usize = 64;
+/// How often a rank that is idle looks whether its group still stands.
+const IDLE_CHECK: Duration = Duration::from_millis(200);
