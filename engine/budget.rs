@@ -1,0 +1,191 @@
+//! Whether a share fits its node, asked before a byte is loaded. Pure.
+
+use offbook_protocol::Rank;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::config::ModelConfig;
+use crate::partition::RankShare;
+use crate::precision::Precision;
+
+/// What the shards are asked to hold beside their weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Workload {
+    /// Positions in the KV cache, all sequences together.
+    pub kv_tokens: u64,
+    /// Positions that one sequence may reach.
+    pub context_tokens: u64,
+    /// Sequences worked on at the same time.
+    pub sequences: u64,
+    /// Prompt tokens of one step.
+    pub prefill_chunk_tokens: u64,
+    /// Of activations and of the KV cache.
+    pub precision: Precision,
+}
+
+/// Bytes that one rank needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Budget {
+    pub weight_bytes: u64,
+    pub kv_bytes: u64,
+    /// An estimate: the largest set of intermediate results that live at the same time.
+    pub activation_bytes: u64,
+}
+
+impl Budget {
+    /// `weight_bytes` comes from the checkpoint: `Checkpoint::share_bytes`.
+    pub fn of(
+        config: &ModelConfig,
+        share: &RankShare,
+        weight_bytes: u64,
+        workload: &Workload,
+    ) -> Self {
+        let kv_bytes_per_token = share.kv_bytes_per_token(config, workload.precision);
+        Self {
+            weight_bytes,
+            kv_bytes: kv_bytes_per_token.saturating_mul(workload.kv_tokens),
+            activation_bytes: activation_bytes(config, share, workload),
+        }
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.weight_bytes
+            .saturating_add(self.kv_bytes)
+            .saturating_add(self.activation_bytes)
+    }
+
+    /// An error that names the rank, its node and the bytes, unless the node has the memory.
+    pub fn fits(&self, place: Place<'_>, memory_bytes: u64) -> Result<(), DoesNotFit> {
+        if self.bytes() <= memory_bytes {
+            return Ok(());
+        }
+        Err(DoesNotFit {
+            rank: place.rank,
+            node: place.node.to_owned(),
+            budget: *self,
+            memory_bytes,
+        })
+    }
+}
+
+/// Where a rank is to run.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    pub rank: Rank,
+    pub node: &'a str,
+}
+
+/// The node is too small for its share: give it a smaller weight, add nodes, or shorten the
+/// context.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error(
+    "rank {rank} does not fit node '{node}': it needs {} bytes ({} weights, {} KV cache, {} \
+     activations) and has {memory_bytes}",
+    budget.bytes(), budget.weight_bytes, budget.kv_bytes, budget.activation_bytes
+)]
+pub struct DoesNotFit {
+    pub rank: Rank,
+    pub node: String,
+    pub budget: Budget,
+    pub memory_bytes: u64,
+}
+
+/// The larger of a layer's two halves for the longest step, and the logits; twice that, because
+/// the allocator keeps freed blocks.
+fn activation_bytes(config: &ModelConfig, share: &RankShare, workload: &Workload) -> u64 {
+    let tokens = workload.prefill_chunk_tokens.max(workload.sequences);
+    let width = workload.precision.bytes();
+    let [hidden, head_dim] = [config.hidden_size as u64, config.head_dim as u64];
+    let [queries, keys] = [share.query_heads.len() as u64, share.kv_heads.len() as u64];
+    // q, k, v and the heads' output, each before and after its transposition; and the scores,
+    // which only MLX's GPU kernels keep off memory.
+    let heads = 2 * (2 * queries + 2 * keys) * head_dim * width;
+    let scores = match workload.precision {
+        Precision::Float32 => queries * workload.context_tokens * 4,
+        Precision::BFloat16 | Precision::Float16 => 0,
+    };
+    // gate, up and their product, and what each chosen expert returns.
+    let columns = share.expert_columns.len() as u64;
+    let chosen = config.experts_per_token as u64 * (3 * columns + 2 * hidden) * width;
+    let residual = 4 * hidden * width;
+    let layer = tokens.saturating_mul(residual + chosen.max(heads + scores));
+    // The logits, their log-probabilities and their order, in f32.
+    let logits = workload.sequences * config.vocabulary_size as u64 * 4 * 3;
+    layer.saturating_add(logits).saturating_mul(2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn small() -> ModelConfig {
+        let config = json!({
+            "model_type": "minimax_m2", "hidden_size": 64, "num_hidden_layers": 3,
+            "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "rotary_dim": 8,
+            "rope_theta": 1e4, "rms_norm_eps": 1e-6, "intermediate_size": 32,
+            "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 128,
+            "max_position_embeddings": 512
+        });
+        ModelConfig::parse(&config, None).unwrap()
+    }
+
+    fn workload(precision: Precision) -> Workload {
+        Workload {
+            kv_tokens: 1000,
+            context_tokens: 500,
+            sequences: 2,
+            prefill_chunk_tokens: 64,
+            precision,
+        }
+    }
+
+    #[test]
+    fn kv_bytes_follow_layers_heads_and_precision() {
+        let config = small();
+        let whole = RankShare::whole(&config);
+        let of = |share: &RankShare, precision| {
+            Budget::of(&config, share, 0, &workload(precision)).kv_bytes
+        };
+        assert_eq!(of(&whole, Precision::Float32), 1000 * 3 * 2 * 3 * 16 * 4);
+        assert_eq!(of(&whole, Precision::BFloat16), 1000 * 3 * 2 * 3 * 16 * 2);
+        let headless = RankShare {
+            kv_heads: 3..3,
+            query_heads: 6..6,
+            ..whole
+        };
+        assert_eq!(of(&headless, Precision::BFloat16), 0);
+    }
+
+    #[test]
+    fn a_refusal_names_the_rank_the_node_and_the_bytes() {
+        let config = small();
+        let share = RankShare::whole(&config);
+        let budget = Budget::of(&config, &share, 7_000_000, &workload(Precision::BFloat16));
+        let place = Place {
+            rank: Rank(2),
+            node: "macbook-m4",
+        };
+        assert!(budget.fits(place, budget.bytes()).is_ok());
+        let error = budget
+            .fits(place, budget.bytes() - 1)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("rank 2 does not fit node 'macbook-m4'"),
+            "{error}"
+        );
+        assert!(error.contains("7000000 weights"), "{error}");
+    }
+
+    #[test]
+    fn absurd_workloads_do_not_overflow() {
+        let config = small();
+        let endless = Workload {
+            kv_tokens: u64::MAX,
+            ..workload(Precision::Float32)
+        };
+        let budget = Budget::of(&config, &RankShare::whole(&config), u64::MAX, &endless);
+        assert_eq!(budget.bytes(), u64::MAX);
+    }
+}

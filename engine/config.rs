@@ -1,0 +1,346 @@
+//! What a model directory says about its model, as far as the engine computes with it.
+//!
+//! Everything that slices, budgets or computes asks this struct; only this folder reads
+//! `config.json` and `generation_config.json`. A value that the engine cannot honour is an error
+//! here, never a wrong answer later.
+
+mod json;
+mod quantization;
+mod generation;
+
+use std::path::Path;
+
+use serde_json::Value;
+use thiserror::Error;
+
+pub use generation::{GenerationConfig, SamplingDefaults};
+pub use quantization::{Packing, Quantization};
+
+use json::Keys;
+
+/// A MiniMax-M2 model. Keys and defaults are those of mlx-lm's `models/minimax.py`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelConfig {
+    pub model_type: String,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    pub layers: usize,
+    /// A multiple of `kv_heads`: query head `i` reads KV head `i / query_heads_per_kv_head`.
+    pub query_heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// Leading dimensions of a head that RoPE turns; even, at most `head_dim`.
+    pub rotary_dim: usize,
+    pub rope_theta: f32,
+    pub rms_norm_eps: f32,
+    /// RMS norms over the whole width of q and k, all heads together.
+    pub qk_norm: bool,
+    /// Intermediate width of one expert.
+    pub expert_width: usize,
+    pub experts: usize,
+    pub experts_per_token: usize,
+    pub vocabulary_size: usize,
+    /// The logits are products with the rows of the embedding; there is no `lm_head`.
+    pub tied_embeddings: bool,
+    /// Positions that the model was made for.
+    pub context_tokens: usize,
+    /// `None` when `config.json` names none: then no tensor may be packed.
+    pub quantization: Option<Quantization>,
+    /// Stop tokens of both files, and the sampling that the model's makers advise.
+    pub generation: GenerationConfig,
+}
+
+impl ModelConfig {
+    /// Reads `config.json`, and `generation_config.json` when there is one.
+    pub fn open(directory: &Path) -> Result<Self, ConfigError> {
+        let config = json::read(&directory.join("config.json"))?;
+        let generation = directory.join("generation_config.json");
+        let generation = if generation.exists() {
+            Some(json::read(&generation)?)
+        } else {
+            None
+        };
+        Self::parse(&config, generation.as_ref())
+    }
+
+    /// Reads the same from JSON already in memory.
+    pub fn parse(config: &Value, generation: Option<&Value>) -> Result<Self, ConfigError> {
+        let keys = Keys::new(config)?;
+        let model_type = keys.text("model_type")?;
+        supported_architecture(&keys, &model_type)?;
+        let hidden_size = keys.size("hidden_size")?;
+        let query_heads = keys.size("num_attention_heads")?;
+        let head_dim = match keys.optional_size("head_dim")? {
+            Some(size) => size,
+            None => (hidden_size / query_heads).max(1),
+        };
+        let config = Self {
+            model_type,
+            hidden_size,
+            layers: keys.size("num_hidden_layers")?,
+            query_heads,
+            kv_heads: keys.size("num_key_value_heads")?,
+            head_dim,
+            rotary_dim: keys.size("rotary_dim")?,
+            rope_theta: keys.number("rope_theta")?,
+            rms_norm_eps: keys.number("rms_norm_eps")?,
+            qk_norm: keys.flag("use_qk_norm", true)?,
+            expert_width: keys.size("intermediate_size")?,
+            experts: keys.size("num_local_experts")?,
+            experts_per_token: keys.size("num_experts_per_tok")?,
+            vocabulary_size: keys.size("vocab_size")?,
+            tied_embeddings: keys.flag("tie_word_embeddings", false)?,
+            context_tokens: keys.size("max_position_embeddings")?,
+            quantization: Quantization::parse(&keys)?,
+            generation: GenerationConfig::parse(&keys, generation)?,
+        };
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Query heads that read the same KV head.
+    pub fn query_heads_per_kv_head(&self) -> usize {
+        self.query_heads / self.kv_heads
+    }
+
+    /// Width of q, all heads together.
+    pub fn query_width(&self) -> usize {
+        self.query_heads * self.head_dim
+    }
+
+    /// Width of k, and of v, all heads together.
+    pub fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// How a module is packed if the checkpoint holds it packed; `None`: it may not be.
+    pub fn packing_of(&self, module: &str) -> Option<Packing> {
+        self.quantization.as_ref()?.packing_of(module)
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        let rule = |ok: bool, key, accepts: String| {
+            if ok {
+                Ok(())
+            } else {
+                Err(ConfigError::OutOfRange { key, accepts })
+            }
+        };
+        rule(
+            self.query_heads.is_multiple_of(self.kv_heads),
+            "num_attention_heads",
+            format!("a multiple of num_key_value_heads ({})", self.kv_heads),
+        )?;
+        rule(
+            self.rotary_dim <= self.head_dim && self.rotary_dim.is_multiple_of(2),
+            "rotary_dim",
+            format!("an even number, at most head_dim ({})", self.head_dim),
+        )?;
+        rule(
+            self.experts_per_token <= self.experts,
+            "num_experts_per_tok",
+            format!("at most num_local_experts ({})", self.experts),
+        )?;
+        rule(
+            self.layers <= LAYERS_MAX,
+            "num_hidden_layers",
+            format!("at most {LAYERS_MAX}"),
+        )?;
+        rule(
+            self.rope_theta > 0.0 && self.rms_norm_eps > 0.0,
+            "rope_theta and rms_norm_eps",
+            "numbers above 0".to_owned(),
+        )
+    }
+}
+
+/// Refuses what looks like MiniMax-M2 and is computed differently.
+fn supported_architecture(keys: &Keys<'_>, model_type: &str) -> Result<(), ConfigError> {
+    keys.only("model_type", Some(model_type), &["minimax_m2", "minimax"])?;
+    keys.only(
+        "scoring_func",
+        keys.optional_text("scoring_func")?.as_deref(),
+        &["sigmoid"],
+    )?;
+    keys.only(
+        "hidden_act",
+        keys.optional_text("hidden_act")?.as_deref(),
+        &["silu"],
+    )?;
+    keys.only(
+        "qk_norm_type",
+        keys.optional_text("qk_norm_type")?.as_deref(),
+        &["per_layer"],
+    )?;
+    for key in ["rope_scaling", "rope_parameters"] {
+        if let Some(scaling) = keys.optional_object(key)? {
+            for kind in ["rope_type", "type"] {
+                keys.only(key, scaling.optional_text(kind)?.as_deref(), &["default"])?;
+            }
+        }
+    }
+    // MiniMax-Text-01 shares the name `minimax` and mixes in linear attention.
+    for (key, softmax) in [
+        ("attn_type_list", "1"),
+        ("layer_types", "\"full_attention\""),
+    ] {
+        for kind in keys.optional_list(key)?.unwrap_or_default() {
+            keys.only(key, Some(&kind.to_string()), &[softmax])?;
+        }
+    }
+    Ok(())
+}
+
+/// The model directory cannot be used as it is: its fault, or that of who chose it.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    #[error("cannot read {path}: {source}")]
+    Read {
+        path: String,
+        source: std::io::Error,
+    },
+    #[error("{path} is not what it should be: {detail}")]
+    Malformed { path: String, detail: String },
+    #[error("the model's configuration lacks '{key}'")]
+    Missing { key: String },
+    #[error("the model's configuration has '{key}' = {found}, which should be {expected}")]
+    WrongType {
+        key: String,
+        found: String,
+        expected: &'static str,
+    },
+    #[error("the model's configuration has '{key}' = {found}: only {supported} is supported")]
+    Unsupported {
+        key: String,
+        found: String,
+        supported: String,
+    },
+    #[error("the model's configuration has an impossible '{key}': it must be {accepts}")]
+    OutOfRange { key: &'static str, accepts: String },
+}
+
+/// The largest published decoders have about 130 layers; this only stops absurd numbers.
+const LAYERS_MAX: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// `config.json` of MiniMax-M2.5 at 5 bits, as far as it matters.
+    fn minimax() -> Value {
+        json!({
+            "model_type": "minimax_m2", "hidden_size": 3072, "num_hidden_layers": 62,
+            "num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128,
+            "rotary_dim": 64, "rope_theta": 5000000, "rms_norm_eps": 1e-6,
+            "intermediate_size": 1536, "num_local_experts": 256, "num_experts_per_tok": 8,
+            "vocab_size": 200064, "max_position_embeddings": 196608,
+            "tie_word_embeddings": false, "scoring_func": "sigmoid", "use_qk_norm": true,
+            "attn_type_list": [1, 1, 1], "qk_norm_type": "per_layer", "hidden_act": "silu",
+            "eos_token_id": 200020,
+            "quantization": {
+                "group_size": 64, "bits": 5, "mode": "affine",
+                "model.layers.0.block_sparse_moe.gate": {"group_size": 64, "bits": 8},
+                "model.layers.1.self_attn.q_proj": false
+            }
+        })
+    }
+
+    fn without(key: &str) -> Value {
+        let mut config = minimax();
+        config.as_object_mut().unwrap().remove(key);
+        config
+    }
+
+    fn with(key: &str, value: Value) -> Value {
+        let mut config = minimax();
+        config[key] = value;
+        config
+    }
+
+    fn error(config: &Value) -> String {
+        ModelConfig::parse(config, None).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_real_model_is_understood() {
+        let generation = json!({"eos_token_id": [200020, 7], "temperature": 1.0, "top_p": 0.95,
+            "top_k": 40, "do_sample": true});
+        let config = ModelConfig::parse(&minimax(), Some(&generation)).unwrap();
+        assert_eq!(config.query_heads_per_kv_head(), 6);
+        assert_eq!(config.query_width(), 6144);
+        assert_eq!(config.kv_width(), 1024);
+        assert_eq!(config.generation.stop_tokens, [200020, 7]);
+        let sampling = config.generation.sampling;
+        assert_eq!(sampling.temperature, Some(1.0));
+        assert_eq!((sampling.top_p, sampling.top_k), (Some(0.95), Some(40)));
+    }
+
+    #[test]
+    fn absent_keys_take_mlx_lms_defaults() {
+        let mut config = without("head_dim");
+        for key in [
+            "use_qk_norm",
+            "scoring_func",
+            "tie_word_embeddings",
+            "quantization",
+        ] {
+            config.as_object_mut().unwrap().remove(key);
+        }
+        let config = ModelConfig::parse(&config, None).unwrap();
+        assert_eq!(config.head_dim, 64);
+        assert!(config.qk_norm && !config.tied_embeddings);
+        assert_eq!(config.packing_of("lm_head"), None);
+    }
+
+    #[test]
+    fn overrides_go_before_the_default() {
+        let config = ModelConfig::parse(&minimax(), None).unwrap();
+        let packing = |group_size, bits| Some(Packing { group_size, bits });
+        assert_eq!(config.packing_of("lm_head"), packing(64, 5));
+        assert_eq!(
+            config.packing_of("model.layers.0.block_sparse_moe.gate"),
+            packing(64, 8)
+        );
+        assert_eq!(config.packing_of("model.layers.1.self_attn.q_proj"), None);
+    }
+
+    #[test]
+    fn errors_name_the_key_the_value_and_what_is_supported() {
+        assert_eq!(
+            error(&with("model_type", json!("llama"))),
+            "the model's configuration has 'model_type' = llama: only minimax_m2 or minimax is \
+             supported"
+        );
+        assert!(
+            error(&with("scoring_func", json!("softmax"))).contains("'scoring_func' = softmax")
+        );
+        assert!(error(&with("rope_scaling", json!({"type": "yarn"}))).contains("yarn"));
+        assert!(error(&with("attn_type_list", json!([1, 0]))).contains("'attn_type_list' = 0"));
+        assert!(error(&with("hidden_size", json!("wide"))).contains("'hidden_size' = \"wide\""));
+        assert!(error(&with("hidden_size", json!(0))).contains("'hidden_size' = 0"));
+        assert!(error(&with("hidden_size", json!(1u64 << 40))).contains("hidden_size"));
+        assert!(error(&without("rotary_dim")).contains("lacks 'rotary_dim'"));
+        assert!(error(&with("num_key_value_heads", json!(7))).contains("num_attention_heads"));
+        assert!(error(&with("rotary_dim", json!(63))).contains("rotary_dim"));
+        assert!(error(&json!([])).contains("object"));
+    }
+
+    #[test]
+    fn other_quantisations_are_refused() {
+        let mxfp4 = json!({"group_size": 32, "bits": 4, "mode": "mxfp4"});
+        assert!(error(&with("quantization", mxfp4)).contains("'quantization.mode' = mxfp4"));
+        let odd = json!({"group_size": 48, "bits": 4});
+        assert!(error(&with("quantization", odd)).contains("quantization.group_size"));
+        let mut fp8 = without("quantization");
+        fp8["quantization_config"] =
+            json!({"quant_method": "fp8", "weight_block_size": [128, 128]});
+        assert!(error(&fp8).contains("mlx_lm.convert"));
+    }
+
+    #[test]
+    fn null_counts_as_absent() {
+        let config = with("rope_scaling", Value::Null);
+        assert!(ModelConfig::parse(&config, None).is_ok());
+    }
+}

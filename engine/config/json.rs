@@ -1,0 +1,158 @@
+//! Keys of a JSON object, read with errors that name them.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::ConfigError;
+
+/// Reads a whole JSON file of bounded size.
+pub(super) fn read(path: &Path) -> Result<Value, ConfigError> {
+    let failed = |source| ConfigError::Read {
+        path: path.display().to_string(),
+        source,
+    };
+    let mut text = String::new();
+    File::open(path)
+        .and_then(|file| file.take(FILE_BYTES_MAX).read_to_string(&mut text))
+        .map_err(failed)?;
+    serde_json::from_str(&text).map_err(|error| ConfigError::Malformed {
+        path: path.display().to_string(),
+        detail: error.to_string(),
+    })
+}
+
+/// A JSON object. A key whose value is null counts as absent.
+#[derive(Clone, Debug)]
+pub(super) struct Keys<'a> {
+    object: &'a Map<String, Value>,
+    /// Put before every key in an error: `quantization.` within that object.
+    prefix: String,
+}
+
+impl<'a> Keys<'a> {
+    pub(super) fn new(value: &'a Value) -> Result<Self, ConfigError> {
+        let object = value.as_object().ok_or_else(|| ConfigError::Malformed {
+            path: "config.json".to_owned(),
+            detail: "not an object".to_owned(),
+        })?;
+        Ok(Self {
+            object,
+            prefix: String::new(),
+        })
+    }
+
+    pub(super) fn entries(&self) -> impl Iterator<Item = (&'a String, &'a Value)> + use<'a> {
+        self.object.iter()
+    }
+
+    /// A whole number from 1 to `SIZE_MAX`.
+    pub(super) fn size(&self, key: &str) -> Result<usize, ConfigError> {
+        self.optional_size(key)?.ok_or_else(|| self.missing(key))
+    }
+
+    pub(super) fn optional_size(&self, key: &str) -> Result<Option<usize>, ConfigError> {
+        self.optional(key, "a whole number from 1 to 16777216", |value| {
+            let size = usize::try_from(value.as_u64()?).ok()?;
+            (1..=SIZE_MAX).contains(&size).then_some(size)
+        })
+    }
+
+    pub(super) fn number(&self, key: &str) -> Result<f32, ConfigError> {
+        self.optional_number(key)?.ok_or_else(|| self.missing(key))
+    }
+
+    pub(super) fn optional_number(&self, key: &str) -> Result<Option<f32>, ConfigError> {
+        self.optional(key, "a number", |value| {
+            let number = value.as_f64()? as f32;
+            number.is_finite().then_some(number)
+        })
+    }
+
+    pub(super) fn flag(&self, key: &str, absent: bool) -> Result<bool, ConfigError> {
+        let flag = self.optional(key, "true or false", Value::as_bool)?;
+        Ok(flag.unwrap_or(absent))
+    }
+
+    pub(super) fn text(&self, key: &str) -> Result<String, ConfigError> {
+        self.optional_text(key)?.ok_or_else(|| self.missing(key))
+    }
+
+    pub(super) fn optional_text(&self, key: &str) -> Result<Option<String>, ConfigError> {
+        self.optional(key, "a text", |value| Some(value.as_str()?.to_owned()))
+    }
+
+    pub(super) fn optional_list(&self, key: &str) -> Result<Option<&'a [Value]>, ConfigError> {
+        self.optional(key, "a list", |value| Some(value.as_array()?.as_slice()))
+    }
+
+    pub(super) fn optional_object(&self, key: &str) -> Result<Option<Keys<'a>>, ConfigError> {
+        self.optional(key, "an object", |value| {
+            Some(Keys {
+                object: value.as_object()?,
+                prefix: format!("{}{key}.", self.prefix),
+            })
+        })
+    }
+
+    /// One token id or a list of them; empty when the key is absent.
+    pub(super) fn tokens(&self, key: &str) -> Result<Vec<u32>, ConfigError> {
+        let token = |value: &Value| u32::try_from(value.as_u64()?).ok();
+        let tokens = self.optional(key, "a token id or a list of them", |value| {
+            match value.as_array() {
+                Some(list) => list.iter().map(token).collect(),
+                None => Some(vec![token(value)?]),
+            }
+        })?;
+        Ok(tokens.unwrap_or_default())
+    }
+
+    /// An error unless the value is absent or one of `supported`.
+    pub(super) fn only(
+        &self,
+        key: &str,
+        found: Option<&str>,
+        supported: &[&str],
+    ) -> Result<(), ConfigError> {
+        match found {
+            Some(found) if !supported.contains(&found) => Err(ConfigError::Unsupported {
+                key: format!("{}{key}", self.prefix),
+                found: found.to_owned(),
+                supported: supported.join(" or "),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn optional<T>(
+        &self,
+        key: &str,
+        expected: &'static str,
+        read: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>, ConfigError> {
+        let Some(value) = self.object.get(key).filter(|value| !value.is_null()) else {
+            return Ok(None);
+        };
+        match read(value) {
+            Some(read) => Ok(Some(read)),
+            None => Err(ConfigError::WrongType {
+                key: format!("{}{key}", self.prefix),
+                found: value.to_string(),
+                expected,
+            }),
+        }
+    }
+
+    fn missing(&self, key: &str) -> ConfigError {
+        ConfigError::Missing {
+            key: format!("{}{key}", self.prefix),
+        }
+    }
+}
+
+/// The longest configurations, with an entry per module, have a few hundred KB.
+const FILE_BYTES_MAX: u64 = 16 << 20;
+/// Two such sizes multiply within 48 bits, so byte counts fit a `u64`.
+const SIZE_MAX: usize = 1 << 24;
