@@ -16,7 +16,7 @@ use crate::config::{ConfigError, ModelConfig};
 use crate::models::minimax::{DeviceKind, MiniMax, Numerics};
 use crate::partition::{Partition, PartitionError, RankShare};
 use crate::precision::Precision;
-use crate::weights::{self, ShardWeights};
+use crate::weights::{LoadError, ShardWeights};
 
 /// A share of a model on this thread's default device. It belongs to the thread that loaded it:
 /// MLX's default streams are thread-local.
@@ -33,7 +33,7 @@ impl Engine {
     pub fn load(
         spec: &ShardSpec,
         progress: &mut dyn FnMut(LoadProgress),
-    ) -> Result<Self, LoadError> {
+    ) -> Result<Self, EngineError> {
         let config = ModelConfig::open(&spec.model)?;
         let partition = Partition::solve(&config, spec.layout, &spec.weights)?;
         let share = share(&partition, spec.rank)?.clone();
@@ -90,12 +90,12 @@ impl Engine {
     }
 }
 
-fn share(partition: &Partition, rank: Rank) -> Result<&RankShare, LoadError> {
+fn share(partition: &Partition, rank: Rank) -> Result<&RankShare, EngineError> {
     let ranks = partition.ranks();
     partition
         .shares
         .get(rank.index())
-        .ok_or(LoadError::NoSuchRank { rank, ranks })
+        .ok_or(EngineError::NoSuchRank { rank, ranks })
 }
 
 fn device() -> Result<DeviceKind, Exception> {
@@ -107,7 +107,7 @@ fn device() -> Result<DeviceKind, Exception> {
 
 /// Why a share of a model could not be loaded. None of these goes away by trying again.
 #[derive(Debug, Error)]
-pub enum LoadError {
+pub enum EngineError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
@@ -117,7 +117,7 @@ pub enum LoadError {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
-    Weights(#[from] weights::LoadError),
+    Weights(#[from] LoadError),
     #[error("the device refused the model: {0}")]
     Device(#[from] Exception),
 }

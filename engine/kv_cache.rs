@@ -73,11 +73,6 @@ impl LayerCache {
         let capacity = blocks(positions.max(place.reserve as i32));
         zeros_dtype(&[heads, capacity, width], dtype)
     }
-
-    /// The buffer, for evaluation.
-    pub(crate) fn array(&self) -> Option<&Array> {
-        self.pairs.as_ref()
-    }
 }
 
 /// `positions`, rounded up to whole blocks.
@@ -102,10 +97,10 @@ mod tests {
         let mut cache = LayerCache { pairs: None };
         let place = |start| Place { start, reserve: 3 };
         cache.append(&rows(200, 1.0), place(0)).unwrap();
-        assert_eq!(cache.array().unwrap().dim(1), 256);
+        assert_eq!(cache.pairs.as_ref().unwrap().dim(1), 256);
         cache.append(&rows(56, 2.0), place(200)).unwrap();
         let seen = cache.append(&rows(1, 3.0), place(256)).unwrap();
-        assert_eq!(cache.array().unwrap().dim(1), 512);
+        assert_eq!(cache.pairs.as_ref().unwrap().dim(1), 512);
         assert_eq!(seen.keys.shape(), [2, 257, 8]);
         let column = seen.values.try_index((1, .., 7)).unwrap();
         let column = column.contiguous().unwrap();

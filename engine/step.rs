@@ -13,12 +13,13 @@ use mlx_rs::ops::indexing::{TryIndexOp, take_axis};
 use mlx_rs::ops::{concatenate, zeros_dtype};
 use mlx_rs::transforms::async_eval;
 use mlx_rs::{Array, Dtype};
-use offbook_collectives::Group;
+use offbook_collectives::{Gathered, Group};
 use offbook_protocol::{Layout, SequenceId};
 
 use crate::batch::{Batch, Draw, Input, StepBatch};
 use crate::engine::Engine;
 use crate::kv_cache::SequenceCache;
+use crate::models::Fault;
 use crate::models::minimax::{Caches, Rows};
 use crate::sampler::{self, Drawn, Logprobs, RowLogprobs, host};
 
@@ -86,7 +87,7 @@ impl<'a> Stepper<'a> {
         &mut self,
         batch: &StepBatch,
         orders: Orders,
-    ) -> Result<Submitted, Exception> {
+    ) -> Result<Submitted, Fault> {
         let layers = self.engine.model.layers();
         for segment in &batch.segments {
             self.caches
@@ -151,12 +152,16 @@ impl<'a> Stepper<'a> {
         self.group.size() == 1
     }
 
+    fn sampling_rank(&self) -> usize {
+        self.engine.partition().sampling_rank().index()
+    }
+
     fn pipelined(&self) -> bool {
         !self.alone() && self.engine.layout() == Layout::Pipeline
     }
 
     /// Through this rank's layers: `[rows, hidden]`, as it was sent on where another rank follows.
-    fn forward(&mut self, batch: &StepBatch, window: usize) -> Result<Array, Exception> {
+    fn forward(&mut self, batch: &StepBatch, window: usize) -> Result<Array, Fault> {
         let model = &self.engine.model;
         let divided = !self.alone() && self.engine.layout() == Layout::Tensor;
         let rows = model.rows(batch, self.group, divided);
@@ -190,18 +195,16 @@ impl<'a> Stepper<'a> {
     }
 
     /// What the first of this rank's layers reads: embeddings, or what the rank before sent.
-    fn first(&self, batch: &StepBatch, rows: &Rows<'_>) -> Result<Array, Exception> {
+    fn first(&self, batch: &StepBatch, rows: &Rows<'_>) -> Result<Array, Fault> {
         let model = &self.engine.model;
         if self.pipelined() && self.group.rank() > 0 {
             let shape = [rows.count, model.numerics.hidden];
-            return self
-                .group
-                .recv(&shape, model.numerics.dtype, self.group.rank() - 1);
+            let before = self.group.rank() - 1;
+            return Ok(self.group.recv(&shape, model.numerics.dtype, before)?);
         }
         let ids = self.ids(batch)?;
-        model
-            .embed(&ids)?
-            .ok_or_else(|| Exception::custom("the rank that embeds has no embedding"))
+        let embedded = model.embed(&ids)?;
+        Ok(embedded.ok_or_else(|| Exception::custom("the rank that embeds has no embedding"))?)
     }
 
     /// The rows' token ids: `[rows]`. Those of decode rows come from the step before, unseen.
@@ -230,7 +233,7 @@ impl<'a> Stepper<'a> {
     }
 
     /// Draws on the rank that samples; the others send it their part of the logits.
-    fn draw(&self, batch: &StepBatch, hidden: &Array) -> Result<Outcome, Exception> {
+    fn draw(&self, batch: &StepBatch, hidden: &Array) -> Result<Outcome, Fault> {
         let mut rows = Vec::new();
         let mut draws: Vec<&Draw> = Vec::new();
         let mut row = 0;
@@ -247,7 +250,7 @@ impl<'a> Stepper<'a> {
         let part = self.engine.model.logits(hidden, &rows)?;
         if self.alone() || self.pipelined() {
             return match part {
-                Some(logits) => Outcome::with(&logits, &draws),
+                Some(logits) => Ok(Outcome::with(&logits, &draws)?),
                 None => Ok(Outcome::without(hidden)),
             };
         }
@@ -256,19 +259,23 @@ impl<'a> Stepper<'a> {
             Some(part) => part.transpose_axes(&[1, 0])?,
             None => zeros_dtype(&[0, count], Dtype::Float32)?,
         };
-        let root = self.engine.sampling_rank();
-        let gathered = self
-            .group
-            .gather_to(&part, &self.engine.vocabulary_rows(), root)?;
-        if self.group.rank() != root {
-            return Ok(Outcome::without(&gathered));
+        let rows: Vec<i32> = self.engine.partition().vocabulary_rows().iter().map(|r| r.len() as i32).collect();
+        let gathered = self.group.gather_to(&part, &rows, self.sampling_rank())?;
+        match gathered {
+            Gathered::Root(logits) => Ok(Outcome::with(&logits.transpose_axes(&[1, 0])?, &draws)?),
+            // A rank may have no rows to send; its message still has to come after the gathering.
+            Gathered::Elsewhere(sent) if sent.size() == 0 => {
+                let any = first_of(hidden)?.as_dtype(sent.dtype())?;
+                let sent = sent.reshape(&[0])?;
+                Ok(Outcome::without(&concatenate(&[sent, any], 0)?))
+            }
+            Gathered::Elsewhere(sent) => Ok(Outcome::without(&sent)),
         }
-        Outcome::with(&gathered.transpose_axes(&[1, 0])?, &draws)
     }
 
     /// The step's last word, on every rank. It depends on all that this rank has to do in the step,
     /// so that no rank runs its exchanges in another order.
-    fn message(&self, drawn: &Outcome, draws: usize, control: u32) -> Result<Array, Exception> {
+    fn message(&self, drawn: &Outcome, draws: usize, control: u32) -> Result<Array, Fault> {
         let tokens = drawn.sampled.as_ref().map(|sampled| &sampled.tokens);
         if self.alone() {
             return Ok(tokens.unwrap_or(&drawn.last).clone());
@@ -278,17 +285,14 @@ impl<'a> Stepper<'a> {
             Some(tokens) => concatenate(&[&control, tokens], 0)?,
             // Elsewhere than on the sampling rank only the shape counts.
             None => {
-                let nothing = drawn
-                    .last
-                    .flatten(None, None)?
-                    .try_index(..1)?
+                let nothing = first_of(&drawn.last)?
                     .as_type::<i32>()?
                     .multiply(Array::from_int(0))?;
                 let rest = zeros_dtype(&[draws as i32], Dtype::Int32)?;
                 concatenate(&[control.add(nothing)?, rest], 0)?
             }
         };
-        self.group.broadcast(&words, self.engine.sampling_rank())
+        Ok(self.group.broadcast(&words, self.sampling_rank())?)
     }
 }
 
@@ -363,6 +367,11 @@ impl InFlight {
             self.submitted.pop_front();
         }
     }
+}
+
+/// The first element, as `[1]`.
+fn first_of(x: &Array) -> Result<Array, Exception> {
+    x.reshape(&[-1])?.try_index(..1)
 }
 
 /// `tokens[places]`, without an operation when that is `tokens` itself.

@@ -16,13 +16,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
-use mlx_rs::error::Exception;
 use offbook_collectives::{CollectiveError, Group, GroupHandle};
 use offbook_protocol::{Epoch, Plan, PlanNumber, Rank, SampledToken, Step, StepOutcome};
 use thiserror::Error;
 
 use crate::batch::{Batch, BatchError, Observed};
 use crate::engine::Engine;
+use crate::models::Fault;
 use crate::sampler::RowLogprobs;
 use crate::step::{Answer, Orders, Stepper, Submitted};
 use crate::step_log::{Noted, StepTiming};
@@ -140,7 +140,9 @@ impl<'a> Loop<'a> {
         // Nothing may run on when the engine goes back: what is on its way is awaited, whatever it
         // says. Collectives end by their own deadlines, or at once when the group is poisoned.
         if let Err(error) = &result {
-            self.handle.poison(&error.to_string());
+            self.handle.poison(CollectiveError::Poisoned {
+                why: error.to_string(),
+            });
         }
         for (_, step) in self.ahead.drain(..) {
             let _ = self.stepper.read(&step);
@@ -176,7 +178,7 @@ impl<'a> Loop<'a> {
         };
         let since = Instant::now();
         let submitted = self.stepper.submit(&batch, orders);
-        let submitted = submitted.map_err(|error| self.blame(step, error))?;
+        let submitted = submitted.map_err(|fault| self.blame(step, fault))?;
         self.clock.built += since.elapsed().saturating_sub(submitted.throttled);
         self.clock.blocked += submitted.throttled;
         self.ahead.push_back((step, submitted));
@@ -193,7 +195,7 @@ impl<'a> Loop<'a> {
         let since = Instant::now();
         let answer = self.stepper.read(&submitted);
         self.clock.blocked += since.elapsed();
-        let answer = answer.map_err(|error| self.blame(step, error))?;
+        let answer = answer.map_err(|error| self.blame(step, error.into()))?;
         self.healthy(step)?;
 
         let observed = self.batch.observe(&submitted.draws, &answer.tokens);
@@ -242,11 +244,13 @@ impl<'a> Loop<'a> {
     }
 
     /// A device error is often only what a failed collective looks like from here.
-    fn blame(&self, step: Step, error: Exception) -> StepError {
-        match self.healthy(step) {
-            Err(collective) => collective,
-            Ok(()) => StepError::Device {
-                rank: self.rank,
+    fn blame(&self, step: Step, fault: Fault) -> StepError {
+        let rank = self.rank;
+        match (self.healthy(step), fault) {
+            (Err(collective), _) => collective,
+            (Ok(()), Fault::Collective(error)) => StepError::Collective { rank, step, error },
+            (Ok(()), Fault::Device(error)) => StepError::Device {
+                rank,
                 step,
                 what: error.what().to_owned(),
             },

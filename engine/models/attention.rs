@@ -11,6 +11,7 @@ use mlx_rs::{Array, Dtype};
 
 use crate::config::ModelConfig;
 use crate::kv_cache::{KeysAndValues, Place};
+use crate::models::Fault;
 use crate::models::linear::{Fused, arrays, fuse, project};
 use crate::models::minimax::{Borrowed, DeviceKind, Numerics, Rows};
 use crate::models::rotary::Rotary;
@@ -81,7 +82,7 @@ impl Attention {
         rows: &Rows<'_>,
         rotary: &Rotary,
         caches: &mut Borrowed<'_>,
-    ) -> Result<Array, Exception> {
+    ) -> Result<Array, Fault> {
         let dtype = self.numerics.dtype;
         let Some(heads) = &self.heads else {
             return self.nothing(x, rows);
@@ -108,7 +109,7 @@ impl Attention {
 
     /// This rank's part of the other ranks' sums: zeros. Each is made from what came before it, so
     /// that no sum overtakes another.
-    fn nothing(&self, x: &Array, rows: &Rows<'_>) -> Result<Array, Exception> {
+    fn nothing(&self, x: &Array, rows: &Rows<'_>) -> Result<Array, Fault> {
         let zero = Array::from_f32(0.0).as_dtype(self.numerics.dtype)?;
         let mut part = x.multiply(&zero)?;
         if self.normed {
@@ -174,7 +175,7 @@ impl Heads {
         rows: &Rows<'_>,
         rotary: &Rotary,
         dtype: Dtype,
-    ) -> Result<Prepared, Exception> {
+    ) -> Result<Prepared, Fault> {
         let mut projected = Vec::with_capacity(self.inputs.len());
         for input in &self.inputs {
             projected.push(project(input, x)?);
@@ -198,9 +199,9 @@ impl Heads {
 
     /// RMS norms of q and k (`[rows, query + kv heads, head_dim]`, 32 bits) over all heads of all
     /// ranks.
-    fn normalise(&self, x: &Array, rows: &Rows<'_>) -> Result<Array, Exception> {
+    fn normalise(&self, x: &Array, rows: &Rows<'_>) -> Result<Array, Fault> {
         let Some(norm) = &self.norm else {
-            return x.multiply(&self.gains);
+            return Ok(x.multiply(&self.gains)?);
         };
         let squares = x.square()?;
         let sum = |part: Array| part.sum_axes(&[1, 2], false)?.expand_dims(1);
@@ -211,7 +212,7 @@ impl Heads {
         let sums = rows.whole(concatenate(&sums, 1)?)?;
         let inverse = rsqrt(sums.multiply(&norm.inverse_widths)?.add(&norm.eps)?)?;
         let by_head = take_axis(&inverse, &norm.of_head, 1)?.expand_dims(2)?;
-        x.multiply(by_head)?.multiply(&self.gains)
+        Ok(x.multiply(by_head)?.multiply(&self.gains)?)
     }
 
     /// Causal attention of one segment: `[n, query heads, head_dim]` → `[n, query heads ×

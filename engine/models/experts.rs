@@ -9,6 +9,7 @@ use mlx_rs::ops::{argpartition_axis, argsort, floor_divide, matmul, sigmoid};
 use mlx_rs::{Array, Dtype};
 
 use crate::config::ModelConfig;
+use crate::models::Fault;
 use crate::models::linear::{
     Fused, Order, arrays, fuse, project, project_experts,
 };
@@ -72,7 +73,7 @@ impl Experts {
     }
 
     /// `[rows, hidden]` → `[rows, hidden]`, whole on every rank.
-    pub(crate) fn forward(&self, x: &Array, rows: &Rows<'_>) -> Result<Array, Exception> {
+    pub(crate) fn forward(&self, x: &Array, rows: &Rows<'_>) -> Result<Array, Fault> {
         let part = match &self.columns {
             Some(columns) => {
                 let routes = self.route(x)?;

@@ -21,6 +21,7 @@ use offbook_protocol::SequenceId;
 use crate::batch::{Segment, StepBatch};
 use crate::config::ModelConfig;
 use crate::kv_cache::SequenceCache;
+use crate::models::Fault;
 use crate::models::attention::Attention;
 use crate::models::experts::{Experts, RouterAndExperts};
 use crate::models::linear::{arrays, embed, project};
@@ -151,7 +152,7 @@ impl MiniMax {
         x: &Array,
         rows: &Rows<'_>,
         caches: &mut Caches,
-    ) -> Result<Array, Exception> {
+    ) -> Result<Array, Fault> {
         let block = &self.blocks[index];
         let norm = |x, weight| rms_norm(x, Some(weight), self.numerics.norm_eps);
         let mut caches = Borrowed { caches, index };
@@ -161,7 +162,7 @@ impl MiniMax {
                 .forward(&norm(x, &block.input_norm)?, rows, &self.rotary, &mut caches)?;
         let x = x.add(attended)?;
         let mixed = block.experts.forward(&norm(&x, &block.post_norm)?, rows)?;
-        x.add(mixed)
+        Ok(x.add(mixed)?)
     }
 
     /// Logits of the given rows over this rank's part of the vocabulary: `[rows, hidden]` →
@@ -177,13 +178,6 @@ impl MiniMax {
         };
         let normed = rms_norm(&picked, Some(norm), self.numerics.norm_eps)?;
         project(head, &normed)?.as_dtype(Dtype::Float32).map(Some)
-    }
-
-    /// Every array that the model holds.
-    pub(crate) fn arrays(&self) -> Vec<&Array> {
-        let linears = self.embedding.iter().chain(&self.head).flat_map(arrays);
-        let blocks = self.blocks.iter().flat_map(Block::arrays);
-        linears.chain(&self.final_norm).chain(blocks).collect()
     }
 }
 
@@ -236,9 +230,9 @@ impl Borrowed<'_> {
 
 impl Rows<'_> {
     /// `part` summed over the ranks that hold parts of the same layer.
-    pub(crate) fn whole(&self, part: Array) -> Result<Array, Exception> {
+    pub(crate) fn whole(&self, part: Array) -> Result<Array, Fault> {
         if self.divided {
-            self.group.all_sum(&part)
+            Ok(self.group.all_sum(&part)?)
         } else {
             Ok(part)
         }
