@@ -1,0 +1,31 @@
+//! Compiles the C++ shim against the very MLX headers that mlx-sys was built from.
+
+use std::env;
+
+fn main() {
+    println!("cargo:rerun-if-changed=shim/group.cpp");
+    println!("cargo:rerun-if-changed=shim/group.h");
+    let include = env::var_os("DEP_MLX_INCLUDE")
+        .expect("mlx-sys tells where MLX's headers are; on Linux run `make mlx` first");
+    let mut build = cc::Build::new();
+    build
+        .cpp(true)
+        .std("c++20")
+        .file("shim/group.cpp")
+        .includes(env::split_paths(&include));
+    // MLX's headers are not ours to silence one by one.
+    build
+        .warnings(false)
+        .flag_if_supported("-Wno-deprecated-declarations");
+    for define in env::var("DEP_MLX_DEFINES")
+        .unwrap_or_default()
+        .split([',', ';', ' '])
+    {
+        match define.split_once('=') {
+            Some((name, value)) => drop(build.define(name, value)),
+            None if define.is_empty() => {}
+            None => drop(build.define(define, None)),
+        }
+    }
+    build.compile("offbook_group");
+}
