@@ -192,12 +192,11 @@ impl Checkpoint {
     }
 
     /// Every stored value is exact in f32, so a value that keeps its type comes back as it was.
-    /// Given are how a value is made and how an array is, mlx-rs naming no trait for the latter.
     fn floats<T>(
         &self,
         tensor: &str,
         ranges: &[Range<usize>],
-        (to, array): (fn(f32) -> T, fn(&[T], &[i32]) -> Array),
+        (to, array): FloatKind<T>,
     ) -> Result<Array, CheckpointError> {
         let (file, entry) = self.find(tensor)?;
         let (file, slice) = (&file.file, self.slice(tensor, ranges)?);
@@ -260,6 +259,9 @@ impl Checkpoint {
         }
     }
 }
+
+/// How a value is made, and an array of them: mlx-rs names no trait that does the latter.
+type FloatKind<T> = (fn(f32) -> T, fn(&[T], &[i32]) -> Array);
 
 /// `model.safetensors.index.json`
 #[derive(Debug, Deserialize)]

@@ -141,11 +141,16 @@ impl ModelConfig {
             "num_experts_per_tok",
             format!("at most num_local_experts ({})", self.experts),
         )?;
-        rule(
-            self.layers <= LAYERS_MAX,
-            "num_hidden_layers",
-            format!("at most {LAYERS_MAX}"),
-        )?;
+        for (key, size, max) in [
+            ("num_hidden_layers", self.layers, LAYERS_MAX),
+            ("hidden_size", self.hidden_size, WIDTH_MAX),
+            ("intermediate_size", self.expert_width, WIDTH_MAX),
+            ("num_local_experts", self.experts, COUNT_MAX),
+            ("num_attention_heads", self.query_heads, COUNT_MAX),
+            ("head_dim", self.head_dim, COUNT_MAX),
+        ] {
+            rule(size <= max, key, format!("at most {max}"))?;
+        }
         rule(
             self.rope_theta > 0.0 && self.rms_norm_eps > 0.0,
             "rope_theta and rms_norm_eps",
@@ -219,8 +224,12 @@ pub enum ConfigError {
     OutOfRange { key: &'static str, accepts: String },
 }
 
-/// The largest published decoders have about 130 layers; this only stops absurd numbers.
-const LAYERS_MAX: usize = 4096;
+/// Far above every published model, and small enough that no count of bytes overflows a `u64`:
+/// 2^12 layers of 2^13 experts of three matrices 2^17 · 2^17 of four bytes.
+const LAYERS_MAX: usize = 1 << 12;
+const WIDTH_MAX: usize = 1 << 17;
+/// Of experts, of heads, of a head's dimensions.
+const COUNT_MAX: usize = 1 << 13;
 
 #[cfg(test)]
 mod tests {
@@ -323,6 +332,7 @@ mod tests {
         assert!(error(&without("rotary_dim")).contains("lacks 'rotary_dim'"));
         assert!(error(&with("num_key_value_heads", json!(7))).contains("num_attention_heads"));
         assert!(error(&with("rotary_dim", json!(63))).contains("rotary_dim"));
+        assert!(error(&with("num_local_experts", json!(1 << 20))).contains("at most 8192"));
         assert!(error(&json!([])).contains("object"));
     }
 

@@ -2,7 +2,8 @@
 //!
 //! Read once by the thread that owns the engine; only the byte ranges of the share are read, and
 //! each array is complete before the next one is begun, so that a rank's peak memory is its share
-//! and one tensor.
+//! and the largest tensor of it once more. Measured: 59.0 MB for a share of 54.6 MB, a quarter of a
+//! model of 215.7 MB (`a_rank_takes_little_more_memory_than_its_share`).
 
 mod load;
 
@@ -112,3 +113,6 @@ pub enum LoadError {
     #[error("the device refused the weights: {0}")]
     Device(#[from] Exception),
 }
+
+#[cfg(test)]
+mod tests;

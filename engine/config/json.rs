@@ -154,5 +154,5 @@ impl<'a> Keys<'a> {
 
 /// The longest configurations, with an entry per module, have a few hundred KB.
 const FILE_BYTES_MAX: u64 = 16 << 20;
-/// Two such sizes multiply within 48 bits, so byte counts fit a `u64`.
+/// Vocabularies have some 10^5 entries, contexts some 10^6 positions.
 const SIZE_MAX: usize = 1 << 24;

@@ -14,7 +14,7 @@ use mlx_rs::ops::indexing::IndexOp;
 impl ShardWeights {
     /// Reads what belongs to `share`. `precision` is what floats are loaded in: `Float32` on the
     /// CPU back-end, elsewhere [`Checkpoint::precision`]. `progress` is told bytes done and bytes
-    /// in all, as they lie in memory, after every matrix.
+    /// in all, as they lie in memory, first at 0 and then as every array is complete.
     pub fn load(
         checkpoint: &Checkpoint,
         config: &ModelConfig,
@@ -130,15 +130,15 @@ impl Reader<'_> {
         self.checkpoint.expect_shape(tensor, &[slice.length])?;
         let array = self
             .checkpoint
-            .read_floats(tensor, &[slice.range.clone()], to)?;
+            .read_floats(tensor, std::slice::from_ref(&slice.range), to)?;
         self.count(&[&array]);
         Ok(array)
     }
 
     /// A module is packed if and only if the checkpoint has its scales, as in mlx-lm.
     fn matrix_in(&mut self, slice: &MatrixSlice, to: Precision) -> Result<Linear, LoadError> {
-        let linear = if self.checkpoint.is_packed(&slice.module) {
-            self.packed(slice, to)?
+        if self.checkpoint.is_packed(&slice.module) {
+            self.packed(slice, to)
         } else {
             let weight = format!("{}.weight", slice.module);
             let [rows, columns] = slice.shape;
@@ -147,10 +147,8 @@ impl Reader<'_> {
             let ranges = slice.ranges(slice.columns.clone());
             let weight = self.checkpoint.read_floats(&weight, &ranges, to)?;
             self.count(&[&weight]);
-            Linear::Dense { weight }
-        };
-        (self.progress)(self.bytes, self.bytes_total);
-        Ok(linear)
+            Ok(Linear::Dense { weight })
+        }
     }
 
     fn packed(&mut self, slice: &MatrixSlice, to: Precision) -> Result<Linear, LoadError> {
@@ -201,6 +199,7 @@ impl Reader<'_> {
             .iter()
             .map(|array| array.nbytes() as u64)
             .sum::<u64>();
+        (self.progress)(self.bytes, self.bytes_total);
     }
 }
 
