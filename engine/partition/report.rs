@@ -112,11 +112,11 @@ impl Collectives {
         let (per_layer, per_step, bytes_per_rank) = match partition.layout {
             Layout::Tensor => {
                 let norms = u64::from(config.qk_norm);
-                // Two sums of squares in f32 for the norms; a token id of 4 bytes.
+                // Two sums of squares in f32 for the norms; a control word and a token id.
                 let layer_bytes = norms * 8 + 2 * activation;
-                (norms + 2, 2, layer_bytes * config.layers as u64 + 4)
+                (norms + 2, 2, layer_bytes * config.layers as u64 + 8)
             }
-            Layout::Pipeline => (0, ranks, activation + 4),
+            Layout::Pipeline => (0, ranks, activation + 8),
         };
         Self {
             per_layer,
