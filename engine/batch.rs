@@ -252,6 +252,12 @@ impl StepBatch {
         self.segments.iter().map(Segment::rows).sum()
     }
 
+    /// Rows that are tokens of prompts.
+    pub fn prefill_tokens(&self) -> usize {
+        let prompts = self.segments.iter().filter(|s| !s.is_decode());
+        prompts.map(Segment::rows).sum()
+    }
+
     /// Who draws, in row order.
     pub fn draws(&self) -> Vec<SequenceId> {
         self.segments
@@ -263,9 +269,7 @@ impl StepBatch {
 
     /// Whether every row continues a sequence by one drawn token.
     pub fn is_decode(&self) -> bool {
-        self.segments
-            .iter()
-            .all(|s| matches!(s.input, Input::Drawn(_)))
+        self.segments.iter().all(Segment::is_decode)
     }
 }
 
@@ -276,6 +280,10 @@ impl Segment {
             Input::Prompt(tokens) => tokens.len(),
             Input::Drawn(_) => 1,
         }
+    }
+
+    fn is_decode(&self) -> bool {
+        matches!(self.input, Input::Drawn(_))
     }
 }
 
@@ -363,7 +371,10 @@ mod tests {
         let seen = batch.observe(&first.draws(), &[5, 99]);
         assert_eq!(seen[0].finish, None);
         assert_eq!(seen[1].finish, Some(FinishReason::Stop));
-        assert!(batch.next_batch().is_none(), "1 has its two tokens, 2 ended");
+        assert!(
+            batch.next_batch().is_none(),
+            "1 has its two tokens, 2 ended"
+        );
         let seen = batch.observe(&second.draws(), &[6, 7]);
         assert_eq!(seen.len(), 1, "the token of the ended sequence is dropped");
         assert_eq!(seen[0].finish, Some(FinishReason::Length));

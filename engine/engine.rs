@@ -43,14 +43,19 @@ impl Engine {
             DeviceKind::Cpu => Precision::Float32,
             DeviceKind::Gpu => checkpoint.precision(),
         };
-        let weights =
-            ShardWeights::load(&checkpoint, &config, &share, precision, &mut |done, total| {
+        let weights = ShardWeights::load(
+            &checkpoint,
+            &config,
+            &share,
+            precision,
+            &mut |done, total| {
                 progress(LoadProgress {
                     rank: spec.rank,
                     bytes_loaded: done,
                     bytes_total: total,
                 });
-            })?;
+            },
+        )?;
         let numerics = Numerics {
             hidden: config.hidden_size as i32,
             norm_eps: config.rms_norm_eps,

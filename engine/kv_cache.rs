@@ -43,7 +43,11 @@ pub(crate) struct Place {
 
 impl LayerCache {
     /// Writes `rows` (`[n, 2 × kv heads, head_dim]`) to positions `start..start + n`.
-    pub(crate) fn append(&mut self, rows: &Array, place: Place) -> Result<KeysAndValues, Exception> {
+    pub(crate) fn append(
+        &mut self,
+        rows: &Array,
+        place: Place,
+    ) -> Result<KeysAndValues, Exception> {
         let (n, heads, width) = (rows.dim(0), rows.dim(1), rows.dim(2));
         let start = place.start as i32;
         let end = start + n;

@@ -1,7 +1,8 @@
 //! One shard of one model on one device. The engine knows nothing about text, actors or sockets.
 //!
 //! Who owns what is decided by pure files (`config`, `partition`, `budget`); `checkpoint` and
-//! `weights` bring a rank's share to its device.
+//! `weights` bring a rank's share to its device. `step_loop` is the life of a shard: `batch` says
+//! which rows a step has, `step` builds it from `models`, `kv_cache` and `sampler`.
 
 mod precision;
 pub mod config;
@@ -9,12 +10,25 @@ pub mod partition;
 pub mod budget;
 pub mod checkpoint;
 pub mod weights;
+mod engine;
+pub mod step_loop;
+pub mod batch;
+mod step;
+mod step_log;
+mod models;
+mod kv_cache;
+mod sampler;
 
 pub use budget::{Budget, DoesNotFit, Place, Workload};
 pub use checkpoint::{Checkpoint, CheckpointError};
 pub use config::{ConfigError, ModelConfig};
+pub use engine::{Engine, EngineError};
 pub use partition::{Partition, PartitionError, PlanReport, RankShare};
 pub use precision::Precision;
+pub use step_log::StepTiming;
+pub use step_loop::{
+    Command, EndReason, LoopEnd, LoopOptions, Report, StepError, run as run_steps,
+};
 pub use weights::{
     AttentionWeights, ExpertWeights, LayerWeights, Linear, LoadError, ShardWeights,
 };

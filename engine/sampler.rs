@@ -7,7 +7,7 @@
 
 use mlx_rs::error::Exception;
 use mlx_rs::ops::indexing::{TryIndexOp, argmax_axis, take_along_axis, take_axis};
-use mlx_rs::ops::{argpartition_axis, cumsum, ge, gt, softmax_axis, sort_axis, stack, select};
+use mlx_rs::ops::{argpartition_axis, cumsum, ge, gt, select, softmax_axis, sort_axis, stack};
 use mlx_rs::{Array, random};
 use offbook_protocol::{Candidate, Sampling};
 
@@ -55,7 +55,13 @@ pub(crate) fn draw(logits: &Array, draws: &[&Draw]) -> Result<Drawn, Exception> 
 /// Logits over temperature, without what the filters remove, plus noise. Greedy rows stay as they
 /// are.
 fn noisy(logits: &Array, draws: &[&Draw]) -> Result<Array, Exception> {
-    let temperatures = column(draws, |s| if s.temperature > 0.0 { s.temperature } else { 1.0 });
+    let temperatures = column(draws, |s| {
+        if s.temperature > 0.0 {
+            s.temperature
+        } else {
+            1.0
+        }
+    });
     let scaled = logits.divide(temperatures)?;
     let filtered = draws.iter().any(|draw| filters(&draw.sampling));
     let kept = if filtered {
@@ -115,7 +121,13 @@ fn filter(scaled: &Array, draws: &[&Draw]) -> Result<Array, Exception> {
     let least_of_min_p = most.add(column(draws, |s| s.min_p.ln()))?;
     let least_of_top_p = mlx_rs::ops::minimum(least_of_top_p, &most)?;
     // Rows that do not filter by probability keep even what underflows to nothing.
-    let by_probability = column(draws, |s| if s.top_p < 1.0 { 0.0 } else { f32::NEG_INFINITY });
+    let by_probability = column(draws, |s| {
+        if s.top_p < 1.0 {
+            0.0
+        } else {
+            f32::NEG_INFINITY
+        }
+    });
     let least = mlx_rs::ops::maximum(least_of_top_p.add(by_probability)?, least_of_top_k)?;
     let least = mlx_rs::ops::maximum(least, least_of_min_p)?;
     select(ge(scaled, least)?, scaled, none)
@@ -137,7 +149,11 @@ fn logprobs(
         .iter()
         .map(|draw| draw.sampling.logprobs.map(|n| n as usize))
         .collect();
-    let rows: Vec<i32> = (0..).zip(&wanted).filter(|(_, w)| w.is_some()).map(|(row, _)| row).collect();
+    let rows: Vec<i32> = (0..)
+        .zip(&wanted)
+        .filter(|(_, w)| w.is_some())
+        .map(|(row, _)| row)
+        .collect();
     if rows.is_empty() {
         return Ok(None);
     }
@@ -280,7 +296,13 @@ mod tests {
         let mixed = [
             at(5, Sampling::greedy()),
             at(5, sampling(1)),
-            at(5, Sampling { top_p: 0.5, ..sampling(3) }),
+            at(
+                5,
+                Sampling {
+                    top_p: 0.5,
+                    ..sampling(3)
+                },
+            ),
         ];
         assert_eq!(tokens(&rows(&ROW, 3), &mixed)[1], one[0]);
         let many: Vec<Draw> = (0..64).map(|seed| at(5, sampling(seed))).collect();
@@ -299,13 +321,47 @@ mod tests {
         };
         let base = sampling(9);
         assert_eq!(keeps(base.clone()), [0, 1, 2, 3]);
-        assert_eq!(keeps(Sampling { top_k: 2, ..base.clone() }), [0, 1]);
-        assert_eq!(keeps(Sampling { top_p: 0.7, ..base.clone() }), [0, 1]);
-        assert_eq!(keeps(Sampling { top_p: 0.01, ..base.clone() }), [0]);
-        assert_eq!(keeps(Sampling { min_p: 0.25, ..base.clone() }), [0, 1, 2]);
-        assert_eq!(keeps(Sampling { min_p: 1.0, ..base.clone() }), [0]);
+        assert_eq!(
+            keeps(Sampling {
+                top_k: 2,
+                ..base.clone()
+            }),
+            [0, 1]
+        );
+        assert_eq!(
+            keeps(Sampling {
+                top_p: 0.7,
+                ..base.clone()
+            }),
+            [0, 1]
+        );
+        assert_eq!(
+            keeps(Sampling {
+                top_p: 0.01,
+                ..base.clone()
+            }),
+            [0]
+        );
+        assert_eq!(
+            keeps(Sampling {
+                min_p: 0.25,
+                ..base.clone()
+            }),
+            [0, 1, 2]
+        );
+        assert_eq!(
+            keeps(Sampling {
+                min_p: 1.0,
+                ..base.clone()
+            }),
+            [0]
+        );
         // Of the top three (0.9 together), 0.5 and 0.25 make 83 %.
-        let both = Sampling { top_k: 3, top_p: 0.8, ..base };
+        let both = Sampling {
+            top_k: 3,
+            top_p: 0.8,
+            ..base
+        };
         assert_eq!(keeps(both), [0, 1]);
     }
 

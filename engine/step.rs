@@ -20,7 +20,7 @@ use crate::batch::{Batch, Draw, Input, StepBatch};
 use crate::engine::Engine;
 use crate::kv_cache::SequenceCache;
 use crate::models::Fault;
-use crate::models::minimax::{Caches, Rows};
+use crate::models::minimax::{Caches, DeviceKind, Rows};
 use crate::sampler::{self, Drawn, Logprobs, RowLogprobs, host};
 
 /// What one rank keeps from step to step.
@@ -39,12 +39,19 @@ pub(crate) struct Submitted {
     serial: u64,
     /// Who draws, in row order.
     pub(crate) draws: Vec<SequenceId>,
-    /// Sequences that it works on.
-    pub(crate) sequences: usize,
+    pub(crate) work: Work,
     message: Array,
     logprobs: Option<Logprobs>,
-    /// How long the throttle held the host back while it built the step.
-    pub(crate) throttled: Duration,
+    /// How long the host was held back while it built the step: by the throttle, or by MLX.
+    pub(crate) blocked: Duration,
+}
+
+/// What a step works on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Work {
+    pub(crate) sequences: usize,
+    /// Tokens of prompts.
+    pub(crate) prefill_tokens: usize,
 }
 
 /// What a step said, on the host.
@@ -83,11 +90,7 @@ impl<'a> Stepper<'a> {
     }
 
     /// Builds the step and hands it to the device.
-    pub(crate) fn submit(
-        &mut self,
-        batch: &StepBatch,
-        orders: Orders,
-    ) -> Result<Submitted, Fault> {
+    pub(crate) fn submit(&mut self, batch: &StepBatch, orders: Orders) -> Result<Submitted, Fault> {
         let layers = self.engine.model.layers();
         for segment in &batch.segments {
             self.caches
@@ -103,7 +106,13 @@ impl<'a> Stepper<'a> {
         let logprobs = drawn.sampled.and_then(|sampled| sampled.logprobs);
         let mut outputs = vec![&message];
         outputs.extend(logprobs.iter().flat_map(Logprobs::arrays));
+        let since = Instant::now();
         async_eval(outputs)?;
+        let mut blocked = self.in_flight.waited - waited;
+        if self.engine.model.numerics.device == DeviceKind::Cpu {
+            // There MLX lets no more than ten tasks wait: submitting is waiting for the rest.
+            blocked += since.elapsed();
+        }
         self.tokens = Some(match self.alone() {
             true => message.clone(),
             false => message.try_index(1..)?,
@@ -111,10 +120,13 @@ impl<'a> Stepper<'a> {
         Ok(Submitted {
             serial: self.steps,
             draws,
-            sequences: batch.segments.len(),
+            work: Work {
+                sequences: batch.segments.len(),
+                prefill_tokens: batch.prefill_tokens(),
+            },
             message,
             logprobs,
-            throttled: self.in_flight.waited - waited,
+            blocked,
         })
     }
 
@@ -259,7 +271,13 @@ impl<'a> Stepper<'a> {
             Some(part) => part.transpose_axes(&[1, 0])?,
             None => zeros_dtype(&[0, count], Dtype::Float32)?,
         };
-        let rows: Vec<i32> = self.engine.partition().vocabulary_rows().iter().map(|r| r.len() as i32).collect();
+        let rows: Vec<i32> = self
+            .engine
+            .partition()
+            .vocabulary_rows()
+            .iter()
+            .map(|r| r.len() as i32)
+            .collect();
         let gathered = self.group.gather_to(&part, &rows, self.sampling_rank())?;
         match gathered {
             Gathered::Root(logits) => Ok(Outcome::with(&logits.transpose_axes(&[1, 0])?, &draws)?),

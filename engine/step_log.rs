@@ -22,6 +22,8 @@ pub struct StepTiming {
     pub collective: Duration,
     /// Sequences in the step.
     pub batch: usize,
+    /// Tokens of prompts in the step; 0 for a step that only decodes.
+    pub prefill_tokens: usize,
     /// Layers that may be in flight.
     pub window: u32,
 }
@@ -77,6 +79,7 @@ mod tests {
             eval: Duration::from_micros(28_500),
             collective: Duration::from_micros(1_100),
             batch: 3,
+            prefill_tokens: 0,
             window: 100,
         };
         assert_eq!(

@@ -24,7 +24,7 @@ use crate::batch::{Batch, BatchError, Observed};
 use crate::engine::Engine;
 use crate::models::Fault;
 use crate::sampler::RowLogprobs;
-use crate::step::{Answer, Orders, Stepper, Submitted};
+use crate::step::{Answer, Orders, Stepper, Submitted, Work};
 use crate::step_log::{Noted, StepTiming};
 
 /// What the engine's thread is told.
@@ -179,8 +179,8 @@ impl<'a> Loop<'a> {
         let since = Instant::now();
         let submitted = self.stepper.submit(&batch, orders);
         let submitted = submitted.map_err(|fault| self.blame(step, fault))?;
-        self.clock.built += since.elapsed().saturating_sub(submitted.throttled);
-        self.clock.blocked += submitted.throttled;
+        self.clock.built += since.elapsed().saturating_sub(submitted.blocked);
+        self.clock.blocked += submitted.blocked;
         self.ahead.push_back((step, submitted));
         Ok(true)
     }
@@ -215,7 +215,7 @@ impl<'a> Loop<'a> {
             self.batch.apply(&plan).map_err(StepError::Plan)?;
         }
         self.stepper.forget_all_but(&self.batch);
-        self.time(step, submitted.sequences, report);
+        self.time(step, submitted.work, report);
         Ok(())
     }
 
@@ -257,9 +257,15 @@ impl<'a> Loop<'a> {
         }
     }
 
-    fn time(&mut self, step: Step, batch: usize, report: &mut impl Report) {
+    fn time(&mut self, step: Step, work: Work, report: &mut impl Report) {
         let window = self.options.window.load(Ordering::Relaxed);
-        let timing = self.clock.lap(step, self.handle.waited(), batch, window);
+        let timing = StepTiming {
+            step,
+            batch: work.sequences,
+            prefill_tokens: work.prefill_tokens,
+            window,
+            ..self.clock.lap(self.handle.waited())
+        };
         let every = self.options.step_log_every;
         timing.log(
             self.rank,
@@ -411,19 +417,21 @@ impl Clock {
         *self = Self::new(waited);
     }
 
-    fn lap(&mut self, step: Step, waited: Duration, batch: usize, window: u32) -> StepTiming {
+    /// The times since the last lap; the rest of the timing is for the caller to say.
+    fn lap(&mut self, waited: Duration) -> StepTiming {
         let total = self.since.elapsed();
         let collective = waited.saturating_sub(self.waited);
         let gpu_eval = self.blocked.saturating_sub(collective);
         let timing = StepTiming {
-            step,
+            step: Step(0),
             total,
             model: self.built,
             gpu_eval,
             eval: total.saturating_sub(self.built + gpu_eval),
             collective,
-            batch,
-            window,
+            batch: 0,
+            prefill_tokens: 0,
+            window: 0,
         };
         self.restart(waited);
         timing

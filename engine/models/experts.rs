@@ -10,9 +10,7 @@ use mlx_rs::{Array, Dtype};
 
 use crate::config::ModelConfig;
 use crate::models::Fault;
-use crate::models::linear::{
-    Fused, Order, arrays, fuse, project, project_experts,
-};
+use crate::models::linear::{Fused, Order, arrays, fuse, project, project_experts};
 use crate::models::minimax::{DeviceKind, Numerics, Rows};
 use crate::partition::RankShare;
 use crate::weights::{ExpertWeights, Linear};
@@ -84,7 +82,10 @@ impl Experts {
                 } else {
                     columns.as_they_come(x, &routes.experts)?
                 };
-                let weights = routes.weights.as_dtype(self.numerics.dtype)?.expand_dims(1)?;
+                let weights = routes
+                    .weights
+                    .as_dtype(self.numerics.dtype)?
+                    .expand_dims(1)?;
                 matmul(&weights, &per_expert)?.squeeze_axes(&[1])?
             }
             // Zeros, made from what came before, so that no sum overtakes another.
@@ -135,7 +136,8 @@ impl Columns {
     fn as_they_come(&self, x: &Array, experts: &Array) -> Result<Array, Exception> {
         let (rows, hidden) = (x.dim(0), x.dim(1));
         let x = x.reshape(&[rows, 1, 1, hidden])?;
-        self.swiglu(&x, experts, Order::AsTheyCome)?.squeeze_axes(&[2])
+        self.swiglu(&x, experts, Order::AsTheyCome)?
+            .squeeze_axes(&[2])
     }
 
     /// The same with rows brought together by expert, so that a matrix is read once for all of its

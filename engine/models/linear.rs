@@ -3,9 +3,7 @@
 use mlx_rs::Array;
 use mlx_rs::error::Exception;
 use mlx_rs::ops::indexing::take_axis;
-use mlx_rs::ops::{
-    concatenate, dequantize, gather_mm, gather_qmm, matmul, quantized_matmul,
-};
+use mlx_rs::ops::{concatenate, dequantize, gather_mm, gather_qmm, matmul, quantized_matmul};
 
 use crate::weights::Linear;
 
@@ -52,9 +50,7 @@ pub(crate) fn project_experts(
             *bits,
             sorted,
         ),
-        Linear::Dense { weight } => {
-            gather_mm(x, weight.swap_axes(-1, -2)?, None, indices, sorted)
-        }
+        Linear::Dense { weight } => gather_mm(x, weight.swap_axes(-1, -2)?, None, indices, sorted),
     }
 }
 

@@ -24,7 +24,7 @@ use crate::kv_cache::SequenceCache;
 use crate::models::Fault;
 use crate::models::attention::Attention;
 use crate::models::experts::{Experts, RouterAndExperts};
-use crate::models::linear::{arrays, embed, project};
+use crate::models::linear::{embed, project};
 use crate::models::rotary::{Rotary, Turn};
 use crate::partition::RankShare;
 use crate::weights::{LayerWeights, Linear, ShardWeights};
@@ -156,10 +156,12 @@ impl MiniMax {
         let block = &self.blocks[index];
         let norm = |x, weight| rms_norm(x, Some(weight), self.numerics.norm_eps);
         let mut caches = Borrowed { caches, index };
-        let attended =
-            block
-                .attention
-                .forward(&norm(x, &block.input_norm)?, rows, &self.rotary, &mut caches)?;
+        let attended = block.attention.forward(
+            &norm(x, &block.input_norm)?,
+            rows,
+            &self.rotary,
+            &mut caches,
+        )?;
         let x = x.add(attended)?;
         let mixed = block.experts.forward(&norm(&x, &block.post_norm)?, rows)?;
         Ok(x.add(mixed)?)
