@@ -110,10 +110,10 @@ fn floats_come_in_the_precision_asked_for() {
     let values = [0.5f32, -3.0, 1e-3, 65504.0];
     let bytes = |value: &f32| bf16::from_f32(*value).to_le_bytes();
     let data: Vec<u8> = values.iter().flat_map(bytes).collect();
-    let header = json!({"t": {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}});
+    let header = json!({"t": {"dtype": "BF16", "shape": [1, 4], "data_offsets": [0, 8]}});
     let directory = directory(&file(&header, &data));
     let checkpoint = Checkpoint::open(directory.path()).unwrap();
-    let read = |to| checkpoint.read_floats("t", &[1..3], to).unwrap();
+    let read = |to| checkpoint.read_floats("t", &[0..1, 1..3], to).unwrap();
     let rounded = |value: f32| bf16::from_f32(value).to_f32();
     let wide = read(Precision::Float32).to_vec_exact::<f32>().unwrap();
     assert_eq!(wide, [-3.0, rounded(1e-3)]);
