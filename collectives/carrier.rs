@@ -205,7 +205,7 @@ impl Call<'_> {
         };
         let scratch = at_least(scratch, data.len() * (self.size() - 1));
         let outgoing = self.to_others(|_| Some(&*data));
-        let mut incoming = self.from_others(scratch, |_| data.len());
+        let mut incoming = self.side_by_side(scratch, |_| data.len());
         self.exchange(operation, dtype, &outgoing, &mut incoming)?;
         let others: Vec<&[u8]> = incoming
             .iter()
@@ -225,7 +225,7 @@ impl Call<'_> {
         let share = data.len() / self.size();
         let scratch = at_least(scratch, share * (self.size() - 1));
         let outgoing = self.to_others(|to| data.get(to * share..(to + 1) * share));
-        let mut incoming = self.from_others(scratch, |_| share);
+        let mut incoming = self.side_by_side(scratch, |_| share);
         self.exchange(Operation::SumScatter, dtype, &outgoing, &mut incoming)?;
         let others: Vec<&[u8]> = incoming
             .iter()
@@ -314,10 +314,11 @@ impl Call<'_> {
     ) -> Result<(), CollectiveError> {
         // MLX numbers its types from 0 to 13.
         let dtype = u8::try_from(u32::from(dtype)).unwrap_or(u8::MAX);
+        let interrupted = || self.carrier.health.first_error();
         let wait = Wait {
             since: self.since,
             deadline: self.carrier.deadline,
-            health: &self.carrier.health,
+            interrupted: &interrupted,
         };
         self.transport.exchange(
             Exchange {
@@ -345,7 +346,7 @@ impl Call<'_> {
     }
 
     /// Places for the operands of the others, side by side in `memory`.
-    fn from_others<'d>(
+    fn side_by_side<'d>(
         &self,
         mut memory: &'d mut [u8],
         bytes: impl Fn(usize) -> usize,

@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{error::CollectiveError, health::Health, operation::Operation};
+use crate::{error::CollectiveError, operation::Operation};
 
 /// Carries byte strings between the ranks of one group. Called on the thread of a stream.
 pub trait Transport: Send {
@@ -54,7 +54,9 @@ pub struct Wait<'a> {
     pub since: Instant,
     /// How long it may take.
     pub deadline: Duration,
-    pub(crate) health: &'a Health,
+    /// The error that ends the wait, when somebody poisoned the group meanwhile. To be asked at
+    /// least every [`POISON_LATENCY_MAX`].
+    pub interrupted: &'a dyn Fn() -> Option<CollectiveError>,
 }
 
 impl Wait<'_> {
@@ -62,12 +64,6 @@ impl Wait<'_> {
     pub fn left(&self, now: Instant) -> Duration {
         self.deadline
             .saturating_sub(now.saturating_duration_since(self.since))
-    }
-
-    /// The error that ends the wait, when somebody poisoned the group meanwhile. To be asked at
-    /// least every [`POISON_LATENCY_MAX`].
-    pub fn interrupted(&self) -> Option<CollectiveError> {
-        self.health.first_error()
     }
 
     /// The error for a peer that let the deadline pass.

@@ -114,7 +114,7 @@ impl<'a> Pass<'a> {
                 return Ok(());
             }
             self.check_peers()?;
-            wait.interrupted().map_or(Ok(()), Err)?;
+            (wait.interrupted)().map_or(Ok(()), Err)?;
             let left = wait.left(now);
             if left.is_zero() {
                 return Err(wait.late(self.missing(), self.operation));
@@ -186,11 +186,8 @@ impl<'a> Pass<'a> {
             return Err(why);
         }
         let links = self.driver.links.iter();
-        let unhappy = links.filter_map(|link| Some((link.rank?, link.ending.as_ref()?)));
-        match unhappy
-            .filter(|(_, ending)| **ending != Farewell::Left)
-            .next()
-        {
+        let mut unhappy = links.filter_map(|link| Some((link.rank?, link.ending.as_ref()?)));
+        match unhappy.find(|(_, ending)| **ending != Farewell::Left) {
             Some((rank, ending)) => Err(ending.error(rank, self.operation, 0)),
             None => Ok(()),
         }
