@@ -1,1 +1,30 @@
-//! actors
+//! The actors of Offbook, one per file, each message beside its handler.
+//!
+//! On the head node: [`Membership`] brings shards together and notices when one is lost;
+//! [`Scheduler`] admits requests and sends plans. On every node: [`NodeAgent`] keeps the node's
+//! shard process running. In every shard process: [`ShardWorker`] owns the engine's thread,
+//! [`Collective`] the group it belongs to, [`Throttle`] the window of work in flight.
+//!
+//! Decisions are pure functions in files without IO (`membership/formation.rs`,
+//! `scheduler/admission.rs`); the actors around them only carry messages. No tensor enters a
+//! mailbox, and no message here lies on the path of a token.
+
+mod scheduler;
+mod membership;
+mod node_agent;
+mod shard_worker;
+mod collective;
+mod throttle;
+
+pub use membership::{ClusterSettings, Membership, ReportCluster, SchedulerLinks};
+pub use node_agent::{NodeAgent, ShardLaunch, StopShard};
+pub use scheduler::{Scheduler, SchedulerLimits, Submit};
+pub use shard_worker::{ShardWorker, ShardWorkerConfig};
+pub use throttle::WindowSettings;
+
+/// Under which names the actors are registered with their process.
+pub mod names {
+    pub const SCHEDULER: &str = "scheduler";
+    pub const MEMBERSHIP: &str = "membership";
+    pub const SHARD_WORKER: &str = "shard-worker";
+}

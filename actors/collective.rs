@@ -1,0 +1,210 @@
+//! Owns the group that a shard belongs to: where it can be met, the meeting, and the end of it.
+//! One per shard process.
+//!
+//! The operations of the group run on the device's stream and never pass through here. This actor
+//! holds the handle that can end them.
+
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix::{Actor, Context, Handler, Message, ResponseActFuture, WrapFuture};
+use offbook_collectives::{
+    CollectiveError, GroupHandle, JoinSpec, QuicEndpoint, QuicOptions, QuicTransport, RingSpec,
+    TensorTls,
+};
+use offbook_protocol::{Epoch, GroupSpec, Transport};
+use offbook_runtime::{Identity, IdentityError, Trust};
+
+/// See the module's own words.
+pub(crate) struct Collective {
+    identity: Arc<Identity>,
+    trust: Trust,
+    /// The interface that tensors travel over.
+    interface: IpAddr,
+    /// Bound, and waiting for its peers.
+    endpoint: Option<(Epoch, Bound)>,
+    /// In use by the engine.
+    group: Option<(Epoch, GroupHandle)>,
+}
+
+enum Bound {
+    Quic(QuicEndpoint),
+    Ring,
+}
+
+/// A group about to be made on the engine's thread, where its operations will run.
+pub(crate) enum GroupSeed {
+    /// A group of one.
+    Solo,
+    Quic(Box<QuicTransport>),
+    Ring(RingSpec),
+}
+
+impl Collective {
+    pub(crate) fn new(identity: Arc<Identity>, trust: Trust, interface: IpAddr) -> Self {
+        Self {
+            identity,
+            trust,
+            interface,
+            endpoint: None,
+            group: None,
+        }
+    }
+
+    fn bind(&mut self, epoch: Epoch, transport: Transport) -> Result<SocketAddr, BindError> {
+        self.endpoint = None;
+        let any = SocketAddr::new(self.interface, 0);
+        let (bound, address) = match transport {
+            Transport::Quic => {
+                let tls = TensorTls {
+                    server: self.identity.server_config(&self.trust, ALPN)?,
+                    client: self.identity.client_config(&self.trust, ALPN)?,
+                };
+                let endpoint = QuicEndpoint::bind(any, tls, QuicOptions::default())?;
+                let address = endpoint.local_addr();
+                (Bound::Quic(endpoint), address)
+            }
+            // MLX's ring binds its port itself, later; this only finds one that is free.
+            Transport::Ring => (
+                Bound::Ring,
+                TcpListener::bind(any).and_then(|tcp| tcp.local_addr())?,
+            ),
+        };
+        self.endpoint = Some((epoch, bound));
+        Ok(address)
+    }
+}
+
+impl Actor for Collective {
+    type Context = Context<Self>;
+}
+
+/// Opens the endpoint at which the peers of an epoch will meet this shard.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<SocketAddr, BindError>")]
+pub(crate) struct Bind {
+    pub epoch: Epoch,
+    pub transport: Transport,
+}
+
+impl Handler<Bind> for Collective {
+    type Result = Result<SocketAddr, BindError>;
+
+    fn handle(&mut self, bind: Bind, _: &mut Context<Self>) -> Self::Result {
+        self.bind(bind.epoch, bind.transport)
+    }
+}
+
+/// Why no endpoint could be opened.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BindError {
+    #[error("cannot use this node's key for tensors: {0}")]
+    Identity(#[from] IdentityError),
+    #[error("cannot open the tensor endpoint: {0}")]
+    Endpoint(#[from] CollectiveError),
+    #[error("cannot open the tensor endpoint: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+/// Meets all peers of the epoch that was bound.
+#[derive(Debug, Message)]
+#[rtype(result = "Result<GroupSeed, MeetError>")]
+pub(crate) struct Meet {
+    pub spec: GroupSpec,
+    pub deadline: Duration,
+}
+
+impl Handler<Meet> for Collective {
+    type Result = ResponseActFuture<Self, Result<GroupSeed, MeetError>>;
+
+    fn handle(&mut self, meet: Meet, _: &mut Context<Self>) -> Self::Result {
+        let Meet { spec, deadline } = meet;
+        let bound = self
+            .endpoint
+            .take()
+            .filter(|(epoch, _)| *epoch == spec.epoch);
+        let seed = async move {
+            let Some((_, bound)) = bound else {
+                return Err(MeetError::NotBound(spec.epoch));
+            };
+            let peers: Vec<_> = spec.members.iter().map(|member| member.address).collect();
+            let rank = spec.rank.index();
+            match bound {
+                _ if peers.len() == 1 => Ok(GroupSeed::Solo),
+                Bound::Ring => Ok(GroupSeed::Ring(RingSpec {
+                    rank,
+                    addresses: peers,
+                })),
+                Bound::Quic(endpoint) => {
+                    let join = JoinSpec {
+                        epoch: spec.epoch.0,
+                        rank,
+                        peers,
+                    };
+                    let joined =
+                        tokio::task::spawn_blocking(move || endpoint.join(&join, deadline)).await;
+                    let transport = joined.map_err(|_| MeetError::Panicked)??;
+                    Ok(GroupSeed::Quic(Box::new(transport)))
+                }
+            }
+        };
+        Box::pin(seed.into_actor(self))
+    }
+}
+
+/// Why the peers were not met.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MeetError {
+    #[error("nothing is bound for epoch {0}")]
+    NotBound(Epoch),
+    #[error(transparent)]
+    Peer(#[from] CollectiveError),
+    #[error("the meeting panicked")]
+    Panicked,
+}
+
+/// The engine's thread has made the group; from now on this actor can end it.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub(crate) struct Hold {
+    pub epoch: Epoch,
+    pub group: GroupHandle,
+}
+
+impl Handler<Hold> for Collective {
+    type Result = ();
+
+    fn handle(&mut self, hold: Hold, _: &mut Context<Self>) {
+        self.group = Some((hold.epoch, hold.group));
+    }
+}
+
+/// Ends whatever the group is doing, and every operation after it. Later epochs are untouched.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub(crate) struct Abort {
+    pub epoch: Epoch,
+    pub why: String,
+}
+
+impl Handler<Abort> for Collective {
+    type Result = ();
+
+    fn handle(&mut self, abort: Abort, _: &mut Context<Self>) {
+        if self
+            .endpoint
+            .as_ref()
+            .is_some_and(|(epoch, _)| *epoch <= abort.epoch)
+        {
+            self.endpoint = None;
+        }
+        if let Some((epoch, group)) = self.group.take_if(|(epoch, _)| *epoch <= abort.epoch) {
+            tracing::debug!(%epoch, why = abort.why, "the group is left");
+            group.poison(CollectiveError::Poisoned { why: abort.why });
+        }
+    }
+}
+
+/// Tensors speak another protocol than messages, on another socket.
+const ALPN: &[u8] = b"offbook-tensor/1";

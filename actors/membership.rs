@@ -1,0 +1,482 @@
+//! Brings the shards of a cluster together, and notices when one is lost. Head node only.
+//!
+//! Node agents announce themselves and what became of their shard process; shard processes
+//! register; then [`formation`](self::formation) decides, and this actor carries its decisions to
+//! the shards and to the scheduler. It never looks at a request or a token.
+
+mod formation;
+mod epoch_file;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use actix::{
+    Actor, ActorFutureExt, AsyncContext, Context, Handler, Message, Recipient, ResponseActFuture,
+    ResponseFuture, WrapFuture,
+};
+use offbook_protocol::{
+    ClusterReport, Epoch, GroupMember, GroupSpec, Layout, LoadProgress, NodeReport, NodeWeight,
+    Rank, ShardReport, ShardSpec, Transport,
+};
+use offbook_runtime::{ActorPath, AskError, ProcessName, RemoteMessage, System};
+use serde::{Deserialize, Serialize};
+
+use self::epoch_file::EpochFile;
+use self::formation::{Action, Formation, Shard};
+use crate::names;
+use crate::scheduler::{BeginEpoch, CountRequests, EndEpoch};
+use crate::shard_worker::{JoinGroup, LeaveGroup, LoadRefusal, LoadShard, Loaded};
+
+/// What all shards of the cluster are told.
+#[derive(Clone, Debug)]
+pub struct ClusterSettings {
+    /// In rank order, with the share of the model that each takes.
+    pub nodes: Vec<(String, NodeWeight)>,
+    pub model: PathBuf,
+    pub layout: Layout,
+    pub transport: Transport,
+    pub prefill_chunk_tokens: u32,
+    pub context_tokens: u32,
+    pub sequences_max: u32,
+    pub collective_deadline: Duration,
+    /// How long reading the weights may take.
+    pub load_deadline: Duration,
+}
+
+/// See the module's own words.
+pub struct Membership {
+    system: System,
+    settings: ClusterSettings,
+    formation: Formation,
+    epochs: EpochFile,
+    heard_of_nodes: HashMap<String, Instant>,
+    /// What rank 0 said of the model when it had loaded: the same on every rank.
+    loaded: Option<Loaded>,
+    begin_epoch: Recipient<BeginEpoch>,
+    end_epoch: Recipient<EndEpoch>,
+    count_requests: Recipient<CountRequests>,
+}
+
+/// Whom the membership tells about epochs.
+pub struct SchedulerLinks {
+    pub begin_epoch: Recipient<BeginEpoch>,
+    pub end_epoch: Recipient<EndEpoch>,
+    pub count_requests: Recipient<CountRequests>,
+}
+
+impl Membership {
+    /// A membership that keeps its epoch number in `epoch_file`, so that a number is never used
+    /// twice over restarts of the head.
+    ///
+    /// # Errors
+    /// When that file is there and cannot be read.
+    pub fn new(
+        system: System,
+        settings: ClusterSettings,
+        epoch_file: PathBuf,
+        scheduler: SchedulerLinks,
+    ) -> std::io::Result<Self> {
+        let (epochs, last) = EpochFile::open(epoch_file)?;
+        let nodes = settings.nodes.iter().map(|(name, _)| name.clone());
+        Ok(Self {
+            formation: Formation::new(nodes, last),
+            system,
+            epochs,
+            heard_of_nodes: HashMap::new(),
+            loaded: None,
+            begin_epoch: scheduler.begin_epoch,
+            end_epoch: scheduler.end_epoch,
+            count_requests: scheduler.count_requests,
+            settings,
+        })
+    }
+
+    fn carry_out(&mut self, actions: Vec<Action>, ctx: &mut Context<Self>) {
+        for action in actions {
+            match action {
+                Action::BeginSoon { fruitless } => {
+                    ctx.run_later(begin_pause(fruitless), |this, ctx| this.begin(ctx));
+                }
+                Action::Load { epoch, rank } => self.load(epoch, rank, ctx),
+                Action::Join {
+                    epoch,
+                    rank,
+                    addresses,
+                } => self.join(epoch, rank, addresses, ctx),
+                Action::Leave { epoch, rank, why } => self.leave(epoch, rank, why),
+                Action::Serve { epoch } => self.serve(epoch),
+                Action::Suspend { epoch, why } => self.suspend(epoch, why),
+            }
+        }
+    }
+
+    fn begin(&mut self, ctx: &mut Context<Self>) {
+        let actions = self.formation.begin();
+        if actions.is_empty() {
+            return;
+        }
+        let epoch = self.formation.epoch();
+        if let Err(error) = self.epochs.store(epoch) {
+            tracing::error!(%epoch, %error, "cannot store the epoch: is the disk full?");
+        }
+        tracing::info!(%epoch, "an epoch begins");
+        self.carry_out(actions, ctx);
+    }
+
+    fn load(&mut self, epoch: Epoch, rank: Rank, ctx: &mut Context<Self>) {
+        let settings = &self.settings;
+        let spec = ShardSpec {
+            epoch,
+            rank,
+            model: settings.model.clone(),
+            layout: settings.layout,
+            weights: settings.nodes.iter().map(|(_, weight)| *weight).collect(),
+            transport: settings.transport,
+            prefill_chunk_tokens: settings.prefill_chunk_tokens,
+            context_tokens: settings.context_tokens,
+            sequences_max: settings.sequences_max,
+            collective_deadline: settings.collective_deadline,
+        };
+        let deadline = settings.load_deadline;
+        let asked = self.ask_shard(rank, LoadShard(spec), deadline);
+        ctx.spawn(asked.into_actor(self).map(move |reply, this, ctx| {
+            let actions = match reply {
+                Ok(Ok(loaded)) => {
+                    let address = loaded.address;
+                    this.loaded = Some(loaded);
+                    this.formation.loaded(epoch, rank, address)
+                }
+                Ok(Err(LoadRefusal {
+                    detail,
+                    lasting: true,
+                })) => {
+                    tracing::error!(%epoch, %rank, detail, "a shard cannot hold its share");
+                    this.formation.refused(epoch, rank, &detail)
+                }
+                Ok(Err(LoadRefusal { detail, .. })) => this.formation.failed(epoch, rank, &detail),
+                Err(why) => this.formation.failed(epoch, rank, &why),
+            };
+            this.carry_out(actions, ctx);
+        }));
+    }
+
+    fn join(
+        &mut self,
+        epoch: Epoch,
+        rank: Rank,
+        addresses: Vec<std::net::SocketAddr>,
+        ctx: &mut Context<Self>,
+    ) {
+        let members = self.formation.members().iter().zip(addresses);
+        let members = members
+            .filter_map(|(member, address)| {
+                let process = member.shard.as_ref()?.process.clone();
+                Some(GroupMember { process, address })
+            })
+            .collect();
+        let spec = GroupSpec {
+            epoch,
+            rank,
+            members,
+        };
+        let asked = self.ask_shard(rank, JoinGroup(spec), JOIN_DEADLINE);
+        ctx.spawn(asked.into_actor(self).map(move |reply, this, ctx| {
+            let actions = match reply {
+                Ok(Ok(())) => this.formation.joined(epoch, rank),
+                Ok(Err(why)) | Err(why) => this.formation.failed(epoch, rank, &why),
+            };
+            this.carry_out(actions, ctx);
+        }));
+    }
+
+    fn leave(&self, epoch: Epoch, rank: Rank, why: String) {
+        if let Some(path) = self.shard_path(rank) {
+            let leave = LeaveGroup { epoch, why };
+            if let Err(error) = self.system.remote::<LeaveGroup>(&path).try_tell(leave) {
+                // Its link is lost: the shard sees that too, and leaves by itself.
+                tracing::debug!(%rank, error = %error.reason, "cannot tell a shard to leave");
+            }
+        }
+    }
+
+    fn serve(&self, epoch: Epoch) {
+        let Some(loaded) = &self.loaded else { return };
+        let shards = self.formation.members().iter().filter_map(|member| {
+            member
+                .shard
+                .as_ref()
+                .and_then(|shard| ProcessName::new(&*shard.process).ok())
+        });
+        let begin = BeginEpoch {
+            epoch,
+            shards: shards.collect(),
+            sampling_rank: loaded.sampling_rank,
+            context_tokens: loaded.context_tokens,
+            vocabulary: loaded.vocabulary,
+        };
+        tracing::info!(%epoch, "the cluster serves");
+        if self.begin_epoch.try_send(begin).is_err() {
+            tracing::error!(%epoch, "the scheduler does not take the new epoch");
+        }
+    }
+
+    fn suspend(&self, epoch: Epoch, why: String) {
+        tracing::warn!(%epoch, why, "the cluster is suspended");
+        if self.end_epoch.try_send(EndEpoch { epoch, why }).is_err() {
+            tracing::error!(%epoch, "the scheduler does not take the end of the epoch");
+        }
+    }
+
+    fn ask_shard<M: RemoteMessage>(
+        &self,
+        rank: Rank,
+        message: M,
+        deadline: Duration,
+    ) -> impl Future<Output = Result<M::Reply, String>> + use<M> {
+        let remote = self
+            .shard_path(rank)
+            .map(|path| self.system.remote::<M>(&path));
+        async move {
+            let Some(remote) = remote else {
+                return Err("its shard is gone".to_owned());
+            };
+            remote
+                .ask(message, deadline)
+                .await
+                .map_err(|error: AskError| error.to_string())
+        }
+    }
+
+    fn shard_path(&self, rank: Rank) -> Option<ActorPath> {
+        let shard = self.formation.members().get(rank.index())?.shard.as_ref()?;
+        let process = ProcessName::new(&*shard.process).ok()?;
+        Some(ActorPath::new(process, names::SHARD_WORKER))
+    }
+
+    fn report(&self, requests_running: u32, requests_queued: u32) -> ClusterReport {
+        let members = self.formation.members();
+        let shard = |(rank, member): (usize, &formation::Member)| ShardReport {
+            rank: Rank(rank as u32),
+            node: member.node.clone(),
+            pid: member.shard.as_ref().map_or(0, |shard| shard.pid),
+            alive: member.shard.is_some(),
+            restarts: member.restarts,
+            last_failure: member.last_failure.clone(),
+            load: member.load,
+        };
+        let node = |member: &formation::Member| NodeReport {
+            name: member.node.clone(),
+            pid: member.node_pid,
+            alive: member.node_alive,
+        };
+        ClusterReport {
+            epoch: self.formation.epoch(),
+            phase: self.formation.phase(),
+            detail: self.formation.detail().to_owned(),
+            model: self.settings.model.display().to_string(),
+            layout: self.settings.layout,
+            transport: self.settings.transport,
+            requests_running,
+            requests_queued,
+            nodes: members.iter().map(node).collect(),
+            shards: members.iter().enumerate().map(shard).collect(),
+        }
+    }
+
+    /// Nodes that have been silent for too long count as away. Their shards are watched apart.
+    fn note_silence(&mut self) {
+        for (node, heard) in &self.heard_of_nodes {
+            let alive = heard.elapsed() < NODE_SILENCE_MAX;
+            if let Some(member) = self.formation.member_mut(node)
+                && member.node_alive != alive
+            {
+                tracing::warn!(node, alive, "a node's standing has changed");
+                member.node_alive = alive;
+            }
+        }
+    }
+}
+
+impl Actor for Membership {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        ctx.set_mailbox_capacity(MAILBOX_MAX);
+        ctx.run_interval(NODE_SILENCE_MAX / 4, |this, _| this.note_silence());
+        self.system
+            .register::<Announce>(names::MEMBERSHIP, ctx.address().recipient());
+        self.system
+            .register::<RegisterShard>(names::MEMBERSHIP, ctx.address().recipient());
+        self.system
+            .register::<NoteProgress>(names::MEMBERSHIP, ctx.address().recipient());
+        self.system
+            .register::<StepFailed>(names::MEMBERSHIP, ctx.address().recipient());
+    }
+}
+
+/// A node is alive, and this is what its shard process has been through. Sent at each change, and
+/// every second.
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub struct Announce {
+    pub node: String,
+    pub pid: u32,
+    pub restarts: u32,
+    /// How the shard ended last; empty when it never did.
+    pub last_failure: String,
+    /// The process that ended, when this is the news of an end.
+    pub ended_pid: Option<u32>,
+    /// The node does not start its shard any more.
+    pub given_up: bool,
+}
+
+impl RemoteMessage for Announce {
+    const NAME: &'static str = "announce";
+    type Reply = ();
+}
+
+impl Handler<Announce> for Membership {
+    type Result = ();
+
+    fn handle(&mut self, news: Announce, ctx: &mut Context<Self>) {
+        let Some(member) = self.formation.member_mut(&news.node) else {
+            tracing::warn!(
+                node = news.node,
+                "a node announced itself that the cluster has not"
+            );
+            return;
+        };
+        member.node_pid = news.pid;
+        member.node_alive = true;
+        member.restarts = news.restarts;
+        member.last_failure.clone_from(&news.last_failure);
+        self.heard_of_nodes
+            .insert(news.node.clone(), Instant::now());
+        let mut actions = Vec::new();
+        if let Some(pid) = news.ended_pid {
+            let why = format!("the shard of {} ended: {}", news.node, news.last_failure);
+            actions = self.formation.lost(&news.node, pid, why);
+        }
+        if news.given_up {
+            actions.extend(self.formation.given_up(&news.node, &news.last_failure));
+        }
+        self.carry_out(actions, ctx);
+    }
+}
+
+/// A shard process is there and can be given a share.
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub struct RegisterShard {
+    pub node: String,
+    pub process: String,
+    pub pid: u32,
+}
+
+impl RemoteMessage for RegisterShard {
+    const NAME: &'static str = "register-shard";
+    type Reply = ();
+}
+
+impl Handler<RegisterShard> for Membership {
+    type Result = ();
+
+    fn handle(&mut self, register: RegisterShard, ctx: &mut Context<Self>) {
+        let RegisterShard { node, process, pid } = register;
+        let Ok(name) = ProcessName::new(&*process) else {
+            return;
+        };
+        tracing::info!(node, process, pid, "a shard registered");
+        let watch = self.system.watch(&name).into_actor(self);
+        let actions = self.formation.registered(&node, Shard { process, pid });
+        self.carry_out(actions, ctx);
+        ctx.spawn(watch.map(move |lost, this, ctx| {
+            let why = format!("the link to the shard of {node} was lost: {}", lost.reason);
+            let actions = this.formation.lost(&node, pid, why);
+            this.carry_out(actions, ctx);
+        }));
+    }
+}
+
+/// How far a shard's loading has come.
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub struct NoteProgress {
+    pub node: String,
+    pub load: LoadProgress,
+}
+
+impl RemoteMessage for NoteProgress {
+    const NAME: &'static str = "note-progress";
+    type Reply = ();
+}
+
+impl Handler<NoteProgress> for Membership {
+    type Result = ();
+
+    fn handle(&mut self, progress: NoteProgress, _: &mut Context<Self>) {
+        if let Some(member) = self.formation.member_mut(&progress.node) {
+            member.load = Some(progress.load);
+        }
+    }
+}
+
+/// A shard's step ended in an error: its results were not used, its epoch is over.
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub struct StepFailed {
+    pub epoch: Epoch,
+    pub rank: Rank,
+    pub why: String,
+}
+
+impl RemoteMessage for StepFailed {
+    const NAME: &'static str = "step-failed";
+    type Reply = ();
+}
+
+impl Handler<StepFailed> for Membership {
+    type Result = ();
+
+    fn handle(&mut self, failed: StepFailed, ctx: &mut Context<Self>) {
+        let StepFailed { epoch, rank, why } = failed;
+        tracing::warn!(%epoch, %rank, why, "a step failed");
+        let actions = self.formation.failed(epoch, rank, &why);
+        self.carry_out(actions, ctx);
+    }
+}
+
+/// What the cluster looks like now.
+#[derive(Debug, Message)]
+#[rtype(result = "ClusterReport")]
+pub struct ReportCluster;
+
+impl Handler<ReportCluster> for Membership {
+    type Result = ResponseActFuture<Self, ClusterReport>;
+
+    fn handle(&mut self, _: ReportCluster, _: &mut Context<Self>) -> Self::Result {
+        let counted: ResponseFuture<_> = Box::pin(self.count_requests.send(CountRequests));
+        Box::pin(counted.into_actor(self).map(|counted, this, _| {
+            let counts = counted.unwrap_or_default();
+            this.report(counts.running, counts.queued)
+        }))
+    }
+}
+
+/// The first pause lets the news of one failure arrive together; a group that cannot form is tried
+/// less and less often.
+fn begin_pause(fruitless: u32) -> Duration {
+    BEGIN_PAUSE_MIN
+        .saturating_mul(1 << fruitless.min(10))
+        .min(BEGIN_PAUSE_MAX)
+}
+
+const BEGIN_PAUSE_MIN: Duration = Duration::from_millis(20);
+const BEGIN_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// Meeting takes a round trip; the rest is for processes that the system has not scheduled yet.
+const JOIN_DEADLINE: Duration = Duration::from_secs(30);
+/// Three announcements, and one to spare.
+const NODE_SILENCE_MAX: Duration = Duration::from_secs(4);
+/// A cluster has a few nodes, each with a message a second and a few when its shard changes.
+const MAILBOX_MAX: usize = 1024;

@@ -1,0 +1,441 @@
+//! How a group of shards forms, breaks, and forms again: pure, without IO or clock.
+//!
+//! One epoch is one formation: every shard present → all load → all join → serving, until one is
+//! lost or fails. What arrives from an earlier epoch changes nothing.
+
+use std::net::SocketAddr;
+
+use offbook_protocol::{Epoch, LoadProgress, Phase, Rank};
+
+/// The state of the group. Ranks are the nodes in the order of the cluster file.
+#[derive(Debug)]
+pub(super) struct Formation {
+    epoch: Epoch,
+    stage: Stage,
+    members: Vec<Member>,
+    /// Formations in a row that did not reach `Serving`.
+    fruitless: u32,
+    /// Why the group is not serving, for an operator.
+    detail: String,
+}
+
+/// One node and its shard.
+#[derive(Debug, Default)]
+pub(super) struct Member {
+    pub(super) node: String,
+    pub(super) node_pid: u32,
+    pub(super) node_alive: bool,
+    /// The shard that registered last and is not known to be lost.
+    pub(super) shard: Option<Shard>,
+    pub(super) load: Option<LoadProgress>,
+    pub(super) restarts: u32,
+    pub(super) last_failure: String,
+}
+
+/// A shard process that has registered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Shard {
+    pub(super) process: String,
+    pub(super) pid: u32,
+}
+
+#[derive(Debug)]
+enum Stage {
+    Gathering,
+    Loading(Vec<Option<SocketAddr>>),
+    Joining(Vec<bool>),
+    Serving,
+    Failed,
+}
+
+/// What the actor around this is to do. Actions are to be carried out in order.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Action {
+    /// Call [`Formation::begin`] after a pause that grows with the number of fruitless attempts.
+    BeginSoon {
+        fruitless: u32,
+    },
+    Load {
+        epoch: Epoch,
+        rank: Rank,
+    },
+    Join {
+        epoch: Epoch,
+        rank: Rank,
+        addresses: Vec<SocketAddr>,
+    },
+    /// Tell a shard to leave its group, whatever it is doing there.
+    Leave {
+        epoch: Epoch,
+        rank: Rank,
+        why: String,
+    },
+    /// The group serves: tell the scheduler.
+    Serve {
+        epoch: Epoch,
+    },
+    /// It serves no longer: tell the scheduler.
+    Suspend {
+        epoch: Epoch,
+        why: String,
+    },
+}
+
+impl Formation {
+    /// A group of the shards of these nodes, whose first epoch follows `last_epoch`.
+    pub(super) fn new(nodes: impl IntoIterator<Item = String>, last_epoch: Epoch) -> Self {
+        let member = |node| Member {
+            node,
+            ..Member::default()
+        };
+        let members = nodes.into_iter().map(member).collect();
+        let mut formation = Self {
+            epoch: last_epoch,
+            stage: Stage::Gathering,
+            members,
+            fruitless: 0,
+            detail: String::new(),
+        };
+        formation.detail = formation.who_is_missing();
+        formation
+    }
+
+    pub(super) fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    pub(super) fn members(&self) -> &[Member] {
+        &self.members
+    }
+
+    pub(super) fn member_mut(&mut self, node: &str) -> Option<&mut Member> {
+        self.members.iter_mut().find(|member| member.node == node)
+    }
+
+    pub(super) fn detail(&self) -> &str {
+        &self.detail
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        match self.stage {
+            Stage::Gathering => Phase::Gathering,
+            Stage::Loading(_) | Stage::Joining(_) => Phase::Loading,
+            Stage::Serving => Phase::Ready,
+            Stage::Failed => Phase::Failed,
+        }
+    }
+
+    /// A shard process of `node` has registered, for the first time or in place of a lost one.
+    pub(super) fn registered(&mut self, node: &str, shard: Shard) -> Vec<Action> {
+        let Some(rank) = self.members.iter().position(|member| member.node == node) else {
+            return Vec::new();
+        };
+        let mut actions = Vec::new();
+        if self.members[rank]
+            .shard
+            .as_ref()
+            .is_some_and(|known| *known != shard)
+        {
+            actions = self.lose(rank, format!("the shard of {node} was replaced"));
+        }
+        if self.members[rank].shard.is_none() {
+            self.members[rank].shard = Some(shard);
+            self.members[rank].load = None;
+            if matches!(self.stage, Stage::Failed) {
+                // A new process may find what the old one missed: a disk, a file, memory.
+                self.stage = Stage::Gathering;
+            }
+            self.detail = self.who_is_missing();
+            if !actions
+                .iter()
+                .any(|action| matches!(action, Action::BeginSoon { .. }))
+            {
+                actions.push(Action::BeginSoon {
+                    fruitless: self.fruitless,
+                });
+            }
+        }
+        actions
+    }
+
+    /// A shard process is gone. Anything but the one that is registered changes nothing.
+    pub(super) fn lost(&mut self, node: &str, pid: u32, why: String) -> Vec<Action> {
+        let lost = self.members.iter().position(|member| {
+            member.node == node && member.shard.as_ref().is_some_and(|shard| shard.pid == pid)
+        });
+        lost.map_or_else(Vec::new, |rank| self.lose(rank, why))
+    }
+
+    fn lose(&mut self, rank: usize, why: String) -> Vec<Action> {
+        self.members[rank].shard = None;
+        self.members[rank].load = None;
+        let actions = self.end_epoch(why);
+        if !matches!(self.stage, Stage::Failed) {
+            self.stage = Stage::Gathering;
+        }
+        actions
+    }
+
+    /// Begins an epoch if every shard is there and none is under way.
+    pub(super) fn begin(&mut self) -> Vec<Action> {
+        let all_here = self.members.iter().all(|member| member.shard.is_some());
+        if !all_here || !matches!(self.stage, Stage::Gathering) {
+            return Vec::new();
+        }
+        self.epoch = self.epoch.next();
+        self.stage = Stage::Loading(vec![None; self.members.len()]);
+        self.detail = "shards are loading".into();
+        let epoch = self.epoch;
+        self.ranks()
+            .map(|rank| Action::Load { epoch, rank })
+            .collect()
+    }
+
+    /// A shard holds its weights and can be met at `address`.
+    pub(super) fn loaded(&mut self, epoch: Epoch, rank: Rank, address: SocketAddr) -> Vec<Action> {
+        let Stage::Loading(addresses) = &mut self.stage else {
+            return Vec::new();
+        };
+        if epoch != self.epoch {
+            return Vec::new();
+        }
+        addresses[rank.index()] = Some(address);
+        let Some(addresses) = addresses.iter().copied().collect::<Option<Vec<_>>>() else {
+            return Vec::new();
+        };
+        self.stage = Stage::Joining(vec![false; addresses.len()]);
+        self.detail = "shards are meeting".into();
+        let join = |rank| Action::Join {
+            epoch,
+            rank,
+            addresses: addresses.clone(),
+        };
+        self.ranks().map(join).collect()
+    }
+
+    /// A shard cannot hold its share: trying again would not help.
+    pub(super) fn refused(&mut self, epoch: Epoch, rank: Rank, why: &str) -> Vec<Action> {
+        if epoch != self.epoch || !matches!(self.stage, Stage::Loading(_)) {
+            return Vec::new();
+        }
+        let why = format!("rank {rank} ({}): {why}", self.members[rank.index()].node);
+        let actions = self.end_epoch(why);
+        self.stage = Stage::Failed;
+        actions
+            .into_iter()
+            .filter(|action| !matches!(action, Action::BeginSoon { .. }))
+            .collect()
+    }
+
+    /// A shard has met all its peers.
+    pub(super) fn joined(&mut self, epoch: Epoch, rank: Rank) -> Vec<Action> {
+        let Stage::Joining(joined) = &mut self.stage else {
+            return Vec::new();
+        };
+        if epoch != self.epoch {
+            return Vec::new();
+        }
+        joined[rank.index()] = true;
+        if !joined.iter().all(|joined| *joined) {
+            return Vec::new();
+        }
+        self.stage = Stage::Serving;
+        self.fruitless = 0;
+        self.detail.clear();
+        vec![Action::Serve { epoch }]
+    }
+
+    /// A shard that is still alive could not load, join or step; all may try again.
+    pub(super) fn failed(&mut self, epoch: Epoch, rank: Rank, why: &str) -> Vec<Action> {
+        if epoch != self.epoch || matches!(self.stage, Stage::Gathering | Stage::Failed) {
+            return Vec::new();
+        }
+        let actions = self.end_epoch(format!("rank {rank}: {why}"));
+        self.stage = Stage::Gathering;
+        actions
+    }
+
+    /// A shard was given up by its node: an operator has to act.
+    pub(super) fn given_up(&mut self, node: &str, why: &str) -> Vec<Action> {
+        let actions = self.end_epoch(format!("the shard of {node} was given up: {why}"));
+        self.stage = Stage::Failed;
+        actions
+            .into_iter()
+            .filter(|action| !matches!(action, Action::BeginSoon { .. }))
+            .collect()
+    }
+
+    /// Ends the epoch under way, if any: survivors leave, the scheduler is told, and another
+    /// attempt is due.
+    fn end_epoch(&mut self, why: String) -> Vec<Action> {
+        let epoch = self.epoch;
+        let mut actions = Vec::new();
+        match self.stage {
+            Stage::Gathering | Stage::Failed => {}
+            Stage::Serving => actions.push(Action::Suspend {
+                epoch,
+                why: why.clone(),
+            }),
+            Stage::Loading(_) | Stage::Joining(_) => self.fruitless += 1,
+        }
+        if !matches!(self.stage, Stage::Gathering | Stage::Failed) {
+            for rank in self
+                .ranks()
+                .filter(|rank| self.members[rank.index()].shard.is_some())
+            {
+                actions.push(Action::Leave {
+                    epoch,
+                    rank,
+                    why: why.clone(),
+                });
+            }
+            actions.push(Action::BeginSoon {
+                fruitless: self.fruitless,
+            });
+        }
+        self.detail = why;
+        actions
+    }
+
+    fn ranks(&self) -> impl Iterator<Item = Rank> + use<> {
+        (0..self.members.len() as u32).map(Rank)
+    }
+
+    fn who_is_missing(&self) -> String {
+        let missing: Vec<_> = self
+            .members
+            .iter()
+            .filter(|member| member.shard.is_none())
+            .map(|member| member.node.as_str())
+            .collect();
+        if missing.is_empty() {
+            "shards are about to load".into()
+        } else {
+            format!("waiting for the shard of {}", missing.join(", "))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ADDRESS: SocketAddr =
+        SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 1);
+
+    fn shard(pid: u32) -> Shard {
+        Shard {
+            process: format!("p{pid}"),
+            pid,
+        }
+    }
+
+    fn serving() -> Formation {
+        let mut formation = Formation::new(["a".into(), "b".into()], Epoch(4));
+        assert_eq!(
+            formation.registered("a", shard(1)),
+            [Action::BeginSoon { fruitless: 0 }]
+        );
+        assert!(formation.begin().is_empty(), "one shard is missing");
+        formation.registered("b", shard(2));
+        let epoch = Epoch(5);
+        assert_eq!(
+            formation.begin(),
+            [
+                Action::Load {
+                    epoch,
+                    rank: Rank(0)
+                },
+                Action::Load {
+                    epoch,
+                    rank: Rank(1)
+                }
+            ]
+        );
+        assert!(formation.loaded(epoch, Rank(1), ADDRESS).is_empty());
+        assert_eq!(formation.loaded(epoch, Rank(0), ADDRESS).len(), 2);
+        assert!(formation.joined(epoch, Rank(0)).is_empty());
+        assert_eq!(formation.joined(epoch, Rank(1)), [Action::Serve { epoch }]);
+        assert_eq!(formation.phase(), Phase::Ready);
+        formation
+    }
+
+    #[test]
+    fn a_lost_shard_suspends_and_its_successor_brings_the_next_epoch() {
+        let mut formation = serving();
+        let actions = formation.lost("b", 2, "killed".into());
+        assert_eq!(
+            actions[0],
+            Action::Suspend {
+                epoch: Epoch(5),
+                why: "killed".into()
+            }
+        );
+        assert!(matches!(actions[1], Action::Leave { rank: Rank(0), .. }));
+        assert!(formation.begin().is_empty(), "the shard is not back yet");
+        assert_eq!(
+            formation.registered("b", shard(3)),
+            [Action::BeginSoon { fruitless: 0 }]
+        );
+        assert_eq!(formation.begin().len(), 2);
+        assert_eq!(formation.epoch(), Epoch(6));
+    }
+
+    #[test]
+    fn a_shard_that_registers_anew_before_its_loss_was_seen_ends_the_epoch_too() {
+        let mut formation = serving();
+        let actions = formation.registered("b", shard(9));
+        assert!(matches!(actions[0], Action::Suspend { .. }));
+        let begins = |actions: &[Action]| {
+            actions
+                .iter()
+                .filter(|action| matches!(action, Action::BeginSoon { .. }))
+                .count()
+        };
+        assert_eq!(begins(&actions), 1);
+        assert!(formation.lost("b", 2, "late news".into()).is_empty());
+        assert_eq!(formation.begin().len(), 2);
+    }
+
+    #[test]
+    fn news_of_an_earlier_epoch_changes_nothing() {
+        let mut formation = serving();
+        assert!(formation.failed(Epoch(4), Rank(0), "old").is_empty());
+        assert!(formation.joined(Epoch(4), Rank(0)).is_empty());
+        assert_eq!(formation.phase(), Phase::Ready);
+        assert!(!formation.failed(Epoch(5), Rank(0), "late peer").is_empty());
+        assert!(
+            formation.failed(Epoch(5), Rank(1), "late peer").is_empty(),
+            "only once"
+        );
+    }
+
+    #[test]
+    fn a_shard_that_cannot_hold_its_share_fails_the_group_until_another_registers() {
+        let mut formation = serving();
+        formation.lost("a", 1, "killed".into());
+        formation.registered("a", shard(7));
+        formation.begin();
+        let actions = formation.refused(Epoch(6), Rank(0), "no such file");
+        assert!(
+            actions
+                .iter()
+                .all(|action| matches!(action, Action::Leave { .. }))
+        );
+        assert_eq!(formation.phase(), Phase::Failed);
+        assert!(formation.detail().contains("no such file"));
+        assert!(formation.begin().is_empty());
+        formation.lost("a", 7, "exited".into());
+        formation.registered("a", shard(8));
+        assert_eq!(formation.begin().len(), 2);
+    }
+
+    #[test]
+    fn fruitless_attempts_are_counted_until_one_serves() {
+        let mut formation = serving();
+        formation.failed(Epoch(5), Rank(0), "late");
+        formation.begin();
+        let actions = formation.failed(Epoch(6), Rank(0), "late");
+        assert_eq!(actions.last(), Some(&Action::BeginSoon { fruitless: 1 }));
+    }
+}

@@ -1,0 +1,167 @@
+//! Keeps a node's shard process running, and tells the membership what becomes of it. One per node.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use actix::{
+    Actor, ActorFutureExt, AsyncContext, Context, ResponseFuture, StreamHandler, WrapFuture,
+};
+use offbook_runtime::supervise::{
+    ChildSpec, ChildState, Event, Exit, Restart, RestartPolicy, Supervisor, SupervisorError,
+};
+use offbook_runtime::{ActorPath, ProcessName, Remote, System};
+use tokio::sync::mpsc;
+
+use crate::membership::Announce;
+use crate::names;
+
+/// How a node starts its shard process.
+#[derive(Clone, Debug)]
+pub struct ShardLaunch {
+    pub program: PathBuf,
+    pub arguments: Vec<String>,
+}
+
+/// See the module's own words.
+pub struct NodeAgent {
+    node: String,
+    supervisor: Supervisor,
+    launch: ShardLaunch,
+    /// Taken when the actor starts.
+    events: Option<mpsc::Receiver<Event>>,
+    running_pid: Option<u32>,
+    announce: Remote<Announce>,
+}
+
+impl NodeAgent {
+    /// An agent that answers to the head of the cluster. The shard starts with the actor.
+    pub fn new(
+        system: &System,
+        head: ProcessName,
+        launch: ShardLaunch,
+        restarts: RestartPolicy,
+    ) -> Self {
+        let (supervisor, events) = Supervisor::new(restarts);
+        Self {
+            node: system.process().node().to_owned(),
+            supervisor,
+            launch,
+            events: Some(events),
+            running_pid: None,
+            announce: system.remote(&ActorPath::new(head, names::MEMBERSHIP)),
+        }
+    }
+
+    fn start_shard(&self) -> Result<(), SupervisorError> {
+        let mut spec = ChildSpec::new(SHARD, &self.launch.program);
+        for argument in &self.launch.arguments {
+            spec = spec.arg(argument);
+        }
+        self.supervisor.start(spec)
+    }
+
+    fn announce(&self, ended_pid: Option<u32>, ctx: &mut Context<Self>) {
+        let status = self
+            .supervisor
+            .status()
+            .into_iter()
+            .find(|child| child.name == SHARD);
+        let announce = Announce {
+            node: self.node.clone(),
+            pid: std::process::id(),
+            restarts: status.as_ref().map_or(0, |status| status.restarts as u32),
+            last_failure: status
+                .as_ref()
+                .and_then(|status| status.last.as_ref())
+                .map_or_else(String::new, describe),
+            ended_pid,
+            given_up: status.is_some_and(|status| status.state == ChildState::Escalated),
+        };
+        let remote = self.announce.clone();
+        let asked = async move { remote.ask(announce, ANNOUNCE_EVERY * 3).await };
+        ctx.spawn(asked.into_actor(self).map(|reply, this, _| {
+            if let Err(error) = reply {
+                tracing::debug!(node = this.node, %error, "the head does not answer");
+            }
+        }));
+    }
+}
+
+impl Actor for NodeAgent {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        if let Some(events) = self.events.take() {
+            ctx.add_stream(futures::stream::unfold(events, |mut events| async {
+                events.recv().await.map(|event| (event, events))
+            }));
+        }
+        if let Err(error) = self.start_shard() {
+            tracing::error!(%error, "cannot start the shard");
+        }
+        ctx.run_interval(ANNOUNCE_EVERY, |this, ctx| this.announce(None, ctx));
+    }
+}
+
+impl StreamHandler<Event> for NodeAgent {
+    fn handle(&mut self, event: Event, ctx: &mut Context<Self>) {
+        let mut ended = None;
+        match event {
+            Event::Started { pid, .. } => {
+                tracing::info!(node = self.node, pid, "the shard process started");
+                self.running_pid = Some(pid);
+            }
+            Event::Exited { restart, pause, .. } => {
+                let cause = describe(&restart);
+                tracing::warn!(node = self.node, cause, ?pause, "the shard process ended");
+                ended = self.running_pid.take();
+            }
+            Event::Escalated { restart, .. } => {
+                let cause = describe(&restart);
+                tracing::error!(node = self.node, cause, "the shard process ends too often");
+                ended = self.running_pid.take();
+            }
+            Event::Stopped { .. } => ended = self.running_pid.take(),
+        }
+        self.announce(ended, ctx);
+    }
+
+    /// The supervisor is dropped with this actor, not before.
+    fn finished(&mut self, _: &mut Context<Self>) {}
+}
+
+/// Stops the shard in order, and resolves when its process is gone.
+#[derive(Debug, actix::Message)]
+#[rtype(result = "()")]
+pub struct StopShard;
+
+impl actix::Handler<StopShard> for NodeAgent {
+    type Result = ResponseFuture<()>;
+
+    fn handle(&mut self, _: StopShard, _: &mut Context<Self>) -> Self::Result {
+        let (nothing, _) = Supervisor::new(RestartPolicy::default());
+        let supervisor = std::mem::replace(&mut self.supervisor, nothing);
+        Box::pin(async move { supervisor.stop(STOP_DEADLINE).await })
+    }
+}
+
+/// One line for an operator: how it ended, and the last thing it said.
+fn describe(restart: &Restart) -> String {
+    let how = match &restart.exit {
+        Exit::Code(code) => format!("exit code {code}"),
+        Exit::Signal(signal) => format!("signal {signal}"),
+        Exit::NotStarted(why) => format!("not started: {why}"),
+        Exit::Unknown(why) => why.clone(),
+    };
+    match restart.last_lines.last() {
+        Some(line) => format!("{how}, after: {line}"),
+        None => how,
+    }
+}
+
+/// The shard's name in the supervisor: a node has one.
+const SHARD: &str = "shard-0";
+/// Often enough that an operator sees a dead node at once; nothing else depends on it.
+const ANNOUNCE_EVERY: Duration = Duration::from_secs(1);
+/// A shard ends within a step; the rest is for a device that does not answer.
+const STOP_DEADLINE: Duration = Duration::from_secs(5);

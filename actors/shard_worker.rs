@@ -1,0 +1,459 @@
+//! Owns the engine's thread of a shard, and speaks for the shard to the head. One per shard
+//! process.
+//!
+//! The thread decodes by itself, step after step; this actor hands it plans and takes its outcomes
+//! away. When the head is lost, so is the epoch: the shard leaves its group and registers again.
+
+mod engine_thread;
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix::{
+    Actor, ActorContext, ActorFutureExt, Addr, AsyncContext, Context, Handler, Message,
+    ResponseActFuture, WrapFuture,
+};
+use futures::FutureExt;
+use offbook_engine::Command;
+use offbook_protocol::{Epoch, GroupSpec, Plan, Rank, ShardSpec, StepOutcome, Transport};
+use offbook_runtime::{
+    ActorPath, Identity, Open, ProcessName, Remote, RemoteMessage, StreamMessage, System, Trust,
+};
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use self::engine_thread::{EngineThread, News, Run};
+use crate::collective::{Abort, Bind, Collective, Hold, Meet};
+use crate::membership::{NoteProgress, RegisterShard, StepFailed};
+use crate::names;
+use crate::throttle::{Throttle, WindowSettings, Work};
+
+/// What a shard process knows from the start.
+#[derive(Clone, Debug)]
+pub struct ShardWorkerConfig {
+    pub node: String,
+    pub head: ProcessName,
+    pub identity: Arc<Identity>,
+    pub trust: Trust,
+    /// The interface that tensors travel over.
+    pub tensors: IpAddr,
+    /// Where the model is on this machine, if not where the cluster says.
+    pub model: Option<PathBuf>,
+    pub window: WindowSettings,
+}
+
+/// See the module's own words.
+pub struct ShardWorker {
+    system: System,
+    config: ShardWorkerConfig,
+    engine: EngineThread,
+    news: Option<mpsc::Receiver<News>>,
+    collective: Addr<Collective>,
+    throttle: Addr<Throttle>,
+    epoch: Option<Running>,
+    register: Remote<RegisterShard>,
+    progress: Remote<NoteProgress>,
+    step_failed: Remote<StepFailed>,
+}
+
+/// The epoch under way on the engine's thread.
+struct Running {
+    epoch: Epoch,
+    rank: Rank,
+    transport: Transport,
+    commands: std::sync::mpsc::SyncSender<Command>,
+    /// Until somebody watches them.
+    outcomes: Option<mpsc::Receiver<StepOutcome>>,
+}
+
+impl ShardWorker {
+    /// Starts the engine's thread; the shard registers when the actor starts.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub fn new(system: System, config: ShardWorkerConfig) -> std::io::Result<Self> {
+        let collective = Collective::new(
+            Arc::clone(&config.identity),
+            config.trust.clone(),
+            config.tensors,
+        )
+        .start();
+        let (throttle, window) = Throttle::new(config.window);
+        let (engine, news) = EngineThread::start(window)?;
+        let head = ActorPath::new(config.head.clone(), names::MEMBERSHIP);
+        Ok(Self {
+            engine,
+            news: Some(news),
+            collective,
+            throttle: throttle.start(),
+            epoch: None,
+            register: system.remote(&head),
+            progress: system.remote(&head),
+            step_failed: system.remote(&head),
+            system,
+            config,
+        })
+    }
+
+    /// Registers with the head until it answers, then waits until its link is lost, and again.
+    fn register(&self, ctx: &mut Context<Self>) {
+        let register = self.register.clone();
+        let message = RegisterShard {
+            node: self.config.node.clone(),
+            process: self.system.process().to_string(),
+            pid: std::process::id(),
+        };
+        let (system, head) = (self.system.clone(), self.config.head.clone());
+        let registered = async move {
+            while let Err(error) = register.ask(message.clone(), REGISTER_DEADLINE).await {
+                tracing::debug!(%error, "the head does not answer");
+                tokio::time::sleep(REGISTER_PAUSE).await;
+            }
+            system.watch(&head).await
+        };
+        ctx.spawn(registered.into_actor(self).map(|lost, this, ctx| {
+            tracing::warn!(reason = %lost.reason, "the link to the head is lost");
+            if let Some(running) = &this.epoch {
+                this.leave(running.epoch, "the link to the head is lost".into(), ctx);
+            }
+            this.register(ctx);
+        }));
+    }
+
+    /// Ends the work of an epoch and of those before it. The engine's thread follows as soon as the
+    /// operation that it waits in returns.
+    fn leave(&self, epoch: Epoch, why: String, ctx: &mut Context<Self>) {
+        let abort = Abort { epoch, why };
+        let ring = self
+            .epoch
+            .as_ref()
+            .is_some_and(|running| running.epoch <= epoch && running.transport == Transport::Ring);
+        let aborted = self.collective.send(abort).into_actor(self);
+        ctx.spawn(aborted.map(move |_, this, ctx| {
+            this.epoch.take_if(|running| running.epoch <= epoch);
+            if ring {
+                // MLX's ring can neither be interrupted nor formed twice in a process.
+                tracing::warn!("the ring is left by ending the process");
+                ctx.stop();
+                std::process::exit(RING_LEFT);
+            }
+        }));
+    }
+
+    /// News of the engine's thread.
+    fn note(&mut self, news: News, ctx: &mut Context<Self>) {
+        match news {
+            News::Progress(load) => {
+                let note = NoteProgress {
+                    node: self.config.node.clone(),
+                    load,
+                };
+                // Progress is for the eye: the next one says more.
+                let _ = self.progress.try_tell(note);
+            }
+            News::Work(work) => {
+                let _ = self.throttle.try_send(work);
+            }
+            News::Ended { epoch, failure } => self.ended(epoch, failure, ctx),
+        }
+    }
+
+    fn ended(&mut self, epoch: Epoch, failure: Option<String>, ctx: &mut Context<Self>) {
+        let Some(running) = self.epoch.take_if(|running| running.epoch == epoch) else {
+            return;
+        };
+        let Some(why) = failure else { return };
+        tracing::warn!(%epoch, rank = %running.rank, why, "the epoch ended in an error");
+        let failed = StepFailed {
+            epoch,
+            rank: running.rank,
+            why: why.clone(),
+        };
+        let step_failed = self.step_failed.clone();
+        ctx.spawn(
+            async move {
+                if let Err(error) = step_failed.ask(failed, REGISTER_DEADLINE).await {
+                    tracing::warn!(%error, "the head was not told of a failed step");
+                }
+            }
+            .into_actor(self),
+        );
+        let aborted = self.collective.send(Abort { epoch, why });
+        ctx.spawn(aborted.map(drop).into_actor(self));
+    }
+}
+
+impl Actor for ShardWorker {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        ctx.set_mailbox_capacity(MAILBOX_MAX);
+        let system = &self.system;
+        system.register::<LoadShard>(names::SHARD_WORKER, ctx.address().recipient());
+        system.register::<JoinGroup>(names::SHARD_WORKER, ctx.address().recipient());
+        system.register::<ApplyPlan>(names::SHARD_WORKER, ctx.address().recipient());
+        system.register::<LeaveGroup>(names::SHARD_WORKER, ctx.address().recipient());
+        system.register_stream::<WatchOutcomes>(names::SHARD_WORKER, ctx.address().recipient());
+        if let Some(news) = self.news.take() {
+            let news = futures::stream::unfold(news, |mut news| async {
+                news.recv().await.map(|one| (one, news))
+            });
+            ctx.add_message_stream(futures::StreamExt::map(news, NoteNews));
+        }
+        self.register(ctx);
+    }
+}
+
+#[derive(Message)]
+#[rtype(result = "()")]
+struct NoteNews(News);
+
+impl Handler<NoteNews> for ShardWorker {
+    type Result = ();
+
+    fn handle(&mut self, news: NoteNews, ctx: &mut Context<Self>) {
+        self.note(news.0, ctx);
+    }
+}
+
+/// Read your share of the model, unless you hold it already, and say where you can be met.
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "Result<Loaded, LoadRefusal>")]
+pub struct LoadShard(pub ShardSpec);
+
+impl RemoteMessage for LoadShard {
+    const NAME: &'static str = "load-shard";
+    type Reply = Result<Loaded, LoadRefusal>;
+}
+
+/// The share is held.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Loaded {
+    /// Of the tensor endpoint.
+    pub address: std::net::SocketAddr,
+    /// Who samples in this layout: the same on every rank.
+    pub sampling_rank: Rank,
+    /// Positions that a sequence may reach.
+    pub context_tokens: u32,
+    pub vocabulary: u32,
+}
+
+/// The share is not held.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LoadRefusal {
+    pub detail: String,
+    /// Trying again would not help.
+    pub lasting: bool,
+}
+
+impl Handler<LoadShard> for ShardWorker {
+    type Result = ResponseActFuture<Self, Result<Loaded, LoadRefusal>>;
+
+    fn handle(&mut self, load: LoadShard, ctx: &mut Context<Self>) -> Self::Result {
+        let LoadShard(mut spec) = load;
+        if let Some(model) = &self.config.model {
+            spec.model.clone_from(model);
+        }
+        if let Some(running) = &self.epoch {
+            // The head begins anew without this shard having heard of the end.
+            self.leave(running.epoch, "a new epoch begins".into(), ctx);
+        }
+        let bind = Bind {
+            epoch: spec.epoch,
+            transport: spec.transport,
+        };
+        let loading = self.engine.load(spec);
+        let collective = self.collective.clone();
+        let passing = |detail: String| LoadRefusal {
+            detail,
+            lasting: false,
+        };
+        let loaded = async move {
+            let loaded = loading.await?;
+            let bound = collective
+                .send(bind)
+                .await
+                .map_err(|error| passing(error.to_string()))?;
+            let address = bound.map_err(|error| passing(error.to_string()))?;
+            Ok(Loaded {
+                address,
+                sampling_rank: loaded.sampling_rank,
+                context_tokens: loaded.context_tokens,
+                vocabulary: loaded.vocabulary,
+            })
+        };
+        Box::pin(loaded.into_actor(self))
+    }
+}
+
+/// Meet your peers and wait for plans.
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "Result<(), String>")]
+pub struct JoinGroup(pub GroupSpec);
+
+impl RemoteMessage for JoinGroup {
+    const NAME: &'static str = "join-group";
+    type Reply = Result<(), String>;
+}
+
+impl Handler<JoinGroup> for ShardWorker {
+    type Result = ResponseActFuture<Self, Result<(), String>>;
+
+    fn handle(&mut self, join: JoinGroup, _: &mut Context<Self>) -> Self::Result {
+        let JoinGroup(spec) = join;
+        let (epoch, rank) = (spec.epoch, spec.rank);
+        let collective = self.collective.clone();
+        let engine = self.engine.clone();
+        let (commands, commanded) = std::sync::mpsc::sync_channel(PLANS_MAX);
+        let (outcomes, watched) = mpsc::channel(OUTCOMES_MAX);
+        let joined = async move {
+            let seed = collective
+                .send(Meet {
+                    spec,
+                    deadline: MEET_DEADLINE,
+                })
+                .await;
+            let seed = seed.map_err(|error| error.to_string())?;
+            let seed = seed.map_err(|error| error.to_string())?;
+            let run = Run {
+                epoch,
+                seed,
+                commands: commanded,
+                outcomes,
+            };
+            let begun = engine.run(run).await?;
+            collective
+                .send(Hold {
+                    epoch,
+                    group: begun.group,
+                })
+                .await
+                .map_err(|error| error.to_string())?;
+            Ok(begun.transport)
+        };
+        Box::pin(
+            joined
+                .into_actor(self)
+                .map(move |joined: Result<_, String>, this, _| {
+                    let transport = joined?;
+                    tracing::debug!(%epoch, %rank, "joined");
+                    this.epoch = Some(Running {
+                        epoch,
+                        rank,
+                        transport,
+                        commands,
+                        outcomes: Some(watched),
+                    });
+                    Ok(())
+                }),
+        )
+    }
+}
+
+/// The outcomes of an epoch, from its first step on. Only the rank that samples has any.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct WatchOutcomes {
+    pub epoch: Epoch,
+}
+
+impl StreamMessage for WatchOutcomes {
+    const NAME: &'static str = "watch-outcomes";
+    type Item = StepOutcome;
+}
+
+impl Handler<Open<WatchOutcomes>> for ShardWorker {
+    type Result = ();
+
+    fn handle(&mut self, open: Open<WatchOutcomes>, ctx: &mut Context<Self>) {
+        let running = self
+            .epoch
+            .as_mut()
+            .filter(|running| running.epoch == open.message.epoch);
+        let Some(mut outcomes) = running.and_then(|running| running.outcomes.take()) else {
+            tracing::debug!(epoch = %open.message.epoch, "nothing to watch");
+            return;
+        };
+        let items = open.items;
+        // What the head is too slow to take waits in the queue; the engine does not.
+        let forwarded = async move {
+            while let Some(outcome) = outcomes.recv().await {
+                if items.send(outcome).await.is_err() {
+                    return;
+                }
+            }
+        };
+        ctx.spawn(forwarded.into_actor(self));
+    }
+}
+
+/// Change what you are working on.
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub struct ApplyPlan(pub Plan);
+
+impl RemoteMessage for ApplyPlan {
+    const NAME: &'static str = "apply-plan";
+    type Reply = ();
+}
+
+impl Handler<ApplyPlan> for ShardWorker {
+    type Result = ();
+
+    fn handle(&mut self, apply: ApplyPlan, ctx: &mut Context<Self>) {
+        let ApplyPlan(plan) = apply;
+        let running = self
+            .epoch
+            .as_ref()
+            .filter(|running| running.epoch == plan.epoch);
+        let Some(running) = running else {
+            tracing::debug!(epoch = %plan.epoch, "a plan of another epoch is refused");
+            return;
+        };
+        let epoch = plan.epoch;
+        if let Err(error) = running.commands.try_send(Command::Plan(plan)) {
+            self.leave(
+                epoch,
+                format!("the engine takes no more plans: {error}"),
+                ctx,
+            );
+        }
+    }
+}
+
+/// The epoch is over.
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub struct LeaveGroup {
+    pub epoch: Epoch,
+    pub why: String,
+}
+
+impl RemoteMessage for LeaveGroup {
+    const NAME: &'static str = "leave-group";
+    type Reply = ();
+}
+
+impl Handler<LeaveGroup> for ShardWorker {
+    type Result = ();
+
+    fn handle(&mut self, leave: LeaveGroup, ctx: &mut Context<Self>) {
+        self.leave(leave.epoch, leave.why, ctx);
+    }
+}
+
+/// The head answers within a round trip; it may be starting.
+const REGISTER_DEADLINE: Duration = Duration::from_secs(5);
+const REGISTER_PAUSE: Duration = Duration::from_millis(100);
+/// Meeting takes a round trip; the rest is for processes that the system has not scheduled yet.
+/// Shorter than what the head gives the whole join.
+const MEET_DEADLINE: Duration = Duration::from_secs(20);
+/// Plans that the engine has not taken yet. It takes them every step; one that is this late hangs.
+const PLANS_MAX: usize = 4096;
+/// Outcomes that the head has not taken yet: decode goes on while the scheduler stands still.
+const OUTCOMES_MAX: usize = 64 * 1024;
+/// The head's messages, and news of the engine's thread.
+const MAILBOX_MAX: usize = 1024;
+/// The exit code of a shard that left its ring.
+const RING_LEFT: i32 = 75;

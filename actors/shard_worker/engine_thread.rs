@@ -1,0 +1,240 @@
+//! The thread that owns the engine and its stream. It does one thing after the other: load a
+//! share, then run an epoch until it ends, then whatever comes next.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::sync::mpsc as blocking;
+
+use offbook_collectives::{Group, GroupHandle};
+use offbook_engine::{
+    Command, EndReason, Engine, LoopEnd, LoopOptions, Report, StepError, StepTiming, step_loop,
+};
+use offbook_protocol::{Epoch, LoadProgress, Rank, ShardSpec, StepOutcome, Transport};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{LoadRefusal, Work};
+use crate::collective::GroupSeed;
+
+/// The sending end of the thread's orders. When the last one is dropped, the thread ends.
+#[derive(Clone)]
+pub(super) struct EngineThread {
+    orders: blocking::SyncSender<Order>,
+}
+
+/// What the thread says without being asked.
+pub(super) enum News {
+    Progress(LoadProgress),
+    Work(Work),
+    Ended {
+        epoch: Epoch,
+        failure: Option<String>,
+    },
+}
+
+/// What every rank knows of the model once it holds its share.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Held {
+    pub(super) sampling_rank: Rank,
+    pub(super) context_tokens: u32,
+    pub(super) vocabulary: u32,
+}
+
+/// One epoch to run.
+pub(super) struct Run {
+    pub(super) epoch: Epoch,
+    pub(super) seed: GroupSeed,
+    pub(super) commands: blocking::Receiver<Command>,
+    pub(super) outcomes: mpsc::Sender<StepOutcome>,
+}
+
+/// An epoch that runs.
+pub(super) struct Begun {
+    pub(super) group: GroupHandle,
+    pub(super) transport: Transport,
+}
+
+enum Order {
+    Load(Box<ShardSpec>, oneshot::Sender<Result<Held, LoadRefusal>>),
+    Run(Box<Run>, oneshot::Sender<Result<Begun, String>>),
+}
+
+impl EngineThread {
+    pub(super) fn start(window: Arc<AtomicU32>) -> std::io::Result<(Self, mpsc::Receiver<News>)> {
+        let (orders, ordered) = blocking::sync_channel(ORDERS_MAX);
+        let (news, told) = mpsc::channel(NEWS_MAX);
+        let thread = Thread {
+            news,
+            window,
+            held: None,
+        };
+        std::thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || thread.work(&ordered))?;
+        Ok((Self { orders }, told))
+    }
+
+    /// Resolves when the share is held. Waits for an epoch that is still ending.
+    pub(super) fn load(
+        &self,
+        spec: ShardSpec,
+    ) -> impl Future<Output = Result<Held, LoadRefusal>> + use<> {
+        let (reply, replied) = oneshot::channel();
+        let sent = self.orders.try_send(Order::Load(Box::new(spec), reply));
+        let busy = |detail: &str| LoadRefusal {
+            detail: detail.into(),
+            lasting: false,
+        };
+        async move {
+            sent.map_err(|_| busy("the engine's thread takes no orders"))?;
+            replied
+                .await
+                .map_err(|_| busy("the engine's thread has ended"))?
+        }
+    }
+
+    /// Resolves when the epoch runs.
+    pub(super) fn run(&self, run: Run) -> impl Future<Output = Result<Begun, String>> + use<> {
+        let (reply, replied) = oneshot::channel();
+        let sent = self.orders.try_send(Order::Run(Box::new(run), reply));
+        async move {
+            sent.map_err(|_| "the engine's thread takes no orders".to_owned())?;
+            replied
+                .await
+                .map_err(|_| "the engine's thread has ended".to_owned())?
+        }
+    }
+}
+
+struct Thread {
+    news: mpsc::Sender<News>,
+    window: Arc<AtomicU32>,
+    /// What is loaded, and for what: another epoch of the same share needs no reading.
+    held: Option<(ShardSpec, Engine)>,
+}
+
+impl Thread {
+    fn work(mut self, orders: &blocking::Receiver<Order>) {
+        while let Ok(order) = orders.recv() {
+            match order {
+                Order::Load(spec, reply) => {
+                    let _ = reply.send(self.load(*spec));
+                }
+                Order::Run(run, reply) => self.run(*run, reply),
+            }
+        }
+    }
+
+    fn load(&mut self, spec: ShardSpec) -> Result<Held, LoadRefusal> {
+        let same = |held: &ShardSpec| {
+            ShardSpec {
+                epoch: spec.epoch,
+                ..held.clone()
+            } == spec
+        };
+        if !self.held.as_ref().is_some_and(|(held, _)| same(held)) {
+            // Two shares at once might not fit.
+            self.held = None;
+            let news = self.news.clone();
+            let engine = Engine::load(&spec, &mut |progress| {
+                let _ = news.try_send(News::Progress(progress));
+            });
+            let engine = engine.map_err(|error| LoadRefusal {
+                detail: error.to_string(),
+                lasting: true,
+            })?;
+            self.held = Some((spec.clone(), engine));
+        }
+        let (held, engine) = self.held.as_mut().expect("it was loaded above");
+        held.epoch = spec.epoch;
+        Ok(Held {
+            sampling_rank: engine.partition().sampling_rank(),
+            context_tokens: spec.context_tokens,
+            vocabulary: engine.config().vocabulary_size as u32,
+        })
+    }
+
+    fn run(&mut self, run: Run, reply: oneshot::Sender<Result<Begun, String>>) {
+        let Run {
+            epoch,
+            seed,
+            commands,
+            outcomes,
+        } = run;
+        let Some((spec, engine)) = self.held.take().filter(|(spec, _)| spec.epoch == epoch) else {
+            let _ = reply.send(Err(format!("no share is loaded for epoch {epoch}")));
+            return;
+        };
+        let transport = spec.transport;
+        let group = match seed {
+            GroupSeed::Solo => Ok(Group::solo()),
+            GroupSeed::Quic(quic) => Group::over(quic, spec.collective_deadline),
+            GroupSeed::Ring(ring) => Group::ring(&ring),
+        };
+        let group = match group {
+            Ok(group) => group,
+            Err(error) => {
+                self.held = Some((spec, engine));
+                let _ = reply.send(Err(error.to_string()));
+                return;
+            }
+        };
+        let _ = reply.send(Ok(Begun {
+            group: group.handle(),
+            transport,
+        }));
+        let report = Reporter {
+            outcomes,
+            news: self.news.clone(),
+            work: None,
+        };
+        let options = LoopOptions {
+            epoch,
+            window: Arc::clone(&self.window),
+            step_log_every: STEP_LOG_EVERY,
+            plan_deadline: spec.collective_deadline,
+        };
+        let LoopEnd { engine, reason } = step_loop::run(engine, group, commands, report, options);
+        self.held = Some((spec, engine));
+        let failure = match reason {
+            EndReason::Shutdown => None,
+            EndReason::Failed(error) => Some(error.to_string()),
+        };
+        let _ = self.news.blocking_send(News::Ended { epoch, failure });
+    }
+}
+
+/// Carries what the loop reports off the engine's thread, without ever waiting.
+struct Reporter {
+    outcomes: mpsc::Sender<StepOutcome>,
+    news: mpsc::Sender<News>,
+    work: Option<Work>,
+}
+
+impl Report for Reporter {
+    fn outcome(&mut self, outcome: StepOutcome) {
+        // A full queue means that the head has not listened for tens of thousands of steps: its
+        // clients are gone.
+        let _ = self.outcomes.try_send(outcome);
+    }
+
+    fn timing(&mut self, timing: StepTiming) {
+        let work = if timing.prefill_tokens > 0 {
+            Work::Prefill
+        } else {
+            Work::Decode
+        };
+        if self.work.replace(work) != Some(work) {
+            let _ = self.news.try_send(News::Work(work));
+        }
+    }
+
+    /// The end of the loop says it too, when the engine is free again.
+    fn failed(&mut self, _: &StepError) {}
+}
+
+/// Load, run, load: more only when the head has lost count.
+const ORDERS_MAX: usize = 8;
+/// Loading reports a few hundred times.
+const NEWS_MAX: usize = 1024;
+/// One line for an operator every few seconds of decode.
+const STEP_LOG_EVERY: u64 = 128;
