@@ -27,4 +27,7 @@ pub enum StreamError {
     /// The shards that worked on it are gone, and so is what they had computed.
     #[error("the answer was lost: {detail}")]
     ShardLost { detail: String },
+    /// Nothing broke, and yet it ends: this node stops, say, or the client read too slowly.
+    #[error("the answer was interrupted: {detail}")]
+    Interrupted { detail: String },
 }

@@ -1,14 +1,43 @@
-//! The OpenAI-compatible API over HTTP.
+//! The OpenAI-compatible API over HTTP: one file per endpoint, and `error.rs` alone picks status
+//! codes.
+//!
+//! The life of a request: a body is read (`body.rs`), every parameter is honoured or refused
+//! (`fields.rs`, `options.rs`), the prompt becomes tokens, one `Answer` per choice runs at the
+//! backend (`answer.rs`, `choices.rs`), and what comes is written as one object or as events
+//! (`sse.rs`). A client that leaves drops the answers, and that cancels them.
+
+mod error;
+mod body;
+mod fields;
+mod options;
+mod messages;
+mod answer;
+mod choices;
+mod logprobs;
+mod sse;
+mod chat;
+mod completions;
+mod models;
+mod health;
+mod cluster;
 
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::http::{Method, Uri};
+use axum::routing::{get, post};
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
 use crate::Backend;
 use crate::text::{Defaults, Text};
+use error::ApiError;
 
-/// What is served, to whom it is handed on.
+/// What is served, and to whom requests are handed on.
 pub struct Service {
     pub backend: Arc<dyn Backend>,
     /// None for a checkpoint without tokenizer: then only completions from token ids work.
@@ -24,12 +53,106 @@ pub struct Service {
     pub created: u64,
 }
 
-/// Serves until `shutdown` resolves; answers under way then have [`SHUTDOWN_GRACE`] to end.
+/// Serves until `shutdown` resolves. Answers under way then have five seconds to end; those that
+/// take longer end with an error.
 pub async fn serve(
-    _listener: TcpListener,
-    _service: Arc<Service>,
+    listener: TcpListener,
+    service: Arc<Service>,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
-    shutdown.await;
-    Ok(())
+    let stopping = CancellationToken::new();
+    let asked_to_stop = CancellationToken::new();
+    let router = router(Api {
+        service,
+        stopping: stopping.clone(),
+    });
+    let asked = asked_to_stop.clone();
+    let graceful = axum::serve(listener, router).with_graceful_shutdown(async move {
+        shutdown.await;
+        asked.cancel();
+    });
+    let deadline = async {
+        asked_to_stop.cancelled().await;
+        tokio::time::sleep(SHUTDOWN_GRACE).await;
+        stopping.cancel();
+        tokio::time::sleep(LAST_WORDS).await;
+    };
+    tokio::select! {
+        served = graceful => served,
+        () = deadline => Ok(()),
+    }
 }
+
+/// What every endpoint is given.
+#[derive(Clone)]
+struct Api {
+    service: Arc<Service>,
+    /// Cancelled when answers under way have to end.
+    stopping: CancellationToken,
+}
+
+impl Api {
+    /// Refuses a model that is not served. No name, or `default`, means the one that is.
+    fn check_model(&self, model: Option<&str>) -> Result<(), ApiError> {
+        match model {
+            None | Some("default") => Ok(()),
+            Some(model) if model == self.service.model_id => Ok(()),
+            Some(model) => Err(ApiError::ModelNotFound {
+                model: model.to_owned(),
+            }),
+        }
+    }
+}
+
+fn router(api: Api) -> Router {
+    Router::new()
+        .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/completions", post(completions::create))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::retrieve))
+        .route("/v1/cluster", get(cluster::report))
+        .route("/health", get(health::health))
+        .method_not_allowed_fallback(method_not_allowed)
+        .fallback(not_found)
+        .layer(DefaultBodyLimit::max(body::BODY_BYTES_MAX))
+        .with_state(api)
+}
+
+async fn not_found(method: Method, uri: Uri) -> ApiError {
+    ApiError::NotFound {
+        what: format!("{method} {}", uri.path()),
+    }
+}
+
+async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
+    ApiError::MethodNotAllowed {
+        what: format!("{method} {}", uri.path()),
+    }
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
+}
+
+/// An id that nobody else has.
+fn id(prefix: &str) -> String {
+    format!("{prefix}{:032x}", rand::random::<u128>())
+}
+
+/// What OpenAI's API calls usage.
+fn usage(prompt: usize, generated: usize) -> Value {
+    json!({
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+    })
+}
+
+/// What a short answer still needs, and what somebody who stops a node still waits for.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
+/// For the events that say why an answer ends.
+const LAST_WORDS: Duration = Duration::from_millis(200);

@@ -6,10 +6,10 @@
 //!
 //! What is deliberately absent: actors, tensors, scheduling. Prompts and answers are never logged.
 
-mod backend;
-pub mod chat_client;
 pub mod text;
+mod backend;
 pub mod http;
+pub mod chat_client;
 
 pub use backend::{Backend, StreamError, Tokens};
 pub use http::{Service, serve};

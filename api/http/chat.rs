@@ -1,0 +1,176 @@
+//! `POST /v1/chat/completions`: the model's answer to a conversation.
+
+mod request;
+mod chunks;
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Map, Value, json};
+
+use super::answer::Reading;
+use super::body::Body;
+use super::choices::{Choices, Collected};
+use super::error::ApiError;
+use super::{Api, Service, id, logprobs, now, sse, usage};
+use crate::text::{AnswerParser, Conversation, Piece, StopFinder, Text, ToolSchemas};
+use chunks::ChatChunks;
+use request::ChatRequest;
+
+/// Renders the conversation, has it answered, and writes the answers whole or as they come.
+pub(super) async fn create(
+    State(api): State<Api>,
+    Body(fields): Body,
+) -> Result<Response, ApiError> {
+    let request = ChatRequest::read(fields, &api)?;
+    let prompt = Prompt::of(&api.service, request.conversation.clone()).await?;
+    let context = api.service.context_tokens;
+    let requests = request
+        .options
+        .requests(&prompt.tokens, "messages", context)?;
+    let count = requests.len();
+    tracing::debug!(
+        prompt = prompt.tokens.len(),
+        choices = count,
+        "a chat completion"
+    );
+    let reading = |service: &Arc<Service>| prompt.reading(service, &request);
+    let choices = Choices::start(&api, requests, reading).await?;
+    let answer = ChatAnswer {
+        id: id("chatcmpl-"),
+        created: now(),
+        logprobs: request.options.sampling.logprobs.is_some(),
+        token_ids: request.options.return_token_ids,
+        prompt: prompt.tokens,
+        service: api.service.clone(),
+    };
+    if request.options.stream {
+        return Ok(sse::respond(
+            choices,
+            ChatChunks::new(answer, count, &request.options),
+        ));
+    }
+    let collected = choices.collect(count).await?;
+    Ok(Json(answer.whole(&collected)).into_response())
+}
+
+/// A conversation as the model reads it.
+struct Prompt {
+    rendered: String,
+    tokens: Vec<u32>,
+}
+
+impl Prompt {
+    /// A long conversation takes a while: that is not done where others wait.
+    async fn of(service: &Arc<Service>, conversation: Conversation) -> Result<Self, ApiError> {
+        let service = service.clone();
+        let encode = move || {
+            let text = service.text.as_ref().ok_or_else(|| {
+                let why = "cannot be used: this model has no tokenizer; completions from token \
+                           ids work";
+                ApiError::unsupported("messages", why)
+            })?;
+            let rendered = text.render(&conversation)?;
+            let tokens = text.encode_rendered(&rendered)?;
+            Ok(Self { rendered, tokens })
+        };
+        let encoded = tokio::task::spawn_blocking(encode).await;
+        encoded.map_err(|_| ApiError::Internal {
+            why: "the prompt could not be read".into(),
+        })?
+    }
+
+    fn reading(&self, service: &Service, request: &ChatRequest) -> Reading {
+        let parser = AnswerParser::new(&self.rendered);
+        let tools = &request.conversation.tools;
+        let parser = if tools.is_empty() {
+            parser
+        } else {
+            parser.with_tools(ToolSchemas::new(tools), request.calls_max)
+        };
+        Reading {
+            detokenizer: service.text.as_ref().map(Text::detokenizer),
+            parser,
+            stop: StopFinder::new(request.options.stop.clone()),
+        }
+    }
+}
+
+/// What all objects that answer one request say.
+struct ChatAnswer {
+    id: String,
+    created: u64,
+    logprobs: bool,
+    token_ids: bool,
+    prompt: Vec<u32>,
+    service: Arc<Service>,
+}
+
+impl ChatAnswer {
+    fn object(&self, object: &str, choices: Vec<Value>) -> Value {
+        json!({
+            "id": self.id,
+            "object": object,
+            "created": self.created,
+            "model": self.service.model_id,
+            "choices": choices,
+        })
+    }
+
+    fn whole(&self, collected: &[Collected]) -> Value {
+        let choices = collected.iter().enumerate().map(|(index, choice)| {
+            let mut object = json!({
+                "index": index,
+                "message": message(&choice.pieces),
+                "logprobs": self.logprobs.then(|| logprobs::for_chat(&self.service, &choice.tokens)),
+                "finish_reason": choice.finish_reason(),
+            });
+            if self.token_ids {
+                object["token_ids"] = json!(choice.token_ids());
+            }
+            object
+        });
+        let mut object = self.object("chat.completion", choices.collect());
+        if self.token_ids {
+            object["prompt_token_ids"] = json!(self.prompt);
+        }
+        let generated = collected.iter().map(|choice| choice.tokens.len()).sum();
+        object["usage"] = usage(self.prompt.len(), generated);
+        object
+    }
+}
+
+/// The pieces of an answer put together.
+fn message(pieces: &[Piece]) -> Value {
+    let (mut thought, mut content) = (String::new(), String::new());
+    let mut calls: Vec<(&str, String)> = Vec::new();
+    for piece in pieces {
+        match piece {
+            Piece::Thought(text) => thought.push_str(text),
+            Piece::Content(text) => content.push_str(text),
+            Piece::ToolCall { tool, .. } => calls.push((tool, String::new())),
+            Piece::Arguments { index, json } => calls[*index].1.push_str(json),
+        }
+    }
+    let mut message = Map::new();
+    message.insert("role".into(), "assistant".into());
+    let silent = content.is_empty() && !calls.is_empty();
+    message.insert(
+        "content".into(),
+        if silent { Value::Null } else { content.into() },
+    );
+    message.insert("refusal".into(), Value::Null);
+    if !thought.is_empty() {
+        message.insert("reasoning_content".into(), thought.into());
+    }
+    if !calls.is_empty() {
+        let calls = calls.into_iter().map(|(tool, arguments)| {
+            let function = json!({ "name": tool, "arguments": arguments });
+            json!({ "id": id("call_"), "type": "function", "function": function })
+        });
+        message.insert("tool_calls".into(), calls.collect());
+    }
+    Value::Object(message)
+}

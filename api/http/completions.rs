@@ -1,0 +1,144 @@
+//! `POST /v1/completions`: what comes after a prompt, of plain text or of token ids.
+
+mod request;
+mod chunks;
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use super::answer::Reading;
+use super::body::Body;
+use super::choices::{Choices, Collected};
+use super::error::ApiError;
+use super::{Api, Service, id, logprobs, now, sse, usage};
+use crate::text::{AnswerParser, Piece, StopFinder, Text};
+use chunks::CompletionChunks;
+use request::{CompletionRequest, Prompt};
+
+/// Has every prompt continued, and writes what comes whole or as it comes.
+pub(super) async fn create(
+    State(api): State<Api>,
+    Body(fields): Body,
+) -> Result<Response, ApiError> {
+    let request = CompletionRequest::read(fields, &api)?;
+    let prompts = encode(&api.service, request.prompts).await?;
+    let options = &request.options;
+    let mut requests = Vec::new();
+    for prompt in &prompts {
+        requests.extend(options.requests(prompt, "prompt", api.service.context_tokens)?);
+    }
+    let count = requests.len();
+    let prompt_tokens: usize = prompts.iter().map(Vec::len).sum();
+    tracing::debug!(prompt = prompt_tokens, choices = count, "a completion");
+    let reading = |service: &Arc<Service>| Reading {
+        detokenizer: service.text.as_ref().map(Text::detokenizer),
+        parser: AnswerParser::plain(),
+        stop: StopFinder::new(options.stop.clone()),
+    };
+    let choices = Choices::start(&api, requests, reading).await?;
+    let completion = Completion {
+        id: id("cmpl-"),
+        created: now(),
+        logprobs: options.sampling.logprobs.is_some(),
+        token_ids: options.return_token_ids,
+        prompts,
+        answers_per_prompt: options.choices as usize,
+        service: api.service.clone(),
+    };
+    if options.stream {
+        return Ok(sse::respond(
+            choices,
+            CompletionChunks::new(completion, count, options),
+        ));
+    }
+    let collected = choices.collect(count).await?;
+    Ok(Json(completion.whole(&collected)).into_response())
+}
+
+/// Long prompts take a while: that is not done where others wait.
+async fn encode(service: &Arc<Service>, prompts: Vec<Prompt>) -> Result<Vec<Vec<u32>>, ApiError> {
+    let service = service.clone();
+    let encode = move || {
+        let tokens = |prompt| match (prompt, &service.text) {
+            (Prompt::Tokens(tokens), _) => Ok(tokens),
+            (Prompt::Text(prompt), Some(text)) => text
+                .encode(&prompt)
+                .map_err(|error| ApiError::invalid("prompt", format!("cannot be used: {error}"))),
+            (Prompt::Text(_), None) => {
+                let why = "must be token ids: this model has no tokenizer";
+                Err(ApiError::unsupported("prompt", why))
+            }
+        };
+        prompts.into_iter().map(tokens).collect()
+    };
+    let encoded = tokio::task::spawn_blocking(encode).await;
+    encoded.map_err(|_| ApiError::Internal {
+        why: "the prompt could not be read".into(),
+    })?
+}
+
+/// What all objects that answer one request say.
+struct Completion {
+    id: String,
+    created: u64,
+    logprobs: bool,
+    token_ids: bool,
+    prompts: Vec<Vec<u32>>,
+    answers_per_prompt: usize,
+    service: Arc<Service>,
+}
+
+impl Completion {
+    fn object(&self, choices: Vec<Value>) -> Value {
+        json!({
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.service.model_id,
+            "choices": choices,
+        })
+    }
+
+    fn whole(&self, collected: &[Collected]) -> Value {
+        let choices = collected.iter().enumerate().map(|(index, choice)| {
+            let mut offset = 0;
+            let likely = || logprobs::for_completion(&self.service, &choice.tokens, &mut offset);
+            let mut object = json!({
+                "index": index,
+                "text": text(&choice.pieces),
+                "logprobs": self.logprobs.then(likely),
+                "finish_reason": choice.finish_reason(),
+            });
+            if self.token_ids {
+                object["token_ids"] = json!(choice.token_ids());
+                object["prompt_token_ids"] = json!(self.prompt_of(index));
+            }
+            object
+        });
+        let mut object = self.object(choices.collect());
+        object["usage"] = self.usage(collected.iter().map(|choice| choice.tokens.len()).sum());
+        object
+    }
+
+    /// The prompt that this choice answers.
+    fn prompt_of(&self, choice: usize) -> &[u32] {
+        &self.prompts[choice / self.answers_per_prompt]
+    }
+
+    fn usage(&self, generated: usize) -> Value {
+        usage(self.prompts.iter().map(Vec::len).sum(), generated)
+    }
+}
+
+/// A completion has no structure: all its pieces are content.
+fn text(pieces: &[Piece]) -> String {
+    let content = pieces.iter().filter_map(|piece| match piece {
+        Piece::Content(text) => Some(text.as_str()),
+        _ => None,
+    });
+    content.collect()
+}

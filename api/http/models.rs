@@ -1,0 +1,32 @@
+//! `GET /v1/models`: what is served.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use serde_json::{Value, json};
+
+use super::error::ApiError;
+use super::{Api, Service};
+
+/// The list of the one model.
+pub(super) async fn list(State(api): State<Api>) -> Json<Value> {
+    Json(json!({ "object": "list", "data": [model(&api.service)] }))
+}
+
+/// One model by its name, which may hold slashes.
+pub(super) async fn retrieve(
+    State(api): State<Api>,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    api.check_model(Some(&id))?;
+    Ok(Json(model(&api.service)))
+}
+
+fn model(service: &Service) -> Value {
+    json!({
+        "id": service.model_id,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "offbook",
+        "max_model_len": service.context_tokens,
+    })
+}

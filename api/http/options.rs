@@ -1,0 +1,264 @@
+//! The parameters that chat and plain completions share. Each is honoured, or accepted because it
+//! asks for what is done anyway, or refused.
+
+use offbook_protocol::{Request, Sampling};
+use serde_json::{Value, json};
+
+use super::Service;
+use super::error::{ApiError, TooLong};
+use super::fields::Fields;
+
+/// How to generate, and how to answer.
+pub(super) struct Options {
+    pub(super) sampling: Sampling,
+    pub(super) max_tokens: Option<u32>,
+    min_tokens: u32,
+    stop_tokens: Vec<u32>,
+    /// Strings that end the answer.
+    pub(super) stop: Vec<String>,
+    /// How many answers to each prompt.
+    pub(super) choices: u32,
+    pub(super) stream: bool,
+    pub(super) include_usage: bool,
+    pub(super) return_token_ids: bool,
+}
+
+impl Options {
+    pub(super) fn read(fields: &mut Fields, service: &Service) -> Result<Self, ApiError> {
+        accept_what_changes_nothing(fields)?;
+        let stop = stop(fields)?;
+        let own_stop_tokens = stop_token_ids(fields, service)?;
+        let ignore_eos = flag(fields, "ignore_eos")?;
+        let min_tokens = fields.read("min_tokens", WHOLE)?.unwrap_or(0);
+        let may_end = !ignore_eos || !stop.is_empty() || !own_stop_tokens.is_empty();
+        if min_tokens > 0 && may_end {
+            let why = "above 0 needs 'ignore_eos', and neither 'stop' nor 'stop_token_ids'";
+            return Err(ApiError::unsupported("min_tokens", why));
+        }
+        let mut stop_tokens = own_stop_tokens;
+        if !ignore_eos {
+            stop_tokens.extend(&service.defaults.stop_tokens);
+        }
+        let stream = flag(fields, "stream")?;
+        Ok(Self {
+            sampling: sampling(fields, service)?,
+            max_tokens: max_tokens(fields)?,
+            min_tokens,
+            stop_tokens,
+            stop,
+            choices: choices(fields)?,
+            stream,
+            include_usage: include_usage(fields, stream)?,
+            return_token_ids: flag(fields, "return_token_ids")?,
+        })
+    }
+
+    /// The requests that answer this prompt, one per choice, each with a seed of its own. `param` is
+    /// what the client called the prompt.
+    pub(super) fn requests(
+        &self,
+        prompt: &[u32],
+        param: &'static str,
+        context: u32,
+    ) -> Result<Vec<Request>, ApiError> {
+        if prompt.is_empty() {
+            return Err(ApiError::invalid(param, "must not be empty"));
+        }
+        let too_long = |completion| {
+            ApiError::TooLong(TooLong {
+                param,
+                context,
+                prompt: prompt.len(),
+                completion,
+            })
+        };
+        let room = u32::try_from(prompt.len())
+            .ok()
+            .and_then(|prompt| context.checked_sub(prompt));
+        let room = room
+            .filter(|room| *room > 0)
+            .ok_or_else(|| too_long(None))?;
+        let max_tokens = self.max_tokens.unwrap_or(room);
+        if max_tokens > room {
+            return Err(too_long(Some(max_tokens)));
+        }
+        if self.min_tokens > max_tokens {
+            let why = format!("must not be above the {max_tokens} tokens an answer may have");
+            return Err(ApiError::invalid("min_tokens", why));
+        }
+        let request = |choice| Request {
+            prompt: prompt.to_vec(),
+            sampling: Sampling {
+                seed: self.sampling.seed.wrapping_add(u64::from(choice)),
+                ..self.sampling.clone()
+            },
+            max_tokens,
+            stop_tokens: self.stop_tokens.clone(),
+        };
+        Ok((0..self.choices).map(request).collect())
+    }
+}
+
+/// A boolean that is false when it is absent.
+pub(super) fn flag(fields: &mut Fields, name: &str) -> Result<bool, ApiError> {
+    Ok(fields.read(name, "true or false")?.unwrap_or(false))
+}
+
+/// Options of other servers and of OpenAI's own, of which only one value means what is done here;
+/// and names for the caller's own book-keeping, which by definition change no answer.
+fn accept_what_changes_nothing(fields: &mut Fields) -> Result<(), ApiError> {
+    for (name, neutral) in [
+        ("frequency_penalty", 0.0),
+        ("presence_penalty", 0.0),
+        ("repetition_penalty", 1.0),
+    ] {
+        let why = format!("is not supported: it can only be {neutral}");
+        fields.only(name, |value| value.as_f64() == Some(neutral), &why)?;
+    }
+    fields.only(
+        "logit_bias",
+        |value| *value == json!({}),
+        "is not supported",
+    )?;
+    fields.only(
+        "store",
+        |value| value == false,
+        "is not supported: nothing is stored",
+    )?;
+    let tier = |value: &Value| value == "auto" || value == "default";
+    fields.only("service_tier", tier, "is not supported: there is only one")?;
+    for name in ["user", "safety_identifier", "prompt_cache_key"] {
+        fields.read::<String>(name, "a string")?;
+    }
+    fields.read::<serde_json::Map<String, Value>>("metadata", "an object")?;
+    Ok(())
+}
+
+fn sampling(fields: &mut Fields, service: &Service) -> Result<Sampling, ApiError> {
+    let defaults = &service.defaults;
+    let top_k = match fields.read::<i64>("top_k", WHOLE)? {
+        None => defaults.top_k,
+        // The value by which other servers say "all".
+        Some(-1) => 0,
+        Some(top_k) => {
+            u32::try_from(top_k).map_err(|_| ApiError::invalid("top_k", "must be -1 or more"))?
+        }
+    };
+    let sampling = Sampling {
+        temperature: fields
+            .read("temperature", NUMBER)?
+            .unwrap_or(defaults.temperature),
+        top_k,
+        top_p: fields.read("top_p", NUMBER)?.unwrap_or(defaults.top_p),
+        min_p: fields.read("min_p", NUMBER)?.unwrap_or(defaults.min_p),
+        seed: seed(fields)?,
+        logprobs: None,
+    };
+    match sampling.validate() {
+        Ok(()) => Ok(sampling),
+        Err(error) => Err(ApiError::invalid(
+            error.option,
+            format!("must be {}", error.accepts),
+        )),
+    }
+}
+
+/// Any whole number of 64 bits; one that nobody knows if it is absent.
+fn seed(fields: &mut Fields) -> Result<u64, ApiError> {
+    let Some(seed) = fields.take("seed") else {
+        return Ok(rand::random());
+    };
+    let signed = || seed.as_i64().map(i64::cast_unsigned);
+    let wrong = || ApiError::invalid("seed", "must be a whole number of 64 bits");
+    seed.as_u64().or_else(signed).ok_or_else(wrong)
+}
+
+/// Two names for the same; the newer one is OpenAI's for chat.
+fn max_tokens(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
+    let old = fields.read::<u32>("max_tokens", WHOLE)?;
+    let new = fields.read::<u32>("max_completion_tokens", WHOLE)?;
+    match (old, new) {
+        (Some(0), _) => Err(ApiError::invalid("max_tokens", "must be at least 1")),
+        (_, Some(0)) => Err(ApiError::invalid(
+            "max_completion_tokens",
+            "must be at least 1",
+        )),
+        (Some(old), Some(new)) if old != new => Err(ApiError::invalid(
+            "max_tokens",
+            "differs from 'max_completion_tokens'",
+        )),
+        (old, new) => Ok(new.or(old)),
+    }
+}
+
+fn stop(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
+    let wrong = || {
+        let why = format!("must be a string, or up to {STOP_MAX} of them, none empty");
+        ApiError::invalid("stop", why)
+    };
+    let stop = match fields.take("stop") {
+        None => return Ok(Vec::new()),
+        Some(Value::String(stop)) => vec![stop],
+        Some(stops) => serde_json::from_value(stops).map_err(|_| wrong())?,
+    };
+    if stop.len() > STOP_MAX || stop.iter().any(String::is_empty) {
+        return Err(wrong());
+    }
+    Ok(stop)
+}
+
+fn stop_token_ids(fields: &mut Fields, service: &Service) -> Result<Vec<u32>, ApiError> {
+    let tokens: Option<Vec<u32>> = fields.read("stop_token_ids", "a list of token ids")?;
+    let tokens = tokens.unwrap_or_default();
+    if tokens.len() > STOP_TOKENS_MAX || tokens.iter().any(|token| *token >= service.vocabulary) {
+        let why = format!(
+            "must be up to {STOP_TOKENS_MAX} token ids, each below {}",
+            service.vocabulary
+        );
+        return Err(ApiError::invalid("stop_token_ids", why));
+    }
+    Ok(tokens)
+}
+
+fn choices(fields: &mut Fields) -> Result<u32, ApiError> {
+    match fields.read("n", WHOLE)? {
+        None => Ok(1),
+        Some(choices) if (1..=CHOICES_MAX).contains(&choices) => Ok(choices),
+        Some(_) => Err(ApiError::invalid(
+            "n",
+            format!("must be from 1 to {CHOICES_MAX}"),
+        )),
+    }
+}
+
+fn include_usage(fields: &mut Fields, stream: bool) -> Result<bool, ApiError> {
+    let Some(options) = fields.take("stream_options") else {
+        return Ok(false);
+    };
+    if !stream {
+        return Err(ApiError::invalid("stream_options", "needs 'stream': true"));
+    }
+    let mut options = Fields::of(options, "stream_options".into())?;
+    let include_usage = flag(&mut options, "include_usage")?;
+    options.only(
+        "include_obfuscation",
+        |value| value == false,
+        "is not supported",
+    )?;
+    options.only(
+        "continuous_usage_stats",
+        |value| value == false,
+        "is not supported",
+    )?;
+    options.finish()?;
+    Ok(include_usage)
+}
+
+const NUMBER: &str = "a number";
+const WHOLE: &str = "a whole number";
+/// OpenAI's bound.
+const STOP_MAX: usize = 4;
+/// Every token is compared with all of them, at every step, on every shard.
+const STOP_TOKENS_MAX: usize = 64;
+/// Each choice is a request of its own to the cluster.
+const CHOICES_MAX: u32 = 8;

@@ -1,0 +1,482 @@
+//! Splits what a model writes into thoughts, words for the user, and tool calls.
+//!
+//! The marks are MiniMax's (`markers.rs`). The text may come cut anywhere: what comes out, put
+//! together, does not depend on it. White space around thoughts and tool calls belongs to neither.
+
+use offbook_protocol::FinishReason;
+
+use super::ToolSchemas;
+use super::markers::{
+    self, CALL, CALL_END, INVOKE, INVOKE_END, PARAMETER, PARAMETER_END, THINK, THINK_END,
+};
+
+/// One answer under way.
+pub struct AnswerParser {
+    place: Place,
+    /// Calls are only looked for when tools were offered.
+    tools: Option<ToolSchemas>,
+    calls_max: usize,
+    /// Text that what follows may still give another meaning.
+    waiting: String,
+    /// White space that comes now is between two parts of the answer.
+    between: bool,
+    /// How many calls have begun, in the whole answer and in the block under way.
+    calls: usize,
+    calls_in_block: usize,
+    /// The call under way: its tool, and how many of its parameters were written.
+    tool: String,
+    parameters: usize,
+}
+
+/// A part of an answer, in the order in which the model wrote it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Piece {
+    Thought(String),
+    Content(String),
+    /// A call begins. Its arguments follow, pieces of one JSON object.
+    ToolCall {
+        index: usize,
+        tool: String,
+    },
+    Arguments {
+        index: usize,
+        json: String,
+    },
+}
+
+/// Where in the answer the waiting text begins.
+enum Place {
+    /// Nothing but white space was written yet: a thought may begin.
+    Start,
+    Thought,
+    Content,
+    /// In a block of tool calls, outside each call.
+    Block,
+    Call,
+    Parameter(String),
+    /// All that follows is left out.
+    Done,
+}
+
+impl AnswerParser {
+    /// For the answer to a rendered conversation, at whose end the template may have opened a
+    /// thought already.
+    pub fn new(rendered: &str) -> Self {
+        let thinks = rendered.trim_end().ends_with(THINK);
+        Self {
+            between: thinks,
+            ..Self::at(if thinks { Place::Thought } else { Place::Start })
+        }
+    }
+
+    /// For text without any structure.
+    pub fn plain() -> Self {
+        Self::at(Place::Content)
+    }
+
+    fn at(place: Place) -> Self {
+        Self {
+            place,
+            tools: None,
+            calls_max: usize::MAX,
+            waiting: String::new(),
+            between: false,
+            calls: 0,
+            calls_in_block: 0,
+            tool: String::new(),
+            parameters: 0,
+        }
+    }
+
+    /// Looks for calls of these tools. After `calls_max` of them the answer is done.
+    pub fn with_tools(self, tools: ToolSchemas, calls_max: usize) -> Self {
+        Self {
+            tools: Some(tools),
+            calls_max,
+            ..self
+        }
+    }
+
+    /// How many tool calls have begun.
+    pub fn calls(&self) -> usize {
+        self.calls
+    }
+
+    /// Whether the answer has all the calls it may have.
+    pub fn is_done(&self) -> bool {
+        matches!(self.place, Place::Done)
+    }
+
+    /// What is certain now that this text has come.
+    pub fn push(&mut self, text: &str) -> Vec<Piece> {
+        self.waiting.push_str(text);
+        let mut pieces = Vec::new();
+        while self.step(&mut pieces) {}
+        pieces
+    }
+
+    /// What waited for text that never came. A call whose end is missing is only completed if the
+    /// model meant to stop there.
+    pub fn finish(&mut self, reason: FinishReason) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        let rest = std::mem::take(&mut self.waiting);
+        match std::mem::replace(&mut self.place, Place::Done) {
+            Place::Start | Place::Content => self.say(Piece::Content, &rest, &mut pieces),
+            Place::Thought => self.say(Piece::Thought, &rest, &mut pieces),
+            Place::Block if self.calls_in_block == 0 => {
+                self.say(Piece::Content, &format!("{CALL}{rest}"), &mut pieces);
+            }
+            Place::Call if reason == FinishReason::Stop => pieces.push(self.closed()),
+            Place::Parameter(name) if reason == FinishReason::Stop => {
+                pieces.push(self.argument(&name, &rest));
+                pieces.push(self.closed());
+            }
+            _ => {}
+        }
+        pieces
+    }
+
+    /// Takes one part off the waiting text; false when more text is needed to go on.
+    fn step(&mut self, pieces: &mut Vec<Piece>) -> bool {
+        match &self.place {
+            Place::Start => self.start(),
+            Place::Thought => self.thought(pieces),
+            Place::Content => self.content(pieces),
+            Place::Block => self.block(pieces),
+            Place::Call => self.call(pieces),
+            Place::Parameter(_) => self.parameter(pieces),
+            Place::Done => {
+                self.waiting.clear();
+                false
+            }
+        }
+    }
+
+    fn start(&mut self) -> bool {
+        let text = self.waiting.trim_start();
+        if let Some(rest) = text.strip_prefix(THINK) {
+            self.waiting = rest.to_owned();
+            self.between = true;
+            self.place = Place::Thought;
+            return true;
+        }
+        if THINK.starts_with(text) {
+            return false;
+        }
+        self.place = Place::Content;
+        true
+    }
+
+    fn thought(&mut self, pieces: &mut Vec<Piece>) -> bool {
+        if self.say_until(THINK_END, Piece::Thought, pieces) {
+            self.place = Place::Content;
+            return true;
+        }
+        false
+    }
+
+    fn content(&mut self, pieces: &mut Vec<Piece>) -> bool {
+        if self.tools.is_none() {
+            let text = std::mem::take(&mut self.waiting);
+            self.say(Piece::Content, &text, pieces);
+            return false;
+        }
+        if self.say_until(CALL, Piece::Content, pieces) {
+            self.place = Place::Block;
+            self.calls_in_block = 0;
+            return true;
+        }
+        false
+    }
+
+    /// Says what is before the mark and passes it, or says what is certainly before it.
+    fn say_until(
+        &mut self,
+        mark: &str,
+        piece: fn(String) -> Piece,
+        pieces: &mut Vec<Piece>,
+    ) -> bool {
+        let found = self.waiting.find(mark);
+        let before = found.unwrap_or(self.waiting.len() - markers::begun(&self.waiting, mark));
+        let text = self.waiting[..before].trim_end().to_owned();
+        self.say(piece, &text, pieces);
+        self.waiting
+            .drain(..found.map_or(text.len(), |start| start + mark.len()));
+        self.between |= found.is_some();
+        found.is_some()
+    }
+
+    fn say(&mut self, piece: fn(String) -> Piece, text: &str, pieces: &mut Vec<Piece>) {
+        let text = if self.between {
+            text.trim_start()
+        } else {
+            text
+        };
+        if !text.is_empty() {
+            self.between = false;
+            pieces.push(piece(text.to_owned()));
+        }
+    }
+
+    fn block(&mut self, pieces: &mut Vec<Piece>) -> bool {
+        match self.first_of(&[INVOKE, CALL_END]) {
+            Some((start, INVOKE)) => {
+                let Some(tool) = self.pass_name(start + INVOKE.len()) else {
+                    return false;
+                };
+                let index = self.calls;
+                self.calls += 1;
+                self.calls_in_block += 1;
+                self.parameters = 0;
+                self.tool.clone_from(&tool);
+                pieces.push(Piece::ToolCall { index, tool });
+                self.place = Place::Call;
+                true
+            }
+            Some((start, _)) => {
+                let block: String = self.waiting.drain(..start + CALL_END.len()).collect();
+                if self.calls_in_block == 0 {
+                    // No call at all: these are words, whatever they mean.
+                    self.say(Piece::Content, &format!("{CALL}{block}"), pieces);
+                }
+                self.between = true;
+                self.place = Place::Content;
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn call(&mut self, pieces: &mut Vec<Piece>) -> bool {
+        match self.first_of(&[PARAMETER, INVOKE_END, CALL_END]) {
+            Some((start, PARAMETER)) => {
+                let Some(name) = self.pass_name(start + PARAMETER.len()) else {
+                    return false;
+                };
+                self.place = Place::Parameter(name);
+                true
+            }
+            Some((start, end)) => {
+                // The end of the block ends the call too, and is looked at again there.
+                let passed = if end == INVOKE_END {
+                    start + end.len()
+                } else {
+                    start
+                };
+                self.waiting.drain(..passed);
+                pieces.push(self.closed());
+                self.place = if self.calls < self.calls_max {
+                    Place::Block
+                } else {
+                    Place::Done
+                };
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn parameter(&mut self, pieces: &mut Vec<Piece>) -> bool {
+        let Some(end) = self.waiting.find(PARAMETER_END) else {
+            return false;
+        };
+        let written = self.waiting[..end].to_owned();
+        self.waiting.drain(..end + PARAMETER_END.len());
+        if let Place::Parameter(name) = std::mem::replace(&mut self.place, Place::Call) {
+            pieces.push(self.argument(&name, &written));
+        }
+        true
+    }
+
+    fn argument(&mut self, name: &str, written: &str) -> Piece {
+        let tools = self.tools.as_ref();
+        let value = tools
+            .map(|tools| tools.value(&self.tool, name, written))
+            .unwrap_or_default();
+        let before = if self.parameters == 0 { '{' } else { ',' };
+        self.parameters += 1;
+        let json = format!("{before}{}:{value}", serde_json::Value::from(name));
+        Piece::Arguments {
+            index: self.calls - 1,
+            json,
+        }
+    }
+
+    fn closed(&self) -> Piece {
+        let json = if self.parameters == 0 { "{}" } else { "}" };
+        Piece::Arguments {
+            index: self.calls - 1,
+            json: json.to_owned(),
+        }
+    }
+
+    fn first_of(&self, marks: &[&'static str]) -> Option<(usize, &'static str)> {
+        marks
+            .iter()
+            .filter_map(|mark| Some((self.waiting.find(mark)?, *mark)))
+            .min()
+    }
+
+    /// Reads `"NAME">` at `start` and passes it; `None` while it is not complete.
+    fn pass_name(&mut self, start: usize) -> Option<String> {
+        let end = start + self.waiting[start..].find('>')?;
+        let name = self.waiting[start..end]
+            .trim()
+            .trim_matches(['"', '\''])
+            .to_owned();
+        self.waiting.drain(..=end);
+        Some(name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const ASKED: &str = "]~b]ai\n<think>\n";
+
+    fn tools() -> ToolSchemas {
+        let parameters = json!({"type": "object", "properties": {
+            "city": {"type": "string"}, "days": {"type": "integer"}}});
+        ToolSchemas::new(&[json!({"type": "function", "function": {
+            "name": "weather", "parameters": parameters}})])
+    }
+
+    /// Thoughts, content and calls put together.
+    fn whole(pieces: &[Piece]) -> (String, String, Vec<(String, String)>) {
+        let (mut thought, mut content, mut calls) = (String::new(), String::new(), Vec::new());
+        for piece in pieces {
+            match piece {
+                Piece::Thought(text) => thought += text,
+                Piece::Content(text) => content += text,
+                Piece::ToolCall { index, tool } => {
+                    assert_eq!(*index, calls.len());
+                    calls.push((tool.clone(), String::new()));
+                }
+                Piece::Arguments { index, json } => calls[*index].1 += json,
+            }
+        }
+        (thought, content, calls)
+    }
+
+    /// Parses the text cut at every place, and character by character; all must agree.
+    fn parse(
+        parser: impl Fn() -> AnswerParser,
+        text: &str,
+        reason: FinishReason,
+    ) -> (String, String, Vec<(String, String)>) {
+        let pieces = |cut: &[&str]| {
+            let mut parser = parser();
+            let mut pieces: Vec<Piece> = cut.iter().flat_map(|text| parser.push(text)).collect();
+            pieces.extend(parser.finish(reason));
+            whole(&pieces)
+        };
+        let expected = pieces(&[text]);
+        let cuts = (0..=text.len()).filter(|place| text.is_char_boundary(*place));
+        for place in cuts {
+            let (before, after) = text.split_at(place);
+            assert_eq!(pieces(&[before, after]), expected, "cut at {place}");
+        }
+        let characters: Vec<&str> = text.split("").collect();
+        assert_eq!(pieces(&characters), expected, "character by character");
+        expected
+    }
+
+    fn asked() -> AnswerParser {
+        AnswerParser::new(ASKED).with_tools(tools(), usize::MAX)
+    }
+
+    fn call(tool: &str, arguments: &str) -> (String, String) {
+        (tool.to_owned(), arguments.to_owned())
+    }
+
+    #[test]
+    fn a_thought_that_the_prompt_opened_ends_where_the_model_ends_it() {
+        let text = "Let me </thin>k…\n</think>\n\nHello, <b>wörld</b>!\n";
+        let (thought, content, calls) = parse(asked, text, FinishReason::Stop);
+        assert_eq!(thought, "Let me </thin>k…");
+        assert_eq!(content, "Hello, <b>wörld</b>!\n");
+        assert!(calls.is_empty());
+    }
+
+    #[test]
+    fn a_model_may_open_its_thought_itself_or_think_nothing() {
+        let bare = || AnswerParser::new("]~b]ai\n");
+        let opened = parse(bare, "\n<think>Hm.</think>Yes.", FinishReason::Stop);
+        assert_eq!((&*opened.0, &*opened.1), ("Hm.", "Yes."));
+        let none = parse(bare, "  <thing> Yes.", FinishReason::Stop);
+        assert_eq!((&*none.0, &*none.1), ("", "  <thing> Yes."));
+        let empty = parse(asked, "\n</think>\n\nYes.", FinishReason::Stop);
+        assert_eq!((&*empty.0, &*empty.1), ("", "Yes."));
+        let cut = parse(asked, "I wonder <", FinishReason::Length);
+        assert_eq!((&*cut.0, &*cut.1), ("I wonder <", ""));
+    }
+
+    #[test]
+    fn plain_text_is_left_alone() {
+        let text = " <think>a</think>\n<minimax:tool_call> ";
+        let (thought, content, calls) = parse(AnswerParser::plain, text, FinishReason::Stop);
+        assert_eq!((&*thought, &*content, calls.len()), ("", text, 0));
+    }
+
+    #[test]
+    fn calls_are_found_with_their_arguments() {
+        let text = "Two.\n</think>\n\nI look.\n<minimax:tool_call>\n<invoke name=\"weather\">\n\
+                    <parameter name=\"city\">São \"<Paulo>\"\n7</parameter>\n\
+                    <parameter name=\"days\">3</parameter>\n</invoke>\n<invoke name=\"now\">\n\
+                    </invoke>\n</minimax:tool_call>\n<minimax:tool_call>\n\
+                    <invoke name='weather'><parameter name=\"days\">few</parameter></invoke>\
+                    </minimax:tool_call>\nThat is all.";
+        let (thought, content, calls) = parse(asked, text, FinishReason::Stop);
+        assert_eq!((&*thought, &*content), ("Two.", "I look.That is all."));
+        let expected = [
+            call("weather", r#"{"city":"São \"<Paulo>\"\n7","days":3}"#),
+            call("now", "{}"),
+            call("weather", r#"{"days":"few"}"#),
+        ];
+        assert_eq!(calls, expected);
+    }
+
+    #[test]
+    fn a_call_without_its_end_is_completed_only_if_the_model_meant_it() {
+        let text = "</think><minimax:tool_call><invoke name=\"weather\">\
+                    <parameter name=\"days\">3</parameter>";
+        let (_, _, stopped) = parse(asked, text, FinishReason::Stop);
+        assert_eq!(stopped, [call("weather", r#"{"days":3}"#)]);
+        let (_, _, cut) = parse(asked, text, FinishReason::Length);
+        assert_eq!(cut, [call("weather", r#"{"days":3"#)]);
+        let block = format!("{text}</minimax:tool_call>");
+        assert_eq!(parse(asked, &block, FinishReason::Length).2, stopped);
+        let open = format!("{text}<parameter name=\"city\">Ro");
+        let (_, _, open) = parse(asked, &open, FinishReason::Stop);
+        assert_eq!(open, [call("weather", r#"{"days":3,"city":"Ro"}"#)]);
+    }
+
+    #[test]
+    fn a_block_without_a_call_is_content() {
+        for reason in [FinishReason::Stop, FinishReason::Length] {
+            let text = "</think>See <minimax:tool_call>nothing</minimax:tool_call> here";
+            let (_, content, _) = parse(asked, text, reason);
+            assert_eq!(
+                content,
+                "See<minimax:tool_call>nothing</minimax:tool_call>here"
+            );
+            let (_, content, _) = parse(asked, "</think><minimax:tool_call>no", reason);
+            assert_eq!(content, "<minimax:tool_call>no");
+        }
+    }
+
+    #[test]
+    fn calls_end_the_answer_when_there_may_be_no_more() {
+        let one = || AnswerParser::new(ASKED).with_tools(tools(), 1);
+        let text = "</think><minimax:tool_call><invoke name=\"a\"></invoke>\
+                    <invoke name=\"b\"></invoke></minimax:tool_call>more";
+        let (_, content, calls) = parse(one, text, FinishReason::Stop);
+        assert_eq!((content, calls), (String::new(), vec![call("a", "{}")]));
+        let mut parser = one();
+        parser.push(text);
+        assert!(parser.is_done());
+    }
+}
