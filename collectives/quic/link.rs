@@ -1,6 +1,9 @@
 //! One peer: its connection, its stream, and how it ended.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::{
+    collections::VecDeque,
+    net::{SocketAddr, UdpSocket},
+};
 
 use bytes::Bytes;
 use quinn_proto::{
@@ -26,6 +29,9 @@ pub(super) struct Link {
     pub finished: bool,
     /// What has come of the peer's greeting.
     pub greeting: Vec<u8>,
+    /// What came while we could not go on sending; read before anything else.
+    early: VecDeque<Bytes>,
+    early_bytes: usize,
     /// Operands so far, each way.
     pub sent: u64,
     pub received: u64,
@@ -49,6 +55,8 @@ impl Link {
             ending: None,
             finished: false,
             greeting: Vec::new(),
+            early: VecDeque::new(),
+            early_bytes: 0,
             sent: 0,
             received: 0,
             knock,
@@ -92,20 +100,51 @@ impl Link {
 
     /// Moves what has come into `place`, as far as there is room; how much that is.
     pub(super) fn read(&mut self, place: &mut [u8]) -> usize {
-        let Some(stream) = self.stream else { return 0 };
+        let mut filled = 0;
+        while let Some(chunk) = self.early.front_mut().filter(|_| filled < place.len()) {
+            let part = chunk.split_to(chunk.len().min(place.len() - filled));
+            place[filled..filled + part.len()].copy_from_slice(&part);
+            filled += part.len();
+            self.early_bytes -= part.len();
+            if chunk.is_empty() {
+                self.early.pop_front();
+            }
+        }
+        let room = place.len() - filled;
+        self.take(room, |chunk| {
+            place[filled..filled + chunk.len()].copy_from_slice(&chunk);
+            filled += chunk.len();
+        });
+        filled
+    }
+
+    /// Takes in what the peer sends although we are not reading yet, so that two ranks that send to
+    /// each other at the same time do not wait for each other's room.
+    pub(super) fn absorb(&mut self) {
+        let room = EARLY_BYTES_MAX.saturating_sub(self.early_bytes);
+        let mut early = std::mem::take(&mut self.early);
+        self.early_bytes += self.take(room, |chunk| early.push_back(chunk));
+        self.early = early;
+    }
+
+    /// Gives at most `room` bytes of the stream to `place`, in order; how many.
+    fn take(&mut self, room: usize, mut place: impl FnMut(Bytes)) -> usize {
+        let Some(stream) = self.stream.filter(|_| room > 0) else {
+            return 0;
+        };
         let mut stream = self.connection.recv_stream(stream);
         let Ok(mut chunks) = stream.read(true) else {
             return 0;
         };
-        let mut filled = 0;
+        let mut taken = 0;
         let ending = loop {
-            if filled == place.len() {
+            if taken == room {
                 break None;
             }
-            match chunks.next(place.len() - filled) {
+            match chunks.next(room - taken) {
                 Ok(Some(chunk)) => {
-                    place[filled..filled + chunk.bytes.len()].copy_from_slice(&chunk.bytes);
-                    filled += chunk.bytes.len();
+                    taken += chunk.bytes.len();
+                    place(chunk.bytes);
                 }
                 Err(ReadError::Blocked) => break None,
                 Ok(None) => break Some(Farewell::Left),
@@ -119,7 +158,7 @@ impl Link {
         if let Some(ending) = ending {
             self.end(ending);
         }
-        filled
+        taken
     }
 
     /// Says that nothing more will be written.
@@ -251,6 +290,9 @@ const CODE_LEFT: u32 = 0;
 const CODE_POISONED: u32 = 1;
 const CODE_WRONG_EPOCH: u32 = 2;
 const CODE_REFUSED: u32 = 3;
+
+/// A prefill's activations and more; a peer that sends beyond that waits for us.
+const EARLY_BYTES_MAX: usize = 256 << 20;
 
 /// A close must fit one packet of the smallest size.
 const REASON_BYTES_MAX: usize = 512;

@@ -113,6 +113,7 @@ impl<'a> Pass<'a> {
             if self.letters.iter().all(Letter::is_done) {
                 return Ok(());
             }
+            self.make_room();
             self.check_peers()?;
             (wait.interrupted)().map_or(Ok(()), Err)?;
             let left = wait.left(now);
@@ -169,6 +170,26 @@ impl<'a> Pass<'a> {
             }
         }
         Ok(())
+    }
+
+    /// While we cannot go on sending, peers of whom we expect nothing now may be sending to us, in a
+    /// circle even: whoever waits for room must make room.
+    fn make_room(&mut self) {
+        let sending = |letter: &Letter<'_>| {
+            letter
+                .outgoing
+                .as_ref()
+                .is_some_and(|outgoing| outgoing.written < outgoing.bytes())
+        };
+        if !self.letters.iter().any(sending) {
+            return;
+        }
+        for (index, link) in self.driver.links.iter_mut().enumerate() {
+            let reads = |letter: &Letter<'_>| letter.link == index && letter.incoming.is_some();
+            if !self.letters.iter().any(reads) {
+                link.absorb();
+            }
+        }
     }
 
     /// A needed peer that is gone ends the exchange, and so does any peer that did not leave in peace.

@@ -130,10 +130,9 @@ pub fn on_threads<T: Send + 'static, R: Send + 'static>(
             thread::spawn(move || rank(transport))
         })
         .collect();
-    threads
-        .into_iter()
-        .map(|thread| thread.join().unwrap())
-        .collect()
+    // All first: MLX does not take it well when the process ends under a working thread.
+    let ended: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
+    ended.into_iter().map(Result::unwrap).collect()
 }
 
 /// A rank in a process of its own: this very program, told by its environment what to be.
