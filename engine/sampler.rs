@@ -277,22 +277,25 @@ mod tests {
         Array::from_slice(&values, &[count as i32, row.len() as i32])
     }
 
-    /// Natural logarithms of the probabilities 0.5, 0.25, 0.15, 0.1.
-    const ROW: [f32; 4] = [-0.693_147, -1.386_294, -1.897_12, -2.302_585];
+    const PROBABILITIES: [f32; 4] = [0.5, 0.25, 0.15, 0.1];
+
+    fn row() -> [f32; 4] {
+        PROBABILITIES.map(f32::ln)
+    }
 
     #[test]
     fn frequencies_follow_the_probabilities() {
         let draws: Vec<Draw> = (0..4000).map(|i| at(i, sampling(7))).collect();
-        let drawn = tokens(&rows(&ROW, draws.len()), &draws);
+        let drawn = tokens(&rows(&row(), draws.len()), &draws);
         let share = |token| drawn.iter().filter(|&&t| t == token).count() as f32 / 4000.0;
-        for (token, probability) in [0.5, 0.25, 0.15, 0.1].into_iter().enumerate() {
+        for (token, probability) in PROBABILITIES.into_iter().enumerate() {
             assert!((share(token as i32) - probability).abs() < 0.03, "{token}");
         }
     }
 
     #[test]
     fn a_draw_depends_on_seed_and_position_alone() {
-        let one = tokens(&rows(&ROW, 1), &[at(5, sampling(1))]);
+        let one = tokens(&rows(&row(), 1), &[at(5, sampling(1))]);
         let mixed = [
             at(5, Sampling::greedy()),
             at(5, sampling(1)),
@@ -304,9 +307,9 @@ mod tests {
                 },
             ),
         ];
-        assert_eq!(tokens(&rows(&ROW, 3), &mixed)[1], one[0]);
+        assert_eq!(tokens(&rows(&row(), 3), &mixed)[1], one[0]);
         let many: Vec<Draw> = (0..64).map(|seed| at(5, sampling(seed))).collect();
-        let drawn = tokens(&rows(&ROW, 64), &many);
+        let drawn = tokens(&rows(&row(), 64), &many);
         assert!(drawn.iter().any(|t| *t != drawn[0]), "seeds matter");
     }
 
@@ -314,7 +317,7 @@ mod tests {
     fn filters_keep_what_they_say() {
         let keeps = |sampling: Sampling| {
             let draws: Vec<Draw> = (0..400).map(|i| at(i, sampling.clone())).collect();
-            let mut drawn = tokens(&rows(&ROW, draws.len()), &draws);
+            let mut drawn = tokens(&rows(&row(), draws.len()), &draws);
             drawn.sort_unstable();
             drawn.dedup();
             drawn
@@ -374,13 +377,13 @@ mod tests {
             ..sampling(0)
         };
         let draws = [at(0, Sampling::greedy()), at(0, ask)];
-        let shifted: Vec<f32> = ROW.iter().map(|l| l + 3.0).collect();
+        let shifted: Vec<f32> = row().iter().map(|l| l + 3.0).collect();
         let drawn = draw(&rows(&shifted, 2), &[&draws[0], &draws[1]]).unwrap();
         let read = drawn.logprobs.unwrap().read().unwrap();
         assert_eq!(read[0], RowLogprobs::default());
-        assert!((read[1].chosen.unwrap() - ROW[0]).abs() < 1e-5);
+        assert!((read[1].chosen.unwrap() - row()[0]).abs() < 1e-5);
         assert_eq!(read[1].top.len(), 2);
         assert_eq!((read[1].top[0].token, read[1].top[1].token), (0, 1));
-        assert!((read[1].top[1].logprob - ROW[1]).abs() < 1e-5);
+        assert!((read[1].top[1].logprob - row()[1]).abs() < 1e-5);
     }
 }

@@ -269,7 +269,11 @@ impl<'a> Stepper<'a> {
         let count = draws.len() as i32;
         let part = match part {
             Some(part) => part.transpose_axes(&[1, 0])?,
-            None => zeros_dtype(&[0, count], Dtype::Float32)?,
+            // No rows, but made from what came before, so that no exchange overtakes another.
+            None => {
+                let nothing = hidden.try_index(..0)?.reshape(&[0, count])?;
+                nothing.as_dtype(Dtype::Float32)?
+            }
         };
         let rows: Vec<i32> = self
             .engine
