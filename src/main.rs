@@ -1,2 +1,59 @@
-//! offbook
-fn main() {}
+//! `offbook`: one binary for every process of a cluster and for every hand that works on it.
+
+mod cli;
+mod logging;
+mod cluster_file;
+mod demo_model;
+mod local_cluster;
+mod up;
+mod node;
+mod backend;
+mod shard;
+mod generate;
+mod plan;
+mod bench;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("offbook: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Up(options) => on_this_thread(up::run(options)),
+        Command::Node(options) => {
+            logging::start(&options.name);
+            actix::System::new().block_on(node::run(options))
+        }
+        Command::Shard(options) => {
+            logging::start(&format!("{}/shard-0", options.name));
+            actix::System::new().block_on(shard::run(options))
+        }
+        Command::Cluster(command) => cluster_file::command(command),
+        Command::Chat(options) => {
+            on_this_thread(async { Ok(offbook_api::chat_client::run(options.into()).await?) })
+        }
+        Command::Generate(options) => on_this_thread(generate::run(options)),
+        Command::Plan(options) => plan::run(&options),
+        Command::Bench(command) => on_this_thread(bench::run(command)),
+    }
+}
+
+/// Child processes die with the thread that started them, so everything runs on the main thread.
+fn on_this_thread(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(work)
+}

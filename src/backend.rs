@@ -1,0 +1,106 @@
+//! The cluster as the API sees it: a request becomes a subscription at the scheduler, and dropping
+//! its tokens cancels it.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use actix::{Addr, MailboxError};
+use anyhow::{Context, Result};
+use futures::future::BoxFuture;
+use futures::stream::{self, StreamExt};
+use offbook_actors::{Membership, ReportCluster, Submit, names};
+use offbook_api::text::Text;
+use offbook_api::{Backend, Service, StreamError, Tokens};
+use offbook_engine::ModelConfig;
+use offbook_protocol::{ClusterReport, Rejection, Request, RequestEvent, SampledToken};
+use offbook_runtime::{ActorPath, RemoteStream, Subscription, System};
+
+use crate::cluster_file::ClusterFile;
+
+/// Everything that the API serves, on the head node.
+pub(crate) fn service(
+    system: &System,
+    membership: Addr<Membership>,
+    cluster: &ClusterFile,
+    config: &ModelConfig,
+) -> Result<Service> {
+    let model = &cluster.model;
+    let text = Text::find(model)
+        .with_context(|| format!("cannot read the tokenizer in {}", model.display()))?;
+    let path = ActorPath::new(system.process().clone(), names::SCHEDULER);
+    let scheduler = system.remote_stream::<Submit>(&path);
+    let created = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    Ok(Service {
+        backend: Arc::new(ClusterBackend {
+            scheduler,
+            membership,
+        }),
+        defaults: offbook_api::text::Defaults::open(model)?,
+        text,
+        model_id: model.file_name().map_or_else(
+            || "model".into(),
+            |name| name.to_string_lossy().into_owned(),
+        ),
+        context_tokens: cluster.context_tokens(config.context_tokens as u32),
+        vocabulary: config.vocabulary_size as u32,
+        created: created.as_secs(),
+    })
+}
+
+struct ClusterBackend {
+    scheduler: RemoteStream<Submit>,
+    membership: Addr<Membership>,
+}
+
+impl Backend for ClusterBackend {
+    fn submit(&self, request: Request) -> BoxFuture<'_, Result<Tokens, Rejection>> {
+        Box::pin(async move {
+            let not_ready = |detail: String| Rejection::NotReady { detail };
+            let subscribed = self
+                .scheduler
+                .subscribe(Submit(request), SUBMIT_DEADLINE)
+                .await;
+            let mut events = subscribed.map_err(|error| not_ready(error.to_string()))?;
+            match events.next().await {
+                Some(Ok(RequestEvent::Accepted)) => Ok(tokens(events)),
+                Some(Ok(RequestEvent::Rejected(rejection))) => Err(rejection),
+                Some(Ok(RequestEvent::Lost { detail })) => Err(not_ready(detail)),
+                Some(Ok(RequestEvent::Token(_))) => {
+                    Err(not_ready("the scheduler spoke out of turn".into()))
+                }
+                Some(Err(error)) => Err(not_ready(error.to_string())),
+                None => Err(not_ready("the scheduler has ended".into())),
+            }
+        })
+    }
+
+    fn cluster(&self) -> BoxFuture<'_, Result<ClusterReport, String>> {
+        Box::pin(async move {
+            let report = self.membership.send(ReportCluster).await;
+            report.map_err(|error: MailboxError| format!("the membership does not answer: {error}"))
+        })
+    }
+}
+
+/// Tokens until one carries a finish reason; then the subscription is dropped.
+fn tokens(events: Subscription<RequestEvent>) -> Tokens {
+    let next = |events: Option<Subscription<RequestEvent>>| async move {
+        let mut events = events?;
+        let token: Result<SampledToken, StreamError> = match events.next().await? {
+            Ok(RequestEvent::Token(token)) => Ok(token),
+            Ok(RequestEvent::Lost { detail }) => Err(StreamError::ShardLost { detail }),
+            Ok(RequestEvent::Accepted | RequestEvent::Rejected(_)) => return None,
+            Err(error) => Err(StreamError::ShardLost {
+                detail: error.to_string(),
+            }),
+        };
+        let over = token.as_ref().map_or(true, |token| token.finish.is_some());
+        Some((token, (!over).then_some(events)))
+    };
+    Box::pin(stream::unfold(Some(events), next))
+}
+
+/// The scheduler is in this process; it answers as soon as it has a moment.
+const SUBMIT_DEADLINE: Duration = Duration::from_secs(10);

@@ -1,0 +1,356 @@
+//! `cluster.toml`: what every process of a cluster agrees on. It is equal on every node, and its
+//! hash is part of every handshake. The first node in it is the head.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use offbook_actors::{ClusterSettings, SchedulerLimits};
+use offbook_protocol::{Layout, NodeWeight, Transport};
+use offbook_runtime::{Identity, NodeKey, ProcessName, Trust, TrustedNode};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::cli::{ClusterCommand, ClusterInit};
+
+/// See the module's own words. Unknown keys are errors.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ClusterFile {
+    /// Any text; clusters with another one are refused.
+    pub(crate) cluster: String,
+    /// The model's directory, on every node.
+    pub(crate) model: PathBuf,
+    pub(crate) parallel: Layout,
+    pub(crate) transport: Transport,
+    #[serde(default)]
+    pub(crate) limits: Limits,
+    pub(crate) nodes: Vec<ClusterNode>,
+}
+
+/// One machine of the cluster.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ClusterNode {
+    pub(crate) name: String,
+    /// Where it listens for messages, UDP.
+    pub(crate) address: SocketAddr,
+    /// One key, or two while it is being changed.
+    pub(crate) keys: Vec<NodeKey>,
+    /// Its share of the model, relative to the others.
+    #[serde(default = "one")]
+    pub(crate) weight: f64,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+/// Every bound that the nodes agree on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Limits {
+    /// Positions that a sequence may reach, prompt included; 0 takes the model's own limit.
+    pub(crate) context_tokens: u32,
+    pub(crate) sequences_max: u32,
+    pub(crate) queue_max: u32,
+    pub(crate) prefill_chunk_tokens: u32,
+    pub(crate) collective_deadline_seconds: f64,
+    pub(crate) load_deadline_seconds: f64,
+    /// How long a process may be silent before it counts as lost.
+    pub(crate) silence_seconds: f64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            context_tokens: 0,
+            sequences_max: 8,
+            queue_max: 64,
+            prefill_chunk_tokens: 256,
+            collective_deadline_seconds: 10.0,
+            load_deadline_seconds: 1800.0,
+            silence_seconds: 10.0,
+        }
+    }
+}
+
+impl ClusterFile {
+    pub(crate) fn load(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path)
+            .with_context(|| format!("cannot read the cluster file {}", path.display()))?;
+        let file: Self = toml::from_str(&text)
+            .with_context(|| format!("{} is not a cluster file", path.display()))?;
+        file.check()
+            .with_context(|| format!("in {}", path.display()))?;
+        Ok(file)
+    }
+
+    pub(crate) fn save(&self, path: &Path) -> Result<()> {
+        let text = toml::to_string(self).context("cannot write the cluster file")?;
+        fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    fn check(&self) -> Result<()> {
+        ensure!(!self.nodes.is_empty(), "a cluster needs at least one node");
+        for (index, node) in self.nodes.iter().enumerate() {
+            ensure!(
+                self.nodes[..index]
+                    .iter()
+                    .all(|other| other.name != node.name),
+                "node '{}' is there twice",
+                node.name
+            );
+            ensure!(
+                node.weight.is_finite() && node.weight > 0.0,
+                "the weight of '{}' must be above 0",
+                node.name
+            );
+            ProcessName::new(&*node.name)
+                .with_context(|| format!("'{}' cannot be a node's name", node.name))?;
+        }
+        let limits = &self.limits;
+        ensure!(
+            limits.sequences_max > 0,
+            "limits.sequences_max must be at least 1"
+        );
+        ensure!(
+            limits.prefill_chunk_tokens > 0,
+            "limits.prefill_chunk_tokens must be at least 1"
+        );
+        for (key, seconds) in [
+            (
+                "collective_deadline_seconds",
+                limits.collective_deadline_seconds,
+            ),
+            ("load_deadline_seconds", limits.load_deadline_seconds),
+            ("silence_seconds", limits.silence_seconds),
+        ] {
+            ensure!(
+                Duration::try_from_secs_f64(seconds).is_ok_and(|d| !d.is_zero()),
+                "limits.{key} must be above 0"
+            );
+        }
+        Ok(())
+    }
+
+    pub(crate) fn head(&self) -> &ClusterNode {
+        &self.nodes[0]
+    }
+
+    pub(crate) fn node(&self, name: &str) -> Result<&ClusterNode> {
+        let known = || {
+            self.nodes
+                .iter()
+                .map(|n| n.name.as_str())
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
+        self.nodes
+            .iter()
+            .find(|node| node.name == name)
+            .with_context(|| format!("the cluster has no node '{name}': one of {}", known()))
+    }
+
+    pub(crate) fn trust(&self) -> Result<Trust> {
+        let hash = Sha256::digest(toml::to_string(self)?);
+        let (first, _) = hash.split_first_chunk().expect("a SHA-256 has 32 bytes");
+        let node = |node: &ClusterNode| TrustedNode {
+            name: node.name.clone(),
+            keys: node.keys.clone(),
+        };
+        Ok(Trust {
+            cluster: self.cluster.clone(),
+            config_hash: u64::from_be_bytes(*first),
+            nodes: self.nodes.iter().map(node).collect(),
+        })
+    }
+
+    /// What the shards are told; `model_context` is what the model itself can take.
+    pub(crate) fn settings(&self, model_context: u32) -> ClusterSettings {
+        let nodes = self
+            .nodes
+            .iter()
+            .map(|node| (node.name.clone(), NodeWeight(node.weight)));
+        ClusterSettings {
+            nodes: nodes.collect(),
+            model: self.model.clone(),
+            layout: self.parallel,
+            transport: self.transport,
+            prefill_chunk_tokens: self.limits.prefill_chunk_tokens,
+            context_tokens: self.context_tokens(model_context),
+            sequences_max: self.limits.sequences_max,
+            collective_deadline: Duration::from_secs_f64(self.limits.collective_deadline_seconds),
+            load_deadline: Duration::from_secs_f64(self.limits.load_deadline_seconds),
+        }
+    }
+
+    /// Positions that a sequence may reach.
+    pub(crate) fn context_tokens(&self, model_context: u32) -> u32 {
+        match self.limits.context_tokens {
+            0 => model_context,
+            wanted => wanted.min(model_context),
+        }
+    }
+
+    pub(crate) fn scheduler_limits(&self) -> SchedulerLimits {
+        SchedulerLimits {
+            queue_max: self.limits.queue_max,
+            sequences_max: self.limits.sequences_max,
+        }
+    }
+
+    pub(crate) fn runtime_limits(&self) -> offbook_runtime::Limits {
+        let silence = Duration::from_secs_f64(self.limits.silence_seconds);
+        offbook_runtime::Limits {
+            idle_timeout: silence,
+            keep_alive: (silence / 5).min(KEEP_ALIVE_MAX),
+            items_queued_max: TOKENS_QUEUED_MAX,
+            ..Default::default()
+        }
+    }
+}
+
+/// Where a node keeps its key, inside its data directory.
+pub(crate) fn identity_file(data: &Path) -> PathBuf {
+    data.join("identity.pem")
+}
+
+/// Makes a key for every node, in a folder of its own under `folder`, and the cluster file that
+/// pins them all.
+pub(crate) fn found(
+    folder: &Path,
+    nodes: &[(String, SocketAddr)],
+    template: impl FnOnce(Vec<ClusterNode>) -> ClusterFile,
+) -> Result<PathBuf> {
+    let mut members = Vec::new();
+    for (name, address) in nodes {
+        let data = folder.join(name);
+        fs::create_dir_all(&data).with_context(|| format!("cannot make {}", data.display()))?;
+        let identity = Identity::generate(name)?;
+        identity.save(&identity_file(&data))?;
+        members.push(ClusterNode {
+            name: name.clone(),
+            address: *address,
+            keys: vec![identity.key()],
+            weight: one(),
+        });
+    }
+    let file = template(members);
+    file.check()?;
+    let path = folder.join("cluster.toml");
+    file.save(&path)?;
+    Ok(path)
+}
+
+/// `offbook cluster …`
+pub(crate) fn command(command: ClusterCommand) -> Result<()> {
+    let ClusterCommand::Init(options) = command;
+    let nodes = options
+        .node
+        .iter()
+        .map(|text| parse_node(text))
+        .collect::<Result<Vec<_>>>()?;
+    let ClusterInit {
+        folder,
+        model,
+        parallel,
+        transport,
+        ..
+    } = options;
+    if folder.join("cluster.toml").exists() {
+        bail!(
+            "{} holds a cluster already: choose another folder",
+            folder.display()
+        );
+    }
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let path = found(&folder, &nodes, |nodes| ClusterFile {
+        cluster: format!("cluster-{}", nodes[0].keys[0].to_string().split_at(12).0),
+        model,
+        parallel,
+        transport,
+        limits: Limits::default(),
+        nodes,
+    })?;
+    println!("{}", path.display());
+    eprintln!("Copy it to every node, with that node's own folder and no other. On each, run:");
+    for (name, _) in &nodes {
+        eprintln!("  offbook node --cluster cluster.toml --name {name} --data-dir {name}");
+    }
+    Ok(())
+}
+
+fn parse_node(text: &str) -> Result<(String, SocketAddr)> {
+    let (name, address) = text.split_once('=').with_context(|| {
+        format!("'{text}' is not NAME=IP:PORT, as in macstudio-1=10.0.0.1:7700")
+    })?;
+    let address = address
+        .parse()
+        .with_context(|| format!("'{address}' is not IP:PORT, as in 10.0.0.1:7700"))?;
+    Ok((name.to_owned(), address))
+}
+
+/// A silent link is probed at least this often, so that a peer that restarted is noticed.
+const KEEP_ALIVE_MAX: Duration = Duration::from_millis(500);
+/// A client that reads slowly may fall this many tokens behind before it is dropped.
+const TOKENS_QUEUED_MAX: usize = 64 * 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn founded() -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let nodes = [("a".to_owned(), "127.0.0.1:1".parse().unwrap())];
+        let path = found(folder.path(), &nodes, |nodes| ClusterFile {
+            cluster: "test".into(),
+            model: "model".into(),
+            parallel: Layout::Tensor,
+            transport: Transport::Quic,
+            limits: Limits::default(),
+            nodes,
+        });
+        (folder, path.unwrap())
+    }
+
+    #[test]
+    fn a_founded_cluster_can_be_read_and_pins_the_key_that_lies_beside_it() {
+        let (folder, path) = founded();
+        let file = ClusterFile::load(&path).unwrap();
+        let identity = Identity::load(&identity_file(&folder.path().join("a"))).unwrap();
+        assert_eq!(file.head().keys, [identity.key()]);
+        assert!(file.node("b").unwrap_err().to_string().contains("one of a"));
+    }
+
+    #[test]
+    fn unknown_keys_and_bad_values_are_named() {
+        let (_folder, path) = founded();
+        let good = fs::read_to_string(&path).unwrap();
+        for (from, to, named) in [
+            ("cluster = ", "colour = 1\ncluster = ", "colour"),
+            ("sequences_max = 8", "sequences_max = 0", "sequences_max"),
+            ("weight = 1.0", "weight = -1.0", "weight"),
+            (
+                "silence_seconds = 10.0",
+                "silence_seconds = 0.0",
+                "silence_seconds",
+            ),
+        ] {
+            fs::write(&path, good.replace(from, to)).unwrap();
+            let error = format!("{:#}", ClusterFile::load(&path).unwrap_err());
+            assert!(error.contains(named), "{error}");
+        }
+    }
+
+    #[test]
+    fn every_change_of_the_file_changes_its_hash() {
+        let (_folder, path) = founded();
+        let mut file = ClusterFile::load(&path).unwrap();
+        let before = file.trust().unwrap().config_hash;
+        file.limits.queue_max += 1;
+        assert_ne!(file.trust().unwrap().config_hash, before);
+    }
+}

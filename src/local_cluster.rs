@@ -1,0 +1,236 @@
+//! A whole cluster on this machine: every node is a process of its own, as it would be elsewhere.
+//! `up`, `generate` and `bench` start one of these.
+
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use offbook_protocol::{ClusterReport, LoadProgress, Phase};
+use offbook_runtime::supervise::{ChildSpec, RestartPolicy, Supervisor};
+use tempfile::TempDir;
+
+use crate::cli::LocalOptions;
+use crate::cluster_file::{ClusterFile, Limits, found};
+use crate::demo_model;
+
+/// A running cluster. Its processes end with this value, and with this process.
+pub(crate) struct LocalCluster {
+    supervisor: Supervisor,
+    /// Removed at the end, unless the user named a folder.
+    _scratch: Option<TempDir>,
+    pub(crate) model: PathBuf,
+    api: String,
+    client: reqwest::Client,
+}
+
+impl LocalCluster {
+    /// Makes keys and a cluster file, and starts every node. Must be called on the main thread:
+    /// the nodes end with the thread that started them.
+    pub(crate) fn start(options: &LocalOptions, http: SocketAddr) -> Result<Self> {
+        check_weights(&options.weights, options.nodes)?;
+        let (folder, scratch) = data_folder(options.data_dir.as_deref())?;
+        let model = match &options.model {
+            Some(model) => model
+                .canonicalize()
+                .with_context(|| format!("no model at {}: give its directory", model.display()))?,
+            None => demo_model::write_to(&folder)?,
+        };
+        let http = reserve_tcp(http)?;
+        let names = (1..=options.nodes).map(|n| format!("node-{n}"));
+        let nodes = names
+            .map(|name| Ok((name, reserve_udp()?)))
+            .collect::<Result<Vec<_>>>()?;
+        let cluster = found(&folder, &nodes, |mut nodes| {
+            for (node, weight) in nodes.iter_mut().zip(&options.weights) {
+                node.weight = *weight;
+            }
+            let mut limits = Limits {
+                context_tokens: options.context,
+                ..Limits::default()
+            };
+            limits.sequences_max = options.sequences;
+            ClusterFile {
+                cluster: format!("local-{}", std::process::id()),
+                model: model.clone(),
+                parallel: options.parallel,
+                transport: options.transport,
+                limits,
+                nodes,
+            }
+        })?;
+        let (supervisor, _events) = Supervisor::new(RestartPolicy::default());
+        let program = std::env::current_exe().context("cannot find this program's own file")?;
+        for (name, _) in &nodes {
+            let spec = ChildSpec::new(name, &program)
+                .arg("node")
+                .arg("--supervised")
+                .arg("--cluster")
+                .arg(&cluster)
+                .arg("--name")
+                .arg(name)
+                .arg("--data-dir")
+                .arg(folder.join(name))
+                .arg("--http")
+                .arg(http.to_string());
+            supervisor.start(spec)?;
+        }
+        Ok(Self {
+            supervisor,
+            _scratch: scratch,
+            model,
+            api: format!("http://{http}"),
+            client: reqwest::Client::new(),
+        })
+    }
+
+    /// Waits until the cluster serves. `watch` sees every report on the way.
+    ///
+    /// # Errors
+    /// When the cluster cannot hold the model, or its head does not come up.
+    pub(crate) async fn ready(
+        &self,
+        mut watch: impl FnMut(&ClusterReport),
+    ) -> Result<ClusterReport> {
+        let mut silent_for = Duration::ZERO;
+        loop {
+            match self.report().await {
+                Ok(report) => {
+                    silent_for = Duration::ZERO;
+                    watch(&report);
+                    match report.phase {
+                        Phase::Ready => return Ok(report),
+                        Phase::Failed => bail!("{}", report.detail),
+                        Phase::Gathering | Phase::Loading => {}
+                    }
+                }
+                Err(error) => {
+                    silent_for += POLL_EVERY;
+                    ensure!(
+                        silent_for < HEAD_START_MAX,
+                        "the head node does not answer: {error:#}"
+                    );
+                }
+            }
+            tokio::time::sleep(POLL_EVERY).await;
+        }
+    }
+
+    /// What `GET /v1/cluster` says now.
+    pub(crate) async fn report(&self) -> Result<ClusterReport> {
+        let answer = self
+            .client
+            .get(format!("{}/v1/cluster", self.api))
+            .send()
+            .await?;
+        Ok(answer.error_for_status()?.json().await?)
+    }
+
+    pub(crate) fn api(&self) -> &str {
+        &self.api
+    }
+
+    pub(crate) fn client(&self) -> &reqwest::Client {
+        &self.client
+    }
+
+    /// Stops every process, in order.
+    pub(crate) async fn stop(self) {
+        self.supervisor.stop(STOP_DEADLINE).await;
+    }
+}
+
+/// Shows on standard error how far each shard's loading has come.
+pub(crate) struct LoadBars {
+    bars: indicatif::MultiProgress,
+    shown: Vec<indicatif::ProgressBar>,
+}
+
+impl LoadBars {
+    pub(crate) fn new() -> Self {
+        Self {
+            bars: indicatif::MultiProgress::new(),
+            shown: Vec::new(),
+        }
+    }
+
+    pub(crate) fn show(&mut self, report: &ClusterReport) {
+        for (index, shard) in report.shards.iter().enumerate() {
+            if index == self.shown.len() {
+                let style = indicatif::ProgressStyle::with_template(
+                    "{prefix:>12} {bar:32} {bytes}/{total_bytes} {bytes_per_sec}",
+                );
+                let bar = indicatif::ProgressBar::new(0);
+                let bar = bar.with_style(style.expect("the template is well formed"));
+                let bar = bar.with_prefix(format!("{} rank {}", shard.node, shard.rank));
+                self.shown.push(self.bars.add(bar));
+            }
+            if let Some(LoadProgress {
+                bytes_loaded,
+                bytes_total,
+                ..
+            }) = shard.load
+            {
+                self.shown[index].set_length(bytes_total);
+                self.shown[index].set_position(bytes_loaded);
+            }
+        }
+    }
+
+    pub(crate) fn finish(self) {
+        for bar in &self.shown {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// No weights, or one for each node, every one above 0.
+pub(crate) fn check_weights(weights: &[f64], nodes: u32) -> Result<()> {
+    ensure!(
+        weights.is_empty() || weights.len() == nodes as usize,
+        "--weights has {} numbers for {nodes} nodes",
+        weights.len()
+    );
+    ensure!(
+        weights
+            .iter()
+            .all(|weight| weight.is_finite() && *weight > 0.0),
+        "every number of --weights must be above 0"
+    );
+    Ok(())
+}
+
+/// The folder to work in. One that the user named stays, and is used again.
+fn data_folder(named: Option<&Path>) -> Result<(PathBuf, Option<TempDir>)> {
+    match named {
+        Some(folder) => {
+            std::fs::create_dir_all(folder)
+                .with_context(|| format!("cannot make {}", folder.display()))?;
+            Ok((folder.canonicalize()?, None))
+        }
+        None => {
+            let scratch = tempfile::Builder::new().prefix("offbook-").tempdir();
+            let scratch = scratch.context("cannot make a temporary folder")?;
+            Ok((scratch.path().to_owned(), Some(scratch)))
+        }
+    }
+}
+
+/// Nodes must know each other's ports before the first one starts, so each is asked for now and
+/// bound again a moment later.
+fn reserve_udp() -> Result<SocketAddr> {
+    let socket = UdpSocket::bind("127.0.0.1:0").context("no free UDP port on loopback")?;
+    Ok(socket.local_addr()?)
+}
+
+fn reserve_tcp(wanted: SocketAddr) -> Result<SocketAddr> {
+    let listener = TcpListener::bind(wanted)
+        .with_context(|| format!("cannot listen on {wanted}: choose another --http"))?;
+    Ok(listener.local_addr()?)
+}
+
+const POLL_EVERY: Duration = Duration::from_millis(50);
+/// A process starts in milliseconds; a machine that is short of memory takes longer.
+const HEAD_START_MAX: Duration = Duration::from_secs(30);
+/// Longer than a node gives its shard.
+const STOP_DEADLINE: Duration = Duration::from_secs(8);

@@ -1,0 +1,133 @@
+//! `offbook node`: one machine of a cluster. It keeps its shard process running; the head, which is
+//! the first node of the cluster file, also forms the group, schedules and serves the API.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use actix::{Actor, Addr};
+use anyhow::{Context, Result, ensure};
+use offbook_actors::{Membership, NodeAgent, Scheduler, SchedulerLinks, ShardLaunch, StopShard};
+use offbook_engine::ModelConfig;
+use offbook_runtime::supervise::{RestartPolicy, lifeline};
+use offbook_runtime::{Identity, ProcessName, System, SystemConfig};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::backend;
+use crate::cli::Node;
+use crate::cluster_file::{ClusterFile, identity_file};
+
+pub(crate) async fn run(options: Node) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    if options.supervised {
+        lifeline()?;
+    }
+    let mut cluster = ClusterFile::load(&options.cluster)?;
+    let own = cluster.node(&options.name)?.clone();
+    let identity = Identity::load(&identity_file(&options.data_dir))?;
+    ensure!(
+        own.keys.contains(&identity.key()),
+        "the key in {} is not the one that the cluster file has for '{}'",
+        options.data_dir.display(),
+        own.name
+    );
+    let system = System::start(SystemConfig {
+        process: ProcessName::new(&*own.name)?,
+        identity: Arc::new(identity),
+        trust: cluster.trust()?,
+        listen: own.address,
+        boot: boot(),
+        limits: cluster.runtime_limits(),
+    })
+    .await
+    .with_context(|| format!("cannot listen on {} (UDP)", own.address))?;
+    for node in cluster.nodes.iter().filter(|node| node.name != own.name) {
+        system.learn(ProcessName::new(&*node.name)?, node.address);
+    }
+
+    let is_head = own.name == cluster.head().name;
+    if let Some(model) = &options.model {
+        cluster.model.clone_from(model);
+    }
+    if is_head {
+        start_head(&system, &cluster, &options).await?;
+    }
+    let head = ProcessName::new(&*cluster.head().name)?;
+    let agent = NodeAgent::new(&system, head, launch(&options)?, RestartPolicy::default()).start();
+
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            // A Ctrl-C in a terminal reaches every process of the group at once; whoever started
+            // this node then stops it in order.
+            _ = interrupt.recv() => if !options.supervised { break },
+        }
+    }
+    stop(&agent, &system).await;
+    Ok(())
+}
+
+/// Scheduler, membership and API.
+async fn start_head(system: &System, cluster: &ClusterFile, options: &Node) -> Result<()> {
+    let model = &cluster.model;
+    let config = ModelConfig::open(model)
+        .with_context(|| format!("cannot serve the model in {}", model.display()))?;
+    let listener = TcpListener::bind(options.http).await;
+    let listener = listener
+        .with_context(|| format!("cannot listen on {}: choose another --http", options.http))?;
+    let scheduler = Scheduler::new(system.clone(), cluster.scheduler_limits()).start();
+    let links = SchedulerLinks {
+        begin_epoch: scheduler.clone().recipient(),
+        end_epoch: scheduler.clone().recipient(),
+        count_requests: scheduler.recipient(),
+    };
+    let epochs = options.data_dir.join("epoch");
+    let settings = cluster.settings(config.context_tokens as u32);
+    let membership = Membership::new(system.clone(), settings, epochs, links)?.start();
+    let service = backend::service(system, membership, cluster, &config)?;
+    actix::spawn(async move {
+        let served = offbook_api::serve(listener, Arc::new(service), std::future::pending()).await;
+        if let Err(error) = served {
+            tracing::error!(%error, "the API has stopped");
+        }
+    });
+    Ok(())
+}
+
+fn launch(options: &Node) -> Result<ShardLaunch> {
+    let path = |path: &std::path::Path| path.display().to_string();
+    let mut arguments = vec![
+        "shard".to_owned(),
+        "--cluster".into(),
+        path(&options.cluster),
+        "--name".into(),
+        options.name.clone(),
+        "--data-dir".into(),
+        path(&options.data_dir),
+    ];
+    if let Some(model) = &options.model {
+        arguments.extend(["--model".into(), path(model)]);
+    }
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    Ok(ShardLaunch { program, arguments })
+}
+
+async fn stop(agent: &Addr<NodeAgent>, system: &System) {
+    if let Err(error) = agent.send(StopShard).await {
+        tracing::warn!(%error, "the node agent is gone already");
+    }
+    system.shutdown(SHUTDOWN_DEADLINE).await;
+}
+
+/// Higher at each start of a process on this machine, as long as its clock does not go back by more
+/// than the process was away.
+pub(crate) fn boot() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// What is under way may take a round trip.
+const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(1);

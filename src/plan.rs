@@ -1,0 +1,162 @@
+//! `offbook plan`: who would own what, and how many bytes, before anything is loaded.
+
+use std::ops::Range;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use offbook_engine::{Checkpoint, ModelConfig, Partition, PlanReport, Precision};
+use offbook_protocol::{Layout, NodeWeight};
+
+use crate::cli::{LocalOptions, Plan};
+use crate::demo_model;
+use crate::local_cluster::check_weights;
+
+pub(crate) fn run(options: &Plan) -> Result<()> {
+    check_weights(&options.weights, options.nodes)?;
+    let scratch = tempfile::tempdir().context("cannot make a temporary folder")?;
+    let model = match &options.model {
+        Some(model) => model.clone(),
+        None => demo_model::write_to(scratch.path())?,
+    };
+    let (config, report) = solve(
+        &model,
+        options.parallel,
+        &weights(&options.weights, options.nodes),
+    )?;
+    if options.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        let context = match options.context {
+            0 => config.context_tokens as u64,
+            wanted => u64::from(wanted).min(config.context_tokens as u64),
+        };
+        print!("{}", table(&report, context));
+    }
+    Ok(())
+}
+
+/// The plan of a cluster on this machine.
+pub(crate) fn report(model: &Path, options: &LocalOptions) -> Result<PlanReport> {
+    let weights = weights(&options.weights, options.nodes);
+    Ok(solve(model, options.parallel, &weights)?.1)
+}
+
+fn weights(given: &[f64], nodes: u32) -> Vec<NodeWeight> {
+    match given {
+        [] => vec![NodeWeight(1.0); nodes as usize],
+        given => given.iter().copied().map(NodeWeight).collect(),
+    }
+}
+
+/// Bytes come from the checkpoint where there is one; a directory with nothing but `config.json`
+/// can be planned too.
+fn solve(
+    model: &Path,
+    layout: Layout,
+    weights: &[NodeWeight],
+) -> Result<(ModelConfig, PlanReport)> {
+    let config = ModelConfig::open(model)
+        .with_context(|| format!("cannot plan the model in {}", model.display()))?;
+    let partition = Partition::solve(&config, layout, weights)?;
+    // What a shard computes in on a CPU; a GPU keeps the checkpoint's own, and needs less.
+    let precision = Precision::Float32;
+    let bytes = match Checkpoint::open(model) {
+        Ok(checkpoint) => {
+            let bytes = |share| checkpoint.share_bytes(&config, share, precision);
+            partition.shares.iter().map(bytes).collect()
+        }
+        Err(error) => {
+            tracing::info!(%error, "no checkpoint to ask: bytes are computed from config.json");
+            PlanReport::estimated_weight_bytes(&config, &partition, precision)
+        }
+    };
+    let report = PlanReport::new(&config, &partition, &bytes, precision);
+    Ok((config, report))
+}
+
+fn table(report: &PlanReport, context_tokens: u64) -> String {
+    let mut text = format!(
+        "{:>4}  {:>9}  {:>11}  {:>9}  {:>13}  {:>15}  {:>10}  {:>22}\n",
+        "rank",
+        "layers",
+        "query heads",
+        "KV heads",
+        "expert width",
+        "vocabulary",
+        "weights",
+        format!("KV of {context_tokens} tokens"),
+    );
+    for rank in &report.ranks {
+        text += &format!(
+            "{:>4}  {:>9}  {:>11}  {:>9}  {:>13}  {:>15}  {:>10}  {:>22}{}\n",
+            rank.rank,
+            range(&rank.layers),
+            range(&rank.query_heads),
+            range(&rank.kv_heads),
+            range(&rank.expert_columns),
+            range(&rank.vocabulary_rows),
+            bytes(rank.weight_bytes),
+            bytes(rank.kv_bytes_per_token * context_tokens),
+            if rank.rank == report.sampling_rank {
+                "  samples"
+            } else {
+                ""
+            },
+        );
+    }
+    let collectives = &report.collectives;
+    text += &format!(
+        "\n{} layout, {} of weights, {} of KV cache per token of context\n",
+        report.layout,
+        bytes(report.weight_bytes),
+        bytes(report.kv_bytes_per_token),
+    );
+    text += &format!(
+        "{} collectives per decoded token ({} per layer, {} per step), {} from each rank\n",
+        collectives.per_token,
+        collectives.per_layer,
+        collectives.per_step,
+        bytes(collectives.bytes_per_rank),
+    );
+    text
+}
+
+fn range(range: &Range<usize>) -> String {
+    match range.len() {
+        0 => "none".into(),
+        1 => range.start.to_string(),
+        _ => format!("{}–{}", range.start, range.end - 1),
+    }
+}
+
+/// Three figures and a unit.
+fn bytes(count: u64) -> String {
+    let mut value = count as f64;
+    let mut units = ["B", "kB", "MB", "GB", "TB"].into_iter();
+    let mut unit = units.next().unwrap_or_default();
+    for larger in units {
+        if value < 1000.0 {
+            break;
+        }
+        value /= 1000.0;
+        unit = larger;
+    }
+    let decimals = if unit == "B" || value >= 100.0 { 0 } else { 1 };
+    format!("{value:.decimals$} {unit}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_and_bytes_are_short() {
+        assert_eq!(
+            [range(&(3..3)), range(&(3..4)), range(&(3..6))],
+            ["none", "3", "3–5"]
+        );
+        assert_eq!(bytes(999), "999 B");
+        assert_eq!(bytes(12_300), "12.3 kB");
+        assert_eq!(bytes(154_500_000_000), "154 GB");
+    }
+}

@@ -1,0 +1,51 @@
+//! `offbook shard`: the process that holds one share of the model. Its node starts it, and it never
+//! outlives its node.
+
+use std::sync::Arc;
+
+use actix::Actor;
+use anyhow::Result;
+use offbook_actors::{ShardWorker, ShardWorkerConfig, WindowSettings};
+use offbook_runtime::supervise::lifeline;
+use offbook_runtime::{Identity, ProcessName, System, SystemConfig};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::cli::Shard;
+use crate::cluster_file::{ClusterFile, identity_file};
+use crate::node::boot;
+
+pub(crate) async fn run(options: Shard) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    // A Ctrl-C in a terminal reaches every process of the group; the node stops its shard in order.
+    let _interrupt = signal(SignalKind::interrupt())?;
+    lifeline()?;
+    let cluster = ClusterFile::load(&options.cluster)?;
+    let own = cluster.node(&options.name)?;
+    let identity = Arc::new(Identity::load(&identity_file(&options.data_dir))?);
+    let trust = cluster.trust()?;
+    let system = System::start(SystemConfig {
+        process: ProcessName::new(&*own.name)?.child("shard-0")?,
+        identity: Arc::clone(&identity),
+        trust: trust.clone(),
+        listen: (own.address.ip(), 0).into(),
+        boot: boot(),
+        limits: cluster.runtime_limits(),
+    })
+    .await?;
+    let head = ProcessName::new(&*cluster.head().name)?;
+    system.learn(head.clone(), cluster.head().address);
+    let config = ShardWorkerConfig {
+        node: own.name.clone(),
+        head,
+        identity,
+        trust,
+        tensors: own.address.ip(),
+        model: options.model,
+        window: WindowSettings::default(),
+    };
+    ShardWorker::new(system, config)?.start();
+    terminate.recv().await;
+    // The engine's thread may be inside a device call that nothing interrupts, and nothing that it
+    // holds outlives the process.
+    std::process::exit(0)
+}

@@ -1,0 +1,72 @@
+//! Several requests share the shards: each is answered as it would be alone, the queue is bounded,
+//! and a client that leaves frees its place.
+
+mod support;
+
+use serde_json::{Value, json};
+use support::{Cluster, long_completion, token_ids};
+
+#[test]
+fn and_each_answer_is_what_it_would_be_alone() {
+    let cluster = Cluster::up(&["--nodes", "2"]);
+    let requests: Vec<Value> = (0..6u64)
+        .map(|n| {
+            let prompt: Vec<u64> = (0..3 + 40 * n)
+                .map(|i| (i * 37 + n * 11) % 500 + 4)
+                .collect();
+            json!({"prompt": prompt, "max_tokens": 20, "ignore_eos": true, "seed": n,
+                   "temperature": if n % 2 == 0 { 0.0 } else { 1.0 }, "top_k": 20,
+                   "return_token_ids": true})
+        })
+        .collect();
+    let ask = |request: &Value| {
+        let (status, answer) = cluster.post("/v1/completions", request);
+        assert_eq!(status, 200, "{answer}");
+        token_ids(&answer)
+    };
+    let alone: Vec<_> = requests.iter().map(ask).collect();
+    let together: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = requests.iter().map(|r| scope.spawn(|| ask(r))).collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().expect("it is answered"))
+            .collect()
+    });
+    assert_eq!(alone, together);
+    assert!(alone.iter().all(|tokens| tokens.len() == 20));
+}
+
+#[test]
+fn and_what_is_too_much_is_refused_at_once_until_somebody_leaves() {
+    let cluster = Cluster::up(&["--nodes", "1", "--sequences", "1"]);
+    let running = cluster.stream("/v1/completions", &long_completion(1900));
+    // The queue of 64 fills behind the one that runs.
+    let waiting: Vec<_> = (0..64)
+        .map(|_| {
+            let body = long_completion(1900);
+            let url = cluster.url("/v1/completions");
+            std::thread::spawn(move || {
+                let client = reqwest::blocking::Client::new();
+                let _ = client
+                    .post(url)
+                    .json(&body)
+                    .timeout(support::PATIENCE)
+                    .send();
+            })
+        })
+        .collect();
+    cluster.wait_for("a full queue", |report| report["requests_queued"] == 64);
+    let (status, refusal) = cluster.post("/v1/completions", &long_completion(1));
+    assert_eq!(status, 429, "{refusal}");
+    assert!(refusal["error"]["message"].is_string(), "{refusal}");
+
+    // A client that leaves: the next one in the queue takes its place.
+    drop(running);
+    cluster.wait_for("the next one to run", |report| {
+        report["requests_queued"] == 63 && report["requests_running"] == 1
+    });
+    drop(cluster);
+    waiting
+        .into_iter()
+        .for_each(|thread| thread.join().expect("it ends with the cluster"));
+}

@@ -1,0 +1,252 @@
+//! What the tests of whole clusters share: a running `offbook up`, and the ways in and out of it.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "every test file uses another part of it"
+)]
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+/// The program under test.
+pub fn offbook() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_offbook"));
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    command
+}
+
+/// A small random checkpoint made by an independent implementation, with what it answers.
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(name)
+}
+
+/// A cluster on this machine. It is killed with the test, whatever becomes of it.
+pub struct Cluster {
+    up: Child,
+    _stdout: BufReader<ChildStdout>,
+    /// The line that `offbook up --json` printed.
+    pub ready: Value,
+    client: reqwest::blocking::Client,
+}
+
+impl Cluster {
+    /// Starts `offbook up --json` and waits until it says that it is ready.
+    pub fn up(arguments: &[&str]) -> Self {
+        let mut up = offbook()
+            .args(["up", "--json", "--http", "127.0.0.1:0"])
+            .args(arguments)
+            .spawn()
+            .expect("offbook starts");
+        let mut stdout = BufReader::new(up.stdout.take().expect("it is piped"));
+        let mut line = String::new();
+        stdout
+            .read_line(&mut line)
+            .expect("standard output can be read");
+        let ready = serde_json::from_str(&line)
+            .unwrap_or_else(|_| panic!("offbook up printed no ready line but {line:?}"));
+        let client = reqwest::blocking::Client::builder()
+            .timeout(PATIENCE)
+            .build()
+            .expect("a client can be made");
+        Self {
+            up,
+            _stdout: stdout,
+            ready,
+            client,
+        }
+    }
+
+    pub fn url(&self, path: &str) -> String {
+        format!(
+            "{}{path}",
+            self.ready["api"].as_str().expect("it has an API")
+        )
+    }
+
+    pub fn up_pid(&self) -> u32 {
+        self.up.id()
+    }
+
+    /// Every process that it started: nodes, then shards, in order.
+    pub fn pids(&self) -> Vec<u32> {
+        let pid = |entry: &Value| entry["pid"].as_u64().expect("a pid") as u32;
+        let entries = |key: &str| self.ready[key].as_array().expect("a list").clone();
+        entries("nodes")
+            .iter()
+            .chain(&entries("shards"))
+            .map(pid)
+            .collect()
+    }
+
+    pub fn node_pid(&self, node: usize) -> u32 {
+        self.ready["nodes"][node]["pid"].as_u64().expect("a pid") as u32
+    }
+
+    pub fn shard_pid(&self, rank: usize) -> u32 {
+        self.ready["shards"][rank]["pid"].as_u64().expect("a pid") as u32
+    }
+
+    /// Status and JSON body.
+    pub fn get(&self, path: &str) -> (u16, Value) {
+        let answer = self
+            .client
+            .get(self.url(path))
+            .send()
+            .expect("the API answers");
+        (
+            answer.status().as_u16(),
+            answer.json().unwrap_or(Value::Null),
+        )
+    }
+
+    pub fn post(&self, path: &str, body: &Value) -> (u16, Value) {
+        let answer = self
+            .client
+            .post(self.url(path))
+            .json(body)
+            .send()
+            .expect("the API answers");
+        (
+            answer.status().as_u16(),
+            answer.json().unwrap_or(Value::Null),
+        )
+    }
+
+    /// Sends a request that streams; its events are read one by one.
+    pub fn stream(&self, path: &str, body: &Value) -> Events {
+        let answer = self
+            .client
+            .post(self.url(path))
+            .json(body)
+            .send()
+            .expect("the API answers");
+        assert_eq!(answer.status().as_u16(), 200);
+        Events {
+            lines: BufReader::new(Box::new(answer)),
+        }
+    }
+
+    /// Waits until the cluster's report satisfies `wanted`.
+    pub fn wait_for(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        let begun = Instant::now();
+        loop {
+            let (_, report) = self.get("/v1/cluster");
+            if wanted(&report) {
+                return report;
+            }
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "waited in vain for {what}: {report}"
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Sends a signal to the cluster's first process and waits for its end.
+    pub fn end_with(&mut self, signal: &str) -> std::process::ExitStatus {
+        send_signal(self.up.id(), signal);
+        wait_for_exit(&mut self.up)
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if self.up.try_wait().is_ok_and(|status| status.is_none()) {
+            send_signal(self.up.id(), "TERM");
+            wait_for_exit(&mut self.up);
+        }
+    }
+}
+
+/// The events of a stream.
+pub struct Events {
+    lines: BufReader<Box<dyn Read + Send>>,
+}
+
+impl Iterator for Events {
+    type Item = Value;
+
+    /// The next event; `"[DONE]"` as a string; nothing when the stream has ended.
+    fn next(&mut self) -> Option<Value> {
+        loop {
+            let mut line = String::new();
+            if self.lines.read_line(&mut line).ok()? == 0 {
+                return None;
+            }
+            if let Some(data) = line.trim_end().strip_prefix("data: ") {
+                return Some(serde_json::from_str(data).unwrap_or_else(|_| json!(data)));
+            }
+        }
+    }
+}
+
+/// A completion of token ids, greedy, without end of sequence: it runs for `max_tokens`.
+pub fn long_completion(max_tokens: u32) -> Value {
+    json!({
+        "prompt": [5, 11, 17, 23], "max_tokens": max_tokens, "temperature": 0,
+        "ignore_eos": true, "return_token_ids": true, "stream": true,
+    })
+}
+
+/// The token ids of one chunk or answer.
+pub fn token_ids(answer: &Value) -> Vec<u64> {
+    let ids = answer["choices"][0]["token_ids"].as_array();
+    ids.into_iter()
+        .flatten()
+        .filter_map(Value::as_u64)
+        .collect()
+}
+
+pub fn send_signal(pid: u32, signal: &str) {
+    let sent = Command::new("kill")
+        .arg(format!("-{signal}"))
+        .arg(pid.to_string())
+        .status();
+    assert!(
+        sent.expect("kill is there").success(),
+        "cannot send {signal} to {pid}"
+    );
+}
+
+/// Is there such a process, other than as a record of its end?
+pub fn is_alive(pid: u32) -> bool {
+    if cfg!(target_os = "linux") {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // The state follows the program's name, which stands in parentheses.
+        let state = stat
+            .rsplit(')')
+            .next()
+            .unwrap_or_default()
+            .trim()
+            .to_owned();
+        return !state.is_empty() && !state.starts_with(['Z', 'X']);
+    }
+    let ps = Command::new("ps")
+        .args(["-o", "stat=", "-p", &pid.to_string()])
+        .output();
+    let stat = String::from_utf8(ps.expect("ps is there").stdout).expect("ps prints text");
+    !stat.trim().is_empty() && !stat.trim().starts_with('Z')
+}
+
+fn wait_for_exit(child: &mut Child) -> std::process::ExitStatus {
+    let begun = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().expect("it is our child") {
+            return status;
+        }
+        if begun.elapsed() > PATIENCE {
+            let _ = child.kill();
+            panic!("offbook up did not end");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Longer than anything takes on a slow machine that runs several tests at once.
+pub const PATIENCE: Duration = Duration::from_secs(120);

@@ -1,0 +1,174 @@
+//! The same greedy tokens and log-probabilities as mlx-lm, on one node; and the same tokens on any
+//! number of nodes, in every layout, over every transport. The checkpoints and what mlx-lm answers
+//! come from `tests/fixtures/make_fixtures.py`.
+
+mod support;
+
+use serde_json::{Value, json};
+use support::{Cluster, fixture, offbook, token_ids};
+
+/// Odd numbers of heads, mixed bits, unpacked, tied, over two files: each another way to go wrong.
+const FIXTURES: [&str; 6] = [
+    "dense-f32",
+    "q4",
+    "mixed-bits",
+    "bf16-5bit",
+    "odd-tied",
+    "no-norms-3bit",
+];
+
+/// The arithmetic of one device against another's; what differs in the model differs by far more.
+const LOGPROB_TOLERANCE: f64 = 2e-2;
+
+struct Case {
+    prompt: Value,
+    tokens: Vec<u64>,
+    logprobs: Vec<f64>,
+}
+
+fn cases(name: &str) -> Vec<Case> {
+    let text = std::fs::read_to_string(fixture(name).join("expected.json")).expect("it is there");
+    let expected: Value = serde_json::from_str(&text).expect("it is JSON");
+    let numbers = |list: &Value| -> Vec<f64> {
+        list.as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_f64)
+            .collect()
+    };
+    let cases = expected["cases"].as_array().expect("a list of cases");
+    cases
+        .iter()
+        .map(|case| Case {
+            prompt: case["prompt"].clone(),
+            tokens: numbers(&case["tokens"])
+                .into_iter()
+                .map(|token| token as u64)
+                .collect(),
+            logprobs: numbers(&case["logprobs"]),
+        })
+        .collect()
+}
+
+#[test]
+fn on_one_node_with_their_log_probabilities() {
+    for name in FIXTURES {
+        let model = fixture(name);
+        let case = cases(name).pop().expect("there are several");
+        let prompt: Vec<String> = case
+            .prompt
+            .as_array()
+            .expect("token ids")
+            .iter()
+            .map(Value::to_string)
+            .collect();
+        let output = offbook()
+            .args([
+                "generate",
+                "--nodes",
+                "1",
+                "--json",
+                "--logprobs",
+                "--ignore-eos",
+            ])
+            .args([
+                "--temperature",
+                "0",
+                "--max-tokens",
+                &case.tokens.len().to_string(),
+            ])
+            .args(["--tokens", &prompt.join(","), "--model"])
+            .arg(&model)
+            .output()
+            .expect("offbook runs");
+        assert!(output.status.success(), "{name}");
+        let answer: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+        assert_eq!(answer["tokens"], json!(case.tokens), "{name}");
+        assert_eq!(answer["finish_reason"], "length", "{name}");
+        let logprobs = answer["logprobs"].as_array().expect("they were asked for");
+        assert_eq!(logprobs.len(), case.tokens.len(), "{name}");
+        for (ours, theirs) in logprobs.iter().zip(&case.logprobs) {
+            let difference = (ours.as_f64().expect("a number") - theirs).abs();
+            assert!(
+                difference < LOGPROB_TOLERANCE,
+                "{name}: {ours} against {theirs}"
+            );
+        }
+    }
+}
+
+#[test]
+fn on_several_nodes_tensor_parallel() {
+    for name in FIXTURES {
+        for nodes in ["2", "3", "5"] {
+            check(name, &["--nodes", nodes, "--parallel", "tensor"]);
+        }
+    }
+}
+
+#[test]
+fn on_unequal_nodes() {
+    check("bf16-5bit", &["--nodes", "3", "--weights", "1,4,2"]);
+    check(
+        "dense-f32",
+        &["--nodes", "2", "--weights", "3,1", "--parallel", "pipeline"],
+    );
+}
+
+#[test]
+fn on_several_nodes_pipeline_parallel() {
+    for name in FIXTURES {
+        check(name, &["--nodes", "2", "--parallel", "pipeline"]);
+    }
+}
+
+#[test]
+fn over_the_ring() {
+    for layout in ["tensor", "pipeline"] {
+        check(
+            "bf16-5bit",
+            &["--nodes", "2", "--parallel", layout, "--transport", "ring"],
+        );
+    }
+    check("dense-f32", &["--nodes", "3", "--transport", "ring"]);
+}
+
+#[test]
+fn more_nodes_than_layers_cannot_be_a_pipeline() {
+    let output = offbook()
+        .args([
+            "generate",
+            "--nodes",
+            "9",
+            "--parallel",
+            "pipeline",
+            "--tokens",
+            "1",
+            "--model",
+        ])
+        .arg(fixture("q4"))
+        .stderr(std::process::Stdio::piped())
+        .output()
+        .expect("offbook runs");
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("layers"), "{said}");
+}
+
+/// Every case of a fixture through one cluster.
+fn check(name: &str, arguments: &[&str]) {
+    let model = fixture(name);
+    let model = model.to_str().expect("the path is text");
+    let cluster = Cluster::up(&[&["--model", model], arguments].concat());
+    for case in cases(name) {
+        let (status, answer) = cluster.post(
+            "/v1/completions",
+            &json!({
+                "prompt": case.prompt, "max_tokens": case.tokens.len(), "temperature": 0,
+                "ignore_eos": true, "return_token_ids": true,
+            }),
+        );
+        assert_eq!(status, 200, "{name} {arguments:?}: {answer}");
+        assert_eq!(token_ids(&answer), case.tokens, "{name} {arguments:?}");
+    }
+}
