@@ -44,8 +44,9 @@ struct Heads {
 struct Norm {
     /// Which norm each head belongs to: 0 for q, 1 for k.
     of_head: Array,
-    /// 1 / width of each norm over all ranks: `[2]`.
-    inverse_widths: Array,
+    /// Takes the squares of this rank's heads to its part of both means: `[(query + kv heads) ×
+    /// head_dim, 2]`, 1 / width over all ranks where a channel belongs to the norm, else 0.
+    mean: Array,
     eps: Array,
 }
 
@@ -148,8 +149,6 @@ impl Heads {
             gain(weights.q_norm, query)?.multiply(scale)?,
             gain(weights.k_norm, kv)?,
         ];
-        let norm_of_head: Vec<i32> = (0..query + kv).map(|head| (head >= query).into()).collect();
-        let inverse_widths = [config.query_width(), config.kv_width()].map(|w| 1.0 / w as f32);
         Ok(Self {
             inputs: match fuse(vec![weights.q, weights.k, weights.v])? {
                 Fused::Whole(whole) => vec![whole],
@@ -157,11 +156,7 @@ impl Heads {
             },
             output: weights.o,
             gains: concatenate(&gains, 0)?,
-            norm: config.qk_norm.then(|| Norm {
-                of_head: Array::from_slice(&norm_of_head, &[query + kv]),
-                inverse_widths: Array::from_slice(&inverse_widths, &[2]),
-                eps: Array::from_f32(config.rms_norm_eps),
-            }),
+            norm: config.qk_norm.then(|| Norm::new(config, query, kv)),
             query,
             kv,
             width,
@@ -203,14 +198,10 @@ impl Heads {
         let Some(norm) = &self.norm else {
             return Ok(x.multiply(&self.gains)?);
         };
-        let squares = x.square()?;
-        let sum = |part: Array| part.sum_axes(&[1, 2], false)?.expand_dims(1);
-        let sums = [
-            sum(squares.try_index((.., ..self.query, ..))?)?,
-            sum(squares.try_index((.., self.query.., ..))?)?,
-        ];
-        let sums = rows.whole(concatenate(&sums, 1)?)?;
-        let inverse = rsqrt(sums.multiply(&norm.inverse_widths)?.add(&norm.eps)?)?;
+        let channels = (self.query + self.kv) * self.width;
+        let squares = x.square()?.reshape(&[rows.count, channels])?;
+        let means = rows.whole(matmul(&squares, &norm.mean)?)?;
+        let inverse = rsqrt(means.add(&norm.eps)?)?;
         let by_head = take_axis(&inverse, &norm.of_head, 1)?.expand_dims(2)?;
         Ok(x.multiply(by_head)?.multiply(&self.gains)?)
     }
@@ -239,5 +230,24 @@ impl Heads {
             .squeeze_axes(&[0])?
             .transpose_axes(&[1, 0, 2])?
             .reshape(&flat)
+    }
+}
+
+impl Norm {
+    fn new(config: &ModelConfig, query: i32, kv: i32) -> Self {
+        let of_head: Vec<i32> = (0..query + kv).map(|head| (head >= query).into()).collect();
+        let (of_q, of_k) = (
+            [1.0 / config.query_width() as f32, 0.0],
+            [0.0, 1.0 / config.kv_width() as f32],
+        );
+        let mean: Vec<[f32; 2]> = of_head
+            .iter()
+            .flat_map(|&norm| vec![if norm == 0 { of_q } else { of_k }; config.head_dim])
+            .collect();
+        Self {
+            of_head: Array::from_slice(&of_head, &[query + kv]),
+            mean: Array::from_slice(mean.as_flattened(), &[mean.len() as i32, 2]),
+            eps: Array::from_f32(config.rms_norm_eps),
+        }
     }
 }
