@@ -29,6 +29,4 @@ pub use step_log::StepTiming;
 pub use step_loop::{
     Command, EndReason, LoopEnd, LoopOptions, Report, StepError, run as run_steps,
 };
-pub use weights::{
-    AttentionWeights, ExpertWeights, LayerWeights, Linear, LoadError, ShardWeights,
-};
+pub use weights::{AttentionWeights, ExpertWeights, LayerWeights, Linear, LoadError, ShardWeights};
