@@ -228,3 +228,33 @@ const HELP: &str = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an an
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// The API writes a comment every ten seconds, however long a prompt takes.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn failure(api: &str) -> ChatError {
+        run(ChatOptions {
+            api: api.into(),
+            ..ChatOptions::default()
+        })
+        .await
+        .unwrap_err()
+    }
+
+    #[tokio::test]
+    async fn it_says_why_no_api_answers() {
+        assert!(matches!(
+            failure("nonsense").await,
+            ChatError::BadUrl { .. }
+        ));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let api = format!("http://{}", listener.local_addr().unwrap());
+        drop(listener);
+        let error = failure(&format!("{api}/v1/")).await;
+        assert!(
+            matches!(&error, ChatError::Unreachable { api: at, .. } if *at == api),
+            "{error}"
+        );
+    }
+}

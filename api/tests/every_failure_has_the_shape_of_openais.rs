@@ -1,0 +1,186 @@
+//! Whatever goes wrong, the status says whose turn it is to act, and the body says why.
+
+mod support;
+
+use offbook_protocol::{Phase, Rejection};
+use reqwest::Response;
+use serde_json::{Value, json};
+use support::{Script, Server, report};
+
+async fn failure(response: Response) -> (u16, Value) {
+    let status = response.status().as_u16();
+    let body: Value = response.json().await.unwrap();
+    let error = body["error"].clone();
+    assert!(
+        error["message"]
+            .as_str()
+            .is_some_and(|message| !message.is_empty()),
+        "{body}"
+    );
+    assert!(
+        error["type"].is_string() && error.get("param").is_some(),
+        "{body}"
+    );
+    assert!(error.get("code").is_some(), "{body}");
+    (status, error)
+}
+
+async fn raw(server: &Server, kind: &str, body: String) -> Response {
+    let request = server
+        .client
+        .post(format!("{}/v1/chat/completions", server.url));
+    request
+        .header("content-type", kind)
+        .body(body)
+        .send()
+        .await
+        .unwrap()
+}
+
+#[tokio::test]
+async fn bodies_that_are_no_requests() {
+    let server = Server::start([]).await;
+    let json = "application/json";
+    assert_eq!(
+        failure(raw(&server, json, "{\"model\": ".into()).await)
+            .await
+            .0,
+        400
+    );
+    assert_eq!(failure(raw(&server, json, "[]".into()).await).await.0, 400);
+    assert_eq!(
+        failure(raw(&server, json, "[".repeat(100_000)).await)
+            .await
+            .0,
+        400
+    );
+    assert_eq!(
+        failure(raw(&server, json, "\"\\ud800\"".into()).await)
+            .await
+            .0,
+        400
+    );
+    assert_eq!(
+        failure(raw(&server, "text/plain", "{}".into()).await)
+            .await
+            .0,
+        415
+    );
+    let large = format!("{{\"user\": \"{}\"}}", "a".repeat(9 << 20));
+    assert_eq!(failure(raw(&server, json, large).await).await.0, 413);
+}
+
+#[tokio::test]
+async fn places_that_do_not_exist() {
+    let server = Server::start([]).await;
+    assert_eq!(failure(server.get("/v1/nothing").await).await.0, 404);
+    let response = server.get("/v1/chat/completions").await;
+    assert_eq!(response.headers()["allow"], "POST");
+    assert_eq!(failure(response).await.0, 405);
+    assert_eq!(
+        failure(server.post("/health", &json!({})).await).await.0,
+        405
+    );
+    let (status, error) = failure(server.get("/v1/models/other/model").await).await;
+    assert_eq!((status, &error["code"]), (404, &json!("model_not_found")));
+}
+
+#[tokio::test]
+async fn a_cluster_that_cannot_take_more_says_when_to_come_back() {
+    let not_ready = Rejection::NotReady {
+        detail: "the model is still loading".into(),
+    };
+    let cases = [
+        (Rejection::Overloaded { queued: 64 }, 429, "overloaded"),
+        (not_ready, 503, "not_ready"),
+        (
+            Rejection::TooLong {
+                prompt_tokens: 9,
+                context_tokens: 8,
+            },
+            400,
+            "context_length_exceeded",
+        ),
+        (
+            Rejection::Invalid {
+                detail: "no such token".into(),
+            },
+            400,
+            "invalid_value",
+        ),
+    ];
+    for (rejection, expected, code) in cases {
+        let rejections = [Script::Reject(rejection.clone()), Script::Reject(rejection)];
+        let server = Server::start(rejections).await;
+        for stream in [false, true] {
+            let response = server.ask(json!({"stream": stream})).await;
+            let retry = response.headers().contains_key("retry-after");
+            assert_eq!(retry, expected >= 429, "{code}");
+            let (status, error) = failure(response).await;
+            assert_eq!((status, &error["code"]), (expected, &json!(code)));
+        }
+    }
+}
+
+#[tokio::test]
+async fn one_rejected_choice_cancels_the_others() {
+    let rejected = Script::Reject(Rejection::Overloaded { queued: 1 });
+    let mut server = Server::start([Script::says("x"), rejected]).await;
+    assert_eq!(server.ask(json!({"n": 2})).await.status(), 429);
+    server.submitted().await;
+    server.submitted().await;
+    assert_eq!(server.seen.recv().await, Some(support::Seen::Dropped));
+}
+
+#[tokio::test]
+async fn health_says_whether_a_request_would_be_answered() {
+    let server = Server::start([]).await;
+    assert_eq!(server.get("/health").await.status(), 200);
+    let gone = Err("the membership does not answer".to_owned());
+    for not_ready in [
+        Ok(report(Phase::Loading, "shard 1 reads its weights")),
+        gone,
+    ] {
+        server.set_cluster(not_ready);
+        let response = server.get("/health").await;
+        assert!(response.headers().contains_key("retry-after"));
+        let (status, error) = failure(response).await;
+        assert_eq!((status, &error["code"]), (503, &json!("not_ready")));
+    }
+    assert_eq!(failure(server.get("/v1/cluster").await).await.0, 503);
+    server.set_cluster(Ok(report(Phase::Failed, "")));
+    let body: Value = server.get("/v1/cluster").await.json().await.unwrap();
+    assert_eq!(
+        (&body["phase"], &body["epoch"]),
+        (&json!("failed"), &json!(3))
+    );
+}
+
+#[tokio::test]
+async fn models_are_listed_and_found() {
+    let server = Server::start([]).await;
+    let list: Value = server.get("/v1/models").await.json().await.unwrap();
+    assert_eq!(list["object"], "list");
+    assert_eq!(list["data"][0]["id"], support::MODEL);
+    let model: Value = server
+        .get("/v1/models/tests/bytes")
+        .await
+        .json()
+        .await
+        .unwrap();
+    assert_eq!(model, list["data"][0]);
+    let encoded: Value = server
+        .get("/v1/models/tests%2Fbytes")
+        .await
+        .json()
+        .await
+        .unwrap();
+    assert_eq!(encoded, model);
+}
+
+#[tokio::test]
+async fn a_server_that_is_asked_to_stop_stops() {
+    let server = Server::start([Script::says("</think>Hi")]).await;
+    server.answer(json!({})).await;
+    server.stop().await;
+}

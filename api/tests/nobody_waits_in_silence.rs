@@ -1,0 +1,56 @@
+//! A stream shows that it lives while a long prompt is read, and says so when the node stops.
+
+mod support;
+
+use futures::StreamExt;
+use serde_json::{Value, json};
+use support::{Script, Server, Step, events};
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_without_tokens_is_kept_alive() {
+    let server = Server::start([Script::Answer(vec![Step::Hang])]).await;
+    let mut stream = server.ask(json!({"stream": true})).await.bytes_stream();
+    let role = stream.next().await.unwrap().unwrap();
+    assert!(role.starts_with(b"data: "));
+    let asked = tokio::time::Instant::now();
+    let comment = stream.next().await.unwrap().unwrap();
+    assert!(comment.starts_with(b":"), "{comment:?}");
+    assert!(asked.elapsed().as_secs_f64() < 11.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_stops_says_so_to_those_who_wait() {
+    let hangs = || Script::says_then("</think>Hi", Step::Hang);
+    let mut server = Server::start([hangs(), hangs()]).await;
+    let stream = server.ask(json!({"stream": true})).await;
+    let url = format!("{}/v1/chat/completions", server.url);
+    let whole = server
+        .client
+        .post(url)
+        .json(&support::question(json!({})))
+        .send();
+    let whole = tokio::spawn(whole);
+    server.submitted().await;
+    server.submitted().await;
+    server.stop().await;
+    let last = events(stream).await.pop().unwrap();
+    assert_eq!(last["error"]["code"], "interrupted");
+    let whole = whole.await.unwrap().unwrap();
+    assert_eq!(whole.status(), 503);
+    let body: Value = whole.json().await.unwrap();
+    assert!(
+        body["error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("is being stopped")
+    );
+}
+
+#[tokio::test]
+async fn an_answer_under_way_may_end_before_the_node_does() {
+    let mut server = Server::start([Script::says("</think>Hi")]).await;
+    let stream = server.ask(json!({"stream": true})).await;
+    server.submitted().await;
+    let (events, ()) = tokio::join!(events(stream), server.stop());
+    assert_eq!(events.last().unwrap(), "[DONE]");
+}
