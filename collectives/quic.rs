@@ -3,7 +3,7 @@
 //! There is no runtime and no second thread on the path of a collective: the stream's thread writes
 //! its operands, then polls socket and timers itself until the others' have come. Between
 //! collectives a keeper thread looks in every few milliseconds, for keep-alives, acknowledgements
-//! and closes. `endpoint` binds, `rendezvous` meets, `driver` moves packets, `link` is one peer.
+//! and closes. `rendezvous` meets, `driver` moves packets, `link` is one peer.
 
 mod driver;
 mod hello;

@@ -67,7 +67,7 @@ fn measure(place: &Place, bytes: usize, spin: Option<Duration>) {
         }
         y.eval().unwrap();
     };
-    report(place.rank, alone, chained);
+    report((place.rank, bytes), alone, chained);
     group.handle().health().unwrap();
 }
 
@@ -98,16 +98,18 @@ fn measure_transport(mut transport: impl Transport, bytes: usize) {
     };
     let exchange = std::cell::RefCell::new(&mut exchange);
     report(
-        rank,
+        (rank, bytes),
         || exchange.borrow_mut()(),
         || (0..CHAIN).for_each(|_| exchange.borrow_mut()()),
     );
 }
 
 /// Warms up, then measures until enough is known; all ranks do the same number of operations.
-fn report(rank: usize, alone: impl Fn(), chained: impl Fn()) {
-    (0..ROUNDS / 10).for_each(|_| alone());
-    let mut times: Vec<_> = (0..ROUNDS)
+fn report((rank, bytes): (usize, usize), alone: impl Fn(), chained: impl Fn()) {
+    let less = 1 + bytes / FULL_ROUNDS_BYTES;
+    let (rounds, chains) = (ROUNDS / less, 1 + CHAINS / less);
+    (0..rounds / 10).for_each(|_| alone());
+    let mut times: Vec<_> = (0..rounds)
         .map(|_| {
             let start = Instant::now();
             alone();
@@ -115,10 +117,10 @@ fn report(rank: usize, alone: impl Fn(), chained: impl Fn()) {
         })
         .collect();
     times.sort_by(f64::total_cmp);
-    (0..CHAINS / 5).for_each(|_| chained());
+    (0..chains / 5).for_each(|_| chained());
     let start = Instant::now();
-    (0..CHAINS).for_each(|_| chained());
-    let per_operation = start.elapsed().as_secs_f64() * 1e6 / (CHAINS * CHAIN) as f64;
+    (0..chains).for_each(|_| chained());
+    let per_operation = start.elapsed().as_secs_f64() * 1e6 / (chains * CHAIN) as f64;
     let at = |part: f64| times[((times.len() - 1) as f64 * part) as usize];
     if rank == 0 {
         let (p50, p90, p99) = (at(0.5), at(0.9), at(0.99));
@@ -130,6 +132,8 @@ fn report(rank: usize, alone: impl Fn(), chained: impl Fn()) {
 }
 
 const CARRIER: &str = "OFFBOOK_LATENCY_CARRIER";
+/// Larger operands are measured less often, so that the whole takes a minute at most.
+const FULL_ROUNDS_BYTES: usize = 256 << 10;
 const ROUNDS: usize = 500;
 const CHAINS: usize = 10;
 const CHAIN: usize = 64;

@@ -243,8 +243,14 @@ impl Outgoing<'_> {
         if self.written < Envelope::BYTES {
             self.written += link.write(&self.envelope[self.written..]);
         }
-        if self.written >= Envelope::BYTES && self.written < self.bytes() {
-            self.written += link.write(&self.body[self.written - Envelope::BYTES..]);
+        while self.written >= Envelope::BYTES && self.written < self.bytes() {
+            let rest = &self.body[self.written - Envelope::BYTES..];
+            let piece = &rest[..rest.len().min(PIECE_BYTES)];
+            let written = link.write(piece);
+            self.written += written;
+            if written < piece.len() {
+                return;
+            }
         }
     }
 }
@@ -270,3 +276,7 @@ impl Incoming<'_> {
         Ok(())
     }
 }
+
+/// quinn copies what it is given; copies of this size the allocator hands out again and again, where
+/// larger ones would come fresh from the system, page by page.
+const PIECE_BYTES: usize = 64 << 10;
