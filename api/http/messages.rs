@@ -21,16 +21,8 @@ pub(super) fn read(fields: &mut Fields) -> Result<Vec<Value>, ApiError> {
 
 fn read_one(message: Value, path: String) -> Result<Value, ApiError> {
     let mut fields = Fields::of(message, path)?;
-    let role: String = fields.require("role", "a string")?;
+    let role = role(&mut fields)?;
     let mut read = Map::new();
-    let role = match role.as_str() {
-        "developer" => "system",
-        "system" | "user" | "assistant" | "tool" => &role,
-        _ => {
-            let why = "must be system, developer, user, assistant or tool";
-            return Err(ApiError::invalid(fields.name("role"), why));
-        }
-    };
     read.insert("role".into(), role.into());
     let content = content(&mut fields)?;
     if content.is_none() && role != "assistant" {
@@ -61,6 +53,20 @@ fn read_one(message: Value, path: String) -> Result<Value, ApiError> {
     }
     fields.finish()?;
     Ok(Value::Object(read))
+}
+
+/// As chat templates know it.
+fn role(fields: &mut Fields) -> Result<&'static str, ApiError> {
+    match fields.require::<String>("role", "a string")?.as_str() {
+        "system" | "developer" => Ok("system"),
+        "user" => Ok("user"),
+        "assistant" => Ok("assistant"),
+        "tool" => Ok("tool"),
+        _ => {
+            let why = "must be system, developer, user, assistant or tool";
+            Err(ApiError::invalid(fields.name("role"), why))
+        }
+    }
 }
 
 /// A string, or parts of text, which are put together as the model's own template would.

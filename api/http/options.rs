@@ -64,15 +64,30 @@ impl Options {
         if prompt.is_empty() {
             return Err(ApiError::invalid(param, "must not be empty"));
         }
+        let max_tokens = self.room(prompt.len(), param, context)?;
+        let request = |choice| Request {
+            prompt: prompt.to_vec(),
+            sampling: Sampling {
+                seed: self.sampling.seed.wrapping_add(u64::from(choice)),
+                ..self.sampling.clone()
+            },
+            max_tokens,
+            stop_tokens: self.stop_tokens.clone(),
+        };
+        Ok((0..self.choices).map(request).collect())
+    }
+
+    /// How many tokens an answer to a prompt of this length may have.
+    fn room(&self, prompt: usize, param: &'static str, context: u32) -> Result<u32, ApiError> {
         let too_long = |completion| {
             ApiError::TooLong(TooLong {
                 param,
                 context,
-                prompt: prompt.len(),
+                prompt,
                 completion,
             })
         };
-        let room = u32::try_from(prompt.len())
+        let room = u32::try_from(prompt)
             .ok()
             .and_then(|prompt| context.checked_sub(prompt));
         let room = room
@@ -86,16 +101,7 @@ impl Options {
             let why = format!("must not be above the {max_tokens} tokens an answer may have");
             return Err(ApiError::invalid("min_tokens", why));
         }
-        let request = |choice| Request {
-            prompt: prompt.to_vec(),
-            sampling: Sampling {
-                seed: self.sampling.seed.wrapping_add(u64::from(choice)),
-                ..self.sampling.clone()
-            },
-            max_tokens,
-            stop_tokens: self.stop_tokens.clone(),
-        };
-        Ok((0..self.choices).map(request).collect())
+        Ok(max_tokens)
     }
 }
 
