@@ -29,7 +29,7 @@ pub(crate) struct Collective {
 }
 
 enum Bound {
-    Quic(QuicEndpoint),
+    Quic(Box<QuicEndpoint>),
     Ring,
 }
 
@@ -63,7 +63,7 @@ impl Collective {
                 };
                 let endpoint = QuicEndpoint::bind(any, tls, QuicOptions::default())?;
                 let address = endpoint.local_addr();
-                (Bound::Quic(endpoint), address)
+                (Bound::Quic(Box::new(endpoint)), address)
             }
             // MLX's ring binds its port itself, later; this only finds one that is free.
             Transport::Ring => (

@@ -222,7 +222,8 @@ impl Membership {
     }
 
     fn suspend(&self, epoch: Epoch, why: String) {
-        tracing::warn!(%epoch, why, "the cluster is suspended");
+        // Whoever noticed the cause has logged it, as loudly as it deserves.
+        tracing::info!(%epoch, why, "the cluster is suspended");
         if self.end_epoch.try_send(EndEpoch { epoch, why }).is_err() {
             tracing::error!(%epoch, "the scheduler does not take the end of the epoch");
         }

@@ -5,6 +5,7 @@
 //! away. When the head is lost, so is the epoch: the shard leaves its group and registers again.
 
 mod engine_thread;
+mod memory;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -12,8 +13,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use actix::{
-    Actor, ActorContext, ActorFutureExt, Addr, AsyncContext, Context, Handler, Message,
-    ResponseActFuture, WrapFuture,
+    Actor, ActorFutureExt, Addr, AsyncContext, Context, Handler, Message, ResponseActFuture,
+    WrapFuture,
 };
 use futures::FutureExt;
 use offbook_engine::Command;
@@ -21,6 +22,7 @@ use offbook_protocol::{Epoch, GroupSpec, Plan, Rank, ShardSpec, StepOutcome, Tra
 use offbook_runtime::{
     ActorPath, Identity, Open, ProcessName, Remote, RemoteMessage, StreamMessage, System, Trust,
 };
+use rustix::process::{Signal, getpid, kill_process};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
@@ -81,7 +83,7 @@ impl ShardWorker {
         )
         .start();
         let (throttle, window) = Throttle::new(config.window);
-        let (engine, news) = EngineThread::start(window)?;
+        let (engine, news) = EngineThread::start(config.node.clone(), window)?;
         let head = ActorPath::new(config.head.clone(), names::MEMBERSHIP);
         Ok(Self {
             engine,
@@ -131,13 +133,13 @@ impl ShardWorker {
             .as_ref()
             .is_some_and(|running| running.epoch <= epoch && running.transport == Transport::Ring);
         let aborted = self.collective.send(abort).into_actor(self);
-        ctx.spawn(aborted.map(move |_, this, ctx| {
+        ctx.spawn(aborted.map(move |_, this, _| {
             this.epoch.take_if(|running| running.epoch <= epoch);
             if ring {
-                // MLX's ring can neither be interrupted nor formed twice in a process.
+                // MLX's ring can neither be interrupted nor formed twice in a process, and MLX must
+                // not be torn down under the engine's thread.
                 tracing::warn!("the ring is left by ending the process");
-                ctx.stop();
-                std::process::exit(RING_LEFT);
+                let _ = kill_process(getpid(), Signal::KILL);
             }
         }));
     }
@@ -455,5 +457,3 @@ const PLANS_MAX: usize = 4096;
 const OUTCOMES_MAX: usize = 64 * 1024;
 /// The head's messages, and news of the engine's thread.
 const MAILBOX_MAX: usize = 1024;
-/// The exit code of a shard that left its ring.
-const RING_LEFT: i32 = 75;

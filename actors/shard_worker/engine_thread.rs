@@ -12,7 +12,7 @@ use offbook_engine::{
 use offbook_protocol::{Epoch, LoadProgress, Rank, ShardSpec, StepOutcome, Transport};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{LoadRefusal, Work};
+use super::{LoadRefusal, Work, memory};
 use crate::collective::GroupSeed;
 
 /// The sending end of the thread's orders. When the last one is dropped, the thread ends.
@@ -59,10 +59,14 @@ enum Order {
 }
 
 impl EngineThread {
-    pub(super) fn start(window: Arc<AtomicU32>) -> std::io::Result<(Self, mpsc::Receiver<News>)> {
+    pub(super) fn start(
+        node: String,
+        window: Arc<AtomicU32>,
+    ) -> std::io::Result<(Self, mpsc::Receiver<News>)> {
         let (orders, ordered) = blocking::sync_channel(ORDERS_MAX);
         let (news, told) = mpsc::channel(NEWS_MAX);
         let thread = Thread {
+            node,
             news,
             window,
             held: None,
@@ -106,6 +110,7 @@ impl EngineThread {
 }
 
 struct Thread {
+    node: String,
     news: mpsc::Sender<News>,
     window: Arc<AtomicU32>,
     /// What is loaded, and for what: another epoch of the same share needs no reading.
@@ -134,6 +139,10 @@ impl Thread {
         if !self.held.as_ref().is_some_and(|(held, _)| same(held)) {
             // Two shares at once might not fit.
             self.held = None;
+            memory::check(&spec, &self.node).map_err(|detail| LoadRefusal {
+                detail,
+                lasting: true,
+            })?;
             let news = self.news.clone();
             let engine = Engine::load(&spec, &mut |progress| {
                 let _ = news.try_send(News::Progress(progress));

@@ -1,0 +1,78 @@
+//! Refuses a share that this machine cannot hold, before a byte of it is read.
+
+use std::process::Command;
+
+use offbook_engine::budget::Place;
+use offbook_engine::{Budget, Checkpoint, ModelConfig, Partition, Precision, Workload};
+use offbook_protocol::ShardSpec;
+
+/// An error that names the node, the rank and the bytes. Whatever else is wrong with the model is
+/// for the loader to say.
+pub(super) fn check(spec: &ShardSpec, node: &str) -> Result<(), String> {
+    let Some(available) = available_bytes() else {
+        return Ok(());
+    };
+    let Some(budget) = budget(spec) else {
+        return Ok(());
+    };
+    budget
+        .fits(
+            Place {
+                rank: spec.rank,
+                node,
+            },
+            available,
+        )
+        .map_err(|error| error.to_string())
+}
+
+fn budget(spec: &ShardSpec) -> Option<Budget> {
+    let config = ModelConfig::open(&spec.model).ok()?;
+    let partition = Partition::solve(&config, spec.layout, &spec.weights).ok()?;
+    let share = partition.shares.get(spec.rank.index())?;
+    let checkpoint = Checkpoint::open(&spec.model).ok()?;
+    // The CPU back-end computes in f32. A CUDA device does not, and needs less than this says.
+    let precision = match cfg!(target_os = "macos") {
+        true => checkpoint.precision(),
+        false => Precision::Float32,
+    };
+    let workload = Workload {
+        // One sequence at its longest; more of them share what is left.
+        kv_tokens: u64::from(spec.context_tokens),
+        context_tokens: u64::from(spec.context_tokens),
+        sequences: u64::from(spec.sequences_max),
+        prefill_chunk_tokens: u64::from(spec.prefill_chunk_tokens),
+        precision,
+    };
+    let weight_bytes = checkpoint.share_bytes(&config, share, precision);
+    Some(Budget::of(&config, share, weight_bytes, &workload))
+}
+
+/// What the system could give now, or `None` where it does not say.
+fn available_bytes() -> Option<u64> {
+    if cfg!(target_os = "macos") {
+        // Unified memory, all of it: macOS moves what is idle out of the way.
+        let output = Command::new("sysctl")
+            .args(["-n", "hw.memsize"])
+            .output()
+            .ok()?;
+        return String::from_utf8(output.stdout).ok()?.trim().parse().ok();
+    }
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_system_says_what_it_has() {
+        let available = available_bytes().expect("Linux and macOS say so");
+        assert!(available > 1 << 20, "{available} bytes");
+    }
+}
