@@ -45,7 +45,15 @@ pub(crate) async fn run(options: Shard) -> Result<()> {
     };
     ShardWorker::new(system, config)?.start();
     terminate.recv().await;
-    // The engine's thread may be inside a device call that nothing interrupts, and nothing that it
-    // holds outlives the process.
-    std::process::exit(0)
+    end_at_once()
+}
+
+/// Ends this process without its libraries' last words: the engine's thread may be inside a device
+/// call that nothing interrupts, and MLX must not be torn down under it. Nothing that a shard holds
+/// outlives the process.
+fn end_at_once() -> Result<()> {
+    Ok(rustix::process::kill_process(
+        rustix::process::getpid(),
+        rustix::process::Signal::KILL,
+    )?)
 }
