@@ -4,7 +4,7 @@
 mod support;
 
 use serde_json::{Value, json};
-use support::{Cluster, long_completion, token_ids};
+use support::{Cluster, long_completion, send_signal, token_ids};
 
 #[test]
 fn and_each_answer_is_what_it_would_be_alone() {
@@ -40,7 +40,8 @@ fn and_each_answer_is_what_it_would_be_alone() {
 fn and_what_is_too_much_is_refused_at_once_until_somebody_leaves() {
     let cluster = Cluster::up(&["--nodes", "1", "--sequences", "1"]);
     let running = cluster.stream("/v1/completions", &long_completion(1900));
-    // The queue of 64 fills behind the one that runs.
+    // The shard stands still, so that nothing finishes while the queue of 64 fills behind it.
+    send_signal(cluster.shard_pid(0), "STOP");
     let waiting: Vec<_> = (0..64)
         .map(|_| {
             let body = long_completion(1900);
@@ -65,6 +66,7 @@ fn and_what_is_too_much_is_refused_at_once_until_somebody_leaves() {
     cluster.wait_for("the next one to run", |report| {
         report["requests_queued"] == 63 && report["requests_running"] == 1
     });
+    send_signal(cluster.shard_pid(0), "CONT");
     drop(cluster);
     waiting
         .into_iter()

@@ -29,25 +29,18 @@ struct Case {
 fn cases(name: &str) -> Vec<Case> {
     let text = std::fs::read_to_string(fixture(name).join("expected.json")).expect("it is there");
     let expected: Value = serde_json::from_str(&text).expect("it is JSON");
-    let numbers = |list: &Value| -> Vec<f64> {
-        list.as_array()
-            .into_iter()
-            .flatten()
-            .filter_map(Value::as_f64)
-            .collect()
+    let answers = expected["answers"].as_array().expect("a list of answers");
+    let case = |answer: &Value| {
+        let steps = answer["steps"].as_array().expect("a list of steps");
+        let token = |step: &Value| step["token"].as_u64().expect("a token id");
+        let logprob = |step: &Value| step["logprob"].as_f64().expect("a log-probability");
+        Case {
+            prompt: answer["prompt"].clone(),
+            tokens: steps.iter().map(token).collect(),
+            logprobs: steps.iter().map(logprob).collect(),
+        }
     };
-    let cases = expected["cases"].as_array().expect("a list of cases");
-    cases
-        .iter()
-        .map(|case| Case {
-            prompt: case["prompt"].clone(),
-            tokens: numbers(&case["tokens"])
-                .into_iter()
-                .map(|token| token as u64)
-                .collect(),
-            logprobs: numbers(&case["logprobs"]),
-        })
-        .collect()
+    answers.iter().map(case).collect()
 }
 
 #[test]
