@@ -5,6 +5,8 @@ CARGO ?= cargo
 # cpu or cuda-13; on macOS mlx-sys builds MLX itself and this does nothing.
 MLX ?= cpu
 MLX_LINUX = deploy/mlx-linux
+BENCH = .mlx/bench
+MLX_LM = mlx-lm==0.32.2 $(if $(filter Darwin,$(shell uname)),mlx==0.32.4,mlx[cpu]==0.32.4)
 
 up: build
 	target/release/offbook up
@@ -16,7 +18,7 @@ test: mlx lint
 	$(CARGO) test --workspace --locked
 
 mlx: require-cargo
-	@$(CARGO) run --quiet --locked --manifest-path $(MLX_LINUX)/Cargo.toml -- $(MLX)
+	@test "$$(uname)" = Darwin || $(CARGO) run --quiet --locked --manifest-path $(MLX_LINUX)/Cargo.toml -- $(MLX)
 
 lint: mlx
 	$(CARGO) fmt --all --check
@@ -26,8 +28,11 @@ lint: mlx
 	  $(CARGO) deny --offline --log-level error check bans licenses sources; \
 	else echo "lint: cargo-deny is not installed (cargo install cargo-deny), licences not checked"; fi
 
+# Beside mlx-lm, which this sets up in a Python environment of its own.
 bench: build
-	target/release/offbook bench decode
+	@test -x $(BENCH)/bin/python || python3 -m venv $(BENCH)
+	@$(BENCH)/bin/python -c 'import mlx_lm' 2>/dev/null || $(BENCH)/bin/pip install --quiet $(MLX_LM)
+	target/release/offbook bench decode --python $(BENCH)/bin/python
 
 clean:
 	$(CARGO) clean
