@@ -218,7 +218,7 @@ pub(crate) fn identity_file(data: &Path) -> PathBuf {
     data.join("identity.pem")
 }
 
-/// Makes a key for every node, in a folder of its own under `folder`, and the cluster file that
+/// Makes a key for every node that has none, in a folder of its own under `folder`, and the cluster file that
 /// pins them all.
 pub(crate) fn found(
     folder: &Path,
@@ -229,8 +229,7 @@ pub(crate) fn found(
     for (name, address) in nodes {
         let data = folder.join(name);
         fs::create_dir_all(&data).with_context(|| format!("cannot make {}", data.display()))?;
-        let identity = Identity::generate(name)?;
-        identity.save(&identity_file(&data))?;
+        let identity = keep_or_make_identity(name, &identity_file(&data))?;
         members.push(ClusterNode {
             name: name.clone(),
             address: *address,
@@ -243,6 +242,16 @@ pub(crate) fn found(
     let path = folder.join("cluster.toml");
     file.save(&path)?;
     Ok(path)
+}
+
+/// A folder that is used again keeps its keys.
+fn keep_or_make_identity(node: &str, file: &Path) -> Result<Identity> {
+    if file.exists() {
+        return Ok(Identity::load(file)?);
+    }
+    let identity = Identity::generate(node)?;
+    identity.save(file)?;
+    Ok(identity)
 }
 
 /// `offbook cluster …`
@@ -323,6 +332,14 @@ mod tests {
         let identity = Identity::load(&identity_file(&folder.path().join("a"))).unwrap();
         assert_eq!(file.head().keys, [identity.key()]);
         assert!(file.node("b").unwrap_err().to_string().contains("one of a"));
+    }
+
+    #[test]
+    fn a_folder_that_is_used_again_keeps_its_keys() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("identity.pem");
+        let made = keep_or_make_identity("a", &file).unwrap();
+        assert_eq!(keep_or_make_identity("a", &file).unwrap().key(), made.key());
     }
 
     #[test]
