@@ -48,11 +48,9 @@ fn and_what_is_too_much_is_refused_at_once_until_somebody_leaves() {
             let url = cluster.url("/v1/completions");
             std::thread::spawn(move || {
                 let client = reqwest::blocking::Client::new();
-                let _ = client
-                    .post(url)
-                    .json(&body)
-                    .timeout(support::PATIENCE)
-                    .send();
+                let request = client.post(url).json(&body).timeout(support::PATIENCE);
+                // Whoever does not read an answer to its end has left.
+                let _ = request.send().and_then(|answer| answer.bytes());
             })
         })
         .collect();
