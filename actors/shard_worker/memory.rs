@@ -6,27 +6,36 @@ use offbook_engine::budget::Place;
 use offbook_engine::{Budget, Checkpoint, ModelConfig, Partition, Precision, Workload};
 use offbook_protocol::ShardSpec;
 
-/// An error that names the node, the rank and the bytes. Whatever else is wrong with the model is
-/// for the loader to say.
+/// An error that names the node, the rank and the bytes, when not even a short conversation would
+/// fit; a warning when the longest one would not. Whatever else is wrong with the model is for the
+/// loader to say.
 pub(super) fn check(spec: &ShardSpec, node: &str) -> Result<(), String> {
     let Some(available) = available_bytes() else {
         return Ok(());
     };
-    let Some(budget) = budget(spec) else {
-        return Ok(());
+    let place = Place {
+        rank: spec.rank,
+        node,
     };
-    budget
-        .fits(
-            Place {
-                rank: spec.rank,
-                node,
-            },
-            available,
-        )
-        .map_err(|error| error.to_string())
+    let fits = |context_tokens: u32| match budget(spec, context_tokens) {
+        Some(budget) => budget
+            .fits(place, available)
+            .map_err(|error| error.to_string()),
+        None => Ok(()),
+    };
+    fits(spec.context_tokens.min(SHORT_CONTEXT_TOKENS))?;
+    if let Err(error) = fits(spec.context_tokens) {
+        let context = spec.context_tokens;
+        tracing::warn!(
+            error,
+            context,
+            "a sequence of the full context will not fit: lower it"
+        );
+    }
+    Ok(())
 }
 
-fn budget(spec: &ShardSpec) -> Option<Budget> {
+fn budget(spec: &ShardSpec, context_tokens: u32) -> Option<Budget> {
     let config = ModelConfig::open(&spec.model).ok()?;
     let partition = Partition::solve(&config, spec.layout, &spec.weights).ok()?;
     let share = partition.shares.get(spec.rank.index())?;
@@ -38,8 +47,8 @@ fn budget(spec: &ShardSpec) -> Option<Budget> {
     };
     let workload = Workload {
         // One sequence at its longest; more of them share what is left.
-        kv_tokens: u64::from(spec.context_tokens),
-        context_tokens: u64::from(spec.context_tokens),
+        kv_tokens: u64::from(context_tokens),
+        context_tokens: u64::from(context_tokens),
         sequences: u64::from(spec.sequences_max),
         prefill_chunk_tokens: u64::from(spec.prefill_chunk_tokens),
         precision,
@@ -65,6 +74,9 @@ fn available_bytes() -> Option<u64> {
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
 }
+
+/// Below this a model is of no use, so a machine must hold at least as much.
+const SHORT_CONTEXT_TOKENS: u32 = 4096;
 
 #[cfg(test)]
 mod tests {
