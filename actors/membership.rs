@@ -31,6 +31,8 @@ use crate::shard_worker::{JoinGroup, LeaveGroup, LoadRefusal, LoadShard, Loaded}
 /// What all shards of the cluster are told.
 #[derive(Clone, Debug)]
 pub struct ClusterSettings {
+    /// Where clients reach the head, as a URL: for the report alone.
+    pub api: String,
     /// In rank order, with the share of the model that each takes.
     pub nodes: Vec<(String, NodeWeight)>,
     pub model: PathBuf,
@@ -272,6 +274,7 @@ impl Membership {
             alive: member.node_alive,
         };
         ClusterReport {
+            api: self.settings.api.clone(),
             epoch: self.formation.epoch(),
             phase: self.formation.phase(),
             detail: self.formation.detail().to_owned(),

@@ -7,6 +7,8 @@ use crate::{Epoch, Layout, LoadProgress, Rank, Transport};
 /// The cluster as its head sees it now.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ClusterReport {
+    /// Where clients reach the head, as a URL.
+    pub api: String,
     pub epoch: Epoch,
     pub phase: Phase,
     /// Why the cluster is not ready, in words for an operator; empty when it is.

@@ -169,12 +169,13 @@ impl ClusterFile {
     }
 
     /// What the shards are told; `model_context` is what the model itself can take.
-    pub(crate) fn settings(&self, model_context: u32) -> ClusterSettings {
+    pub(crate) fn settings(&self, model_context: u32, api: SocketAddr) -> ClusterSettings {
         let nodes = self
             .nodes
             .iter()
             .map(|node| (node.name.clone(), NodeWeight(node.weight)));
         ClusterSettings {
+            api: format!("http://{api}"),
             nodes: nodes.collect(),
             model: self.model.clone(),
             layout: self.parallel,

@@ -83,7 +83,7 @@ async fn start_head(system: &System, cluster: &ClusterFile, options: &Node) -> R
         count_requests: scheduler.recipient(),
     };
     let epochs = options.data_dir.join("epoch");
-    let settings = cluster.settings(config.context_tokens as u32);
+    let settings = cluster.settings(config.context_tokens as u32, listener.local_addr()?);
     let membership = Membership::new(system.clone(), settings, epochs, links)?.start();
     let service = backend::service(system, membership, cluster, &config)?;
     actix::spawn(async move {

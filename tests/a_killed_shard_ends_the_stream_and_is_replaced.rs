@@ -38,6 +38,7 @@ fn whichever_rank_it_is() {
     let report = cluster.get("/v1/cluster").1;
     assert!(report["epoch"].as_u64() >= Some(4), "{report}");
     assert_eq!(report["requests_running"], 0, "{report}");
+    assert_eq!(report["api"], cluster.ready["api"]);
 }
 
 fn short() -> Value {

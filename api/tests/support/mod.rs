@@ -307,6 +307,7 @@ pub(crate) fn said(events: &[Value], choice: usize, field: &str) -> String {
 
 pub(crate) fn report(phase: Phase, detail: &str) -> ClusterReport {
     ClusterReport {
+        api: "http://127.0.0.1:1".into(),
         epoch: Epoch(3),
         phase,
         detail: detail.into(),
