@@ -1,3 +1,5 @@
+//! What `checkpoint` promises.
+
 use super::*;
 use proptest::prelude::*;
 use serde_json::{Value, json};

@@ -1,3 +1,5 @@
+//! What `partition` promises.
+
 use super::*;
 use proptest::prelude::*;
 use serde_json::json;

@@ -1,3 +1,5 @@
+//! What `weights` promises.
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
