@@ -58,8 +58,8 @@ impl Collective {
         let (bound, address) = match transport {
             Transport::Quic => {
                 let tls = TensorTls {
-                    server: self.identity.server_config(&self.trust, ALPN)?,
-                    client: self.identity.client_config(&self.trust, ALPN)?,
+                    server: self.identity.server_config(&self.trust, TensorTls::ALPN)?,
+                    client: self.identity.client_config(&self.trust, TensorTls::ALPN)?,
                 };
                 let endpoint = QuicEndpoint::bind(any, tls, QuicOptions::default())?;
                 let address = endpoint.local_addr();
@@ -205,6 +205,3 @@ impl Handler<Abort> for Collective {
         }
     }
 }
-
-/// Tensors speak another protocol than messages, on another socket.
-const ALPN: &[u8] = b"offbook-tensor/1";

@@ -13,15 +13,16 @@ pub(super) fn check(spec: &ShardSpec, node: &str) -> Result<(), String> {
     let Some(available) = available_bytes() else {
         return Ok(());
     };
+    let Some(budget) = budgets(spec) else {
+        return Ok(());
+    };
     let place = Place {
         rank: spec.rank,
         node,
     };
-    let fits = |context_tokens: u32| match budget(spec, context_tokens) {
-        Some(budget) => budget
-            .fits(place, available)
-            .map_err(|error| error.to_string()),
-        None => Ok(()),
+    let fits = |context_tokens: u32| {
+        let fits = budget(context_tokens).fits(place, available);
+        fits.map_err(|error| error.to_string())
     };
     fits(spec.context_tokens.min(SHORT_CONTEXT_TOKENS))?;
     if let Err(error) = fits(spec.context_tokens) {
@@ -35,26 +36,30 @@ pub(super) fn check(spec: &ShardSpec, node: &str) -> Result<(), String> {
     Ok(())
 }
 
-fn budget(spec: &ShardSpec, context_tokens: u32) -> Option<Budget> {
+/// What this share needs, by the length of its longest sequence.
+fn budgets(spec: &ShardSpec) -> Option<impl Fn(u32) -> Budget + use<>> {
     let config = ModelConfig::open(&spec.model).ok()?;
     let partition = Partition::solve(&config, spec.layout, &spec.weights).ok()?;
-    let share = partition.shares.get(spec.rank.index())?;
+    let share = partition.shares.into_iter().nth(spec.rank.index())?;
     let checkpoint = Checkpoint::open(&spec.model).ok()?;
     // The CPU back-end computes in f32. A CUDA device does not, and needs less than this says.
     let precision = match cfg!(target_os = "macos") {
         true => checkpoint.precision(),
         false => Precision::Float32,
     };
-    let workload = Workload {
-        // One sequence at its longest; more of them share what is left.
-        kv_tokens: u64::from(context_tokens),
-        context_tokens: u64::from(context_tokens),
-        sequences: u64::from(spec.sequences_max),
-        prefill_chunk_tokens: u64::from(spec.prefill_chunk_tokens),
-        precision,
-    };
-    let weight_bytes = checkpoint.share_bytes(&config, share, precision);
-    Some(Budget::of(&config, share, weight_bytes, &workload))
+    let weight_bytes = checkpoint.share_bytes(&config, &share, precision);
+    let (sequences, chunk) = (spec.sequences_max, spec.prefill_chunk_tokens);
+    Some(move |context_tokens| {
+        let workload = Workload {
+            // One sequence at its longest; more of them share what is left.
+            kv_tokens: u64::from(context_tokens),
+            context_tokens: u64::from(context_tokens),
+            sequences: u64::from(sequences),
+            prefill_chunk_tokens: u64::from(chunk),
+            precision,
+        };
+        Budget::of(&config, &share, weight_bytes, &workload)
+    })
 }
 
 /// What the system could give now, or `None` where it does not say.
