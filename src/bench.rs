@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use offbook_protocol::{Layout, Transport};
 use serde_json::{Value, json};
 
-use crate::cli::{BenchCommand, BenchDecode, LocalOptions};
+use crate::cli::{BenchCommand, BenchDecode, Division, LocalOptions};
 use crate::demo_model;
 use crate::generate::stream_completion;
 use crate::local_cluster::LocalCluster;
@@ -75,14 +75,16 @@ async fn decode(options: BenchDecode) -> Result<()> {
 
 async fn one_cluster(options: &BenchDecode, model: &Path, nodes: u32) -> Result<f64> {
     let local = LocalOptions {
-        nodes,
-        model: Some(model.to_owned()),
-        parallel: Layout::Tensor,
+        division: Division {
+            nodes,
+            model: Some(model.to_owned()),
+            parallel: Layout::Tensor,
+            weights: Vec::new(),
+            context: 0,
+        },
         transport: options.transport,
         data_dir: None,
-        context: 0,
         sequences: 1,
-        weights: Vec::new(),
     };
     let cluster = LocalCluster::start(&local, ([127, 0, 0, 1], 0).into())?;
     let measured = async {

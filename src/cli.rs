@@ -47,10 +47,10 @@ pub(crate) enum Command {
     Shard(Shard),
 }
 
-/// What a cluster on this machine is made of.
+/// Which model, and how it is divided.
 #[derive(Clone, Debug, Args)]
-pub(crate) struct LocalOptions {
-    /// How many nodes to start
+pub(crate) struct Division {
+    /// How many nodes
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) nodes: u32,
     /// Directory of a model in MLX format; without it, the demo model that is part of this program
@@ -59,12 +59,9 @@ pub(crate) struct LocalOptions {
     /// How the model is divided: tensor or pipeline
     #[arg(long, default_value_t = Layout::Tensor, value_name = "LAYOUT")]
     pub(crate) parallel: Layout,
-    /// What carries tensors between shards: quic (ours, encrypted) or ring (MLX's own, plain TCP)
-    #[arg(long, default_value_t = Transport::Quic)]
-    pub(crate) transport: Transport,
-    /// Where keys, configuration and state are kept; without it, a folder that is removed at the end
-    #[arg(long, value_name = "DIR")]
-    pub(crate) data_dir: Option<PathBuf>,
+    /// Share of the model that each node takes, relative to the others, as in 2,1,1
+    #[arg(long, value_name = "W,W,…", value_delimiter = ',')]
+    pub(crate) weights: Vec<f64>,
     /// Positions that a sequence may reach, prompt included; the model's own limit if not given
     #[arg(
         long,
@@ -73,12 +70,22 @@ pub(crate) struct LocalOptions {
         hide_default_value = true
     )]
     pub(crate) context: u32,
+}
+
+/// What a cluster on this machine is made of.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct LocalOptions {
+    #[command(flatten)]
+    pub(crate) division: Division,
+    /// What carries tensors between shards: quic (ours, encrypted) or ring (MLX's own, plain TCP)
+    #[arg(long, default_value_t = Transport::Quic)]
+    pub(crate) transport: Transport,
+    /// Where keys, configuration and state are kept; without it, a folder that is removed at the end
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
     /// Requests that are worked on at the same time
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) sequences: u32,
-    /// Share of the model that each node takes, relative to the others, as in 2,1,1
-    #[arg(long, value_name = "W,W,…", value_delimiter = ',')]
-    pub(crate) weights: Vec<f64>,
 }
 
 #[derive(Debug, Args)]
@@ -233,26 +240,8 @@ pub(crate) struct GenerateInput {
 
 #[derive(Debug, Args)]
 pub(crate) struct Plan {
-    /// How many nodes
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub(crate) nodes: u32,
-    /// Directory of a model in MLX format; without it, the demo model
-    #[arg(long, value_name = "DIR")]
-    pub(crate) model: Option<PathBuf>,
-    /// How the model is divided: tensor or pipeline
-    #[arg(long, default_value_t = Layout::Tensor, value_name = "LAYOUT")]
-    pub(crate) parallel: Layout,
-    /// Share of the model that each node takes, relative to the others, as in 2,1,1
-    #[arg(long, value_name = "W,W,…", value_delimiter = ',')]
-    pub(crate) weights: Vec<f64>,
-    /// Positions that a sequence may reach; the model's own limit if not given
-    #[arg(
-        long,
-        value_name = "TOKENS",
-        default_value_t = 0,
-        hide_default_value = true
-    )]
-    pub(crate) context: u32,
+    #[command(flatten)]
+    pub(crate) division: Division,
     /// Print JSON instead of a table
     #[arg(long)]
     pub(crate) json: bool,

@@ -41,7 +41,7 @@ async fn generate(cluster: &LocalCluster, options: &Generate, loading: Duration)
         println!("{}", generated.text);
         return Ok(());
     }
-    let plan = plan::report(&cluster.model, &options.local)?;
+    let plan = plan::report(&cluster.model, &options.local.division)?;
     let tokens = generated.tokens.len();
     let decoding = generated.last.saturating_sub(generated.first);
     let line = json!({

@@ -28,32 +28,32 @@ impl LocalCluster {
     /// Makes keys and a cluster file, and starts every node. Must be called on the main thread:
     /// the nodes end with the thread that started them.
     pub(crate) fn start(options: &LocalOptions, http: SocketAddr) -> Result<Self> {
-        check_weights(&options.weights, options.nodes)?;
+        check_weights(&options.division.weights, options.division.nodes)?;
         let (folder, scratch) = data_folder(options.data_dir.as_deref())?;
-        let model = match &options.model {
+        let model = match &options.division.model {
             Some(model) => model
                 .canonicalize()
                 .with_context(|| format!("no model at {}: give its directory", model.display()))?,
             None => demo_model::write_to(&folder)?,
         };
         let http = reserve_tcp(http)?;
-        let names = (1..=options.nodes).map(|n| format!("node-{n}"));
+        let names = (1..=options.division.nodes).map(|n| format!("node-{n}"));
         let nodes = names
             .map(|name| Ok((name, reserve_udp()?)))
             .collect::<Result<Vec<_>>>()?;
         let cluster = found(&folder, &nodes, |mut nodes| {
-            for (node, weight) in nodes.iter_mut().zip(&options.weights) {
+            for (node, weight) in nodes.iter_mut().zip(&options.division.weights) {
                 node.weight = *weight;
             }
             let mut limits = Limits {
-                context_tokens: options.context,
+                context_tokens: options.division.context,
                 ..Limits::default()
             };
             limits.sequences_max = options.sequences;
             ClusterFile {
                 cluster: format!("local-{}", std::process::id()),
                 model: model.clone(),
-                parallel: options.parallel,
+                parallel: options.division.parallel,
                 transport: options.transport,
                 limits,
                 nodes,

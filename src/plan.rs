@@ -7,26 +7,26 @@ use anyhow::{Context, Result};
 use offbook_engine::{Checkpoint, ModelConfig, Partition, PlanReport, Precision};
 use offbook_protocol::{Layout, NodeWeight};
 
-use crate::cli::{LocalOptions, Plan};
+use crate::cli::{Division, Plan};
 use crate::demo_model;
 use crate::local_cluster::check_weights;
 
 pub(crate) fn run(options: &Plan) -> Result<()> {
-    check_weights(&options.weights, options.nodes)?;
+    check_weights(&options.division.weights, options.division.nodes)?;
     let scratch = tempfile::tempdir().context("cannot make a temporary folder")?;
-    let model = match &options.model {
+    let model = match &options.division.model {
         Some(model) => model.clone(),
         None => demo_model::write_to(scratch.path())?,
     };
     let (config, report) = solve(
         &model,
-        options.parallel,
-        &weights(&options.weights, options.nodes),
+        options.division.parallel,
+        &weights(&options.division.weights, options.division.nodes),
     )?;
     if options.json {
         println!("{}", serde_json::to_string(&report)?);
     } else {
-        let context = match options.context {
+        let context = match options.division.context {
             0 => config.context_tokens as u64,
             wanted => u64::from(wanted).min(config.context_tokens as u64),
         };
@@ -36,9 +36,9 @@ pub(crate) fn run(options: &Plan) -> Result<()> {
 }
 
 /// The plan of a cluster on this machine.
-pub(crate) fn report(model: &Path, options: &LocalOptions) -> Result<PlanReport> {
-    let weights = weights(&options.weights, options.nodes);
-    Ok(solve(model, options.parallel, &weights)?.1)
+pub(crate) fn report(model: &Path, division: &Division) -> Result<PlanReport> {
+    let weights = weights(&division.weights, division.nodes);
+    Ok(solve(model, division.parallel, &weights)?.1)
 }
 
 fn weights(given: &[f64], nodes: u32) -> Vec<NodeWeight> {
