@@ -351,16 +351,14 @@ impl Handler<Announce> for Membership {
             );
             return;
         };
-        member.node_pid = news.pid;
-        member.node_alive = true;
         member.restarts = news.restarts;
         member.last_failure.clone_from(&news.last_failure);
         self.heard_of_nodes
             .insert(news.node.clone(), Instant::now());
-        let mut actions = Vec::new();
+        let mut actions = self.formation.announced(&news.node, news.pid);
         if let Some(pid) = news.ended_pid {
             let why = format!("the shard of {} ended: {}", news.node, news.last_failure);
-            actions = self.formation.lost(&news.node, pid, why);
+            actions.extend(self.formation.lost(&news.node, pid, why));
         }
         if news.given_up {
             actions.extend(self.formation.given_up(&news.node, &news.last_failure));

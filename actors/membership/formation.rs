@@ -1,7 +1,7 @@
 //! How a group of shards forms, breaks, and forms again: pure, without IO or clock.
 //!
-//! One epoch is one formation: every shard present → all load → all join → serving, until one is
-//! lost or fails. What arrives from an earlier epoch changes nothing.
+//! One epoch is one formation: every node and its shard present → all load → all join → serving,
+//! until one is lost or fails. What arrives from an earlier epoch changes nothing.
 
 use std::net::SocketAddr;
 
@@ -30,6 +30,12 @@ pub(super) struct Member {
     pub(super) load: Option<LoadProgress>,
     pub(super) restarts: u32,
     pub(super) last_failure: String,
+}
+
+impl Member {
+    fn is_here(&self) -> bool {
+        self.node_pid != 0 && self.shard.is_some()
+    }
 }
 
 /// A shard process that has registered.
@@ -125,6 +131,23 @@ impl Formation {
         }
     }
 
+    /// The agent of `node` has said that it is there, as process `pid`. Its shard may have been
+    /// quicker: no epoch begins with a node of which nothing is known.
+    pub(super) fn announced(&mut self, node: &str, pid: u32) -> Vec<Action> {
+        let Some(member) = self.member_mut(node) else {
+            return Vec::new();
+        };
+        member.node_alive = true;
+        let first = std::mem::replace(&mut member.node_pid, pid) == 0;
+        if first && matches!(self.stage, Stage::Gathering) {
+            self.detail = self.who_is_missing();
+            return vec![Action::BeginSoon {
+                fruitless: self.fruitless,
+            }];
+        }
+        Vec::new()
+    }
+
     /// A shard process of `node` has registered, for the first time or in place of a lost one.
     pub(super) fn registered(&mut self, node: &str, shard: Shard) -> Vec<Action> {
         let Some(rank) = self.members.iter().position(|member| member.node == node) else {
@@ -176,9 +199,9 @@ impl Formation {
         actions
     }
 
-    /// Begins an epoch if every shard is there and none is under way.
+    /// Begins an epoch if every node and shard is there and none is under way.
     pub(super) fn begin(&mut self) -> Vec<Action> {
-        let all_here = self.members.iter().all(|member| member.shard.is_some());
+        let all_here = self.members.iter().all(Member::is_here);
         if !all_here || !matches!(self.stage, Stage::Gathering) {
             return Vec::new();
         }
@@ -305,13 +328,13 @@ impl Formation {
         let missing: Vec<_> = self
             .members
             .iter()
-            .filter(|member| member.shard.is_none())
+            .filter(|member| !member.is_here())
             .map(|member| member.node.as_str())
             .collect();
         if missing.is_empty() {
             "shards are about to load".into()
         } else {
-            format!("waiting for the shard of {}", missing.join(", "))
+            format!("waiting for {}", missing.join(", "))
         }
     }
 }
@@ -332,6 +355,8 @@ mod tests {
 
     fn serving() -> Formation {
         let mut formation = Formation::new(["a".into(), "b".into()], Epoch(4));
+        formation.announced("a", 11);
+        formation.announced("b", 12);
         assert_eq!(
             formation.registered("a", shard(1)),
             [Action::BeginSoon { fruitless: 0 }]
@@ -358,6 +383,20 @@ mod tests {
         assert_eq!(formation.joined(epoch, Rank(1)), [Action::Serve { epoch }]);
         assert_eq!(formation.phase(), Phase::Ready);
         formation
+    }
+
+    #[test]
+    fn a_shard_that_is_quicker_than_its_node_is_waited_with() {
+        let mut formation = Formation::new(["a".into()], Epoch(0));
+        formation.registered("a", shard(1));
+        assert!(formation.begin().is_empty(), "the node is unknown");
+        assert!(formation.detail().contains("waiting for a"));
+        assert_eq!(
+            formation.announced("a", 11),
+            [Action::BeginSoon { fruitless: 0 }]
+        );
+        assert_eq!(formation.begin().len(), 1);
+        assert!(formation.announced("a", 11).is_empty(), "only once");
     }
 
     #[test]
