@@ -9,6 +9,7 @@ mod group;
 mod handle;
 mod transport;
 pub mod quic;
+pub mod shared_memory;
 mod ring;
 
 mod carrier;
@@ -24,4 +25,5 @@ pub use self::handle::GroupHandle;
 pub use self::operation::{Envelope, Operation};
 pub use self::quic::{JoinSpec, QuicEndpoint, QuicOptions, QuicTransport, TensorTls};
 pub use self::ring::RingSpec;
+pub use self::shared_memory::Segment;
 pub use self::transport::{Exchange, POISON_LATENCY_MAX, Transport, Wait};
