@@ -3,8 +3,7 @@
 use std::env;
 
 fn main() {
-    println!("cargo:rerun-if-changed=shim/group.cpp");
-    println!("cargo:rerun-if-changed=shim/group.h");
+    println!("cargo:rerun-if-changed=shim");
     let include = env::var_os("DEP_MLX_INCLUDE")
         .expect("mlx-sys tells where MLX's headers are; on Linux run `make mlx` first");
     let mut build = cc::Build::new();
@@ -12,6 +11,7 @@ fn main() {
         .cpp(true)
         .std("c++20")
         .file("shim/group.cpp")
+        .file("shim/device.cpp")
         .includes(env::split_paths(&include));
     // MLX's headers are not ours to silence one by one.
     build

@@ -101,6 +101,14 @@ impl Carrier {
         self.size
     }
 
+    pub(crate) fn deadline(&self) -> Duration {
+        self.deadline
+    }
+
+    pub(crate) fn health(&self) -> &Health {
+        &self.health
+    }
+
     /// Carries `work` out, or poisons the group. On an error the caller fills the output with zeros.
     pub(crate) fn run(&self, work: Work<'_>) -> Result<(), CollectiveError> {
         self.health.check()?;

@@ -82,6 +82,12 @@ pub enum CollectiveError {
         /// Why not.
         why: String,
     },
+    /// The device cannot wait on its own stream for its peers; the CPU stream can.
+    #[error("collectives cannot stay on the device's stream: {why}")]
+    NotDelegated {
+        /// What is missing, or who asked for the CPU stream.
+        why: String,
+    },
     /// The socket, the environment or a file of this machine failed us.
     #[error("{doing}: {why}")]
     Local {

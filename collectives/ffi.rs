@@ -1,5 +1,5 @@
-//! The one file with `unsafe`: our carrier behind MLX's distributed group, by way of the C++ shim,
-//! and MLX's distributed operations by way of mlx-c. Nothing unwinds across in either direction.
+//! The border to MLX's distributed operations: our carrier behind a group of MLX's, by way of the C++
+//! shim, and the operations by way of mlx-c. Nothing unwinds across in either direction.
 //!
 //! MLX has one all-reduce with a fixed signature: operand in, result of the same shape out, ordered
 //! behind its operand. Everything of that shape goes through it (broadcast, scatter, gather to a
@@ -8,7 +8,7 @@
 #![allow(unsafe_code)]
 
 use std::{
-    ffi::{CString, c_char, c_void},
+    ffi::{CStr, CString, c_char, c_void},
     panic::{AssertUnwindSafe, catch_unwind},
     slice,
     sync::Arc,
@@ -42,6 +42,8 @@ pub(crate) enum Task {
 /// An MLX distributed group: ours, or MLX's own ring. Belongs to the engine thread.
 pub(crate) struct MlxGroup {
     group: mlx_distributed_group,
+    /// Its operations belong on the device's stream.
+    on_device: bool,
 }
 
 impl MlxGroup {
@@ -61,23 +63,36 @@ impl MlxGroup {
         }
         Ok(Self {
             group: mlx_distributed_group { ctx },
+            on_device: false,
         })
     }
 
-    /// MLX's own ring, as the environment describes it.
-    pub(crate) fn ring() -> Result<Self, CollectiveError> {
+    /// A group of MLX's own, as the environment describes it. NCCL's operations are on the device's
+    /// stream, the ring's on the CPU's.
+    pub(crate) fn of_mlx(backend: MlxBackend) -> Result<Self, CollectiveError> {
         install_mlx_error_handler();
         // SAFETY: takes nothing, returns an empty handle.
         let mut group = unsafe { mlx_sys::mlx_distributed_group_new() };
         // SAFETY: `group` is a valid handle, the name a C string that outlives the call.
-        let status = unsafe { mlx_sys::mlx_distributed_init(&mut group, true, c"ring".as_ptr()) };
+        let status =
+            unsafe { mlx_sys::mlx_distributed_init(&mut group, true, backend.name().as_ptr()) };
         if status != 0 {
             return Err(CollectiveError::local(
-                "forming MLX's ring",
+                "forming a group of MLX's own",
                 "MLX refused, see its log",
             ));
         }
-        Ok(Self { group })
+        Ok(Self {
+            group,
+            on_device: backend == MlxBackend::Nccl,
+        })
+    }
+
+    fn stream(&self) -> Stream {
+        match self.on_device {
+            true => Stream::thread_local_or_default(),
+            false => collective_stream(),
+        }
     }
 
     pub(crate) fn all_sum(&self, x: &Array) -> Result<Array, CollectiveError> {
@@ -97,7 +112,7 @@ impl MlxGroup {
     }
 
     pub(crate) fn send(&self, x: &Array, to: i32) -> Result<Array, CollectiveError> {
-        let stream = collective_stream();
+        let stream = self.stream();
         new_array(Operation::Send, |res| {
             // SAFETY: all four are valid handles for the duration of the call.
             unsafe {
@@ -113,7 +128,7 @@ impl MlxGroup {
         dtype: Dtype,
         from: i32,
     ) -> Result<Array, CollectiveError> {
-        let stream = collective_stream();
+        let stream = self.stream();
         new_array(Operation::Receive, |res| {
             // SAFETY: `shape` is as long as said, the others are valid handles during the call.
             unsafe {
@@ -136,7 +151,7 @@ impl MlxGroup {
         x: &Array,
         call: UnaryCall,
     ) -> Result<Array, CollectiveError> {
-        let stream = collective_stream();
+        let stream = self.stream();
         new_array(operation, |res| {
             // SAFETY: `call` is one of mlx-c's functions of this signature; all handles are valid.
             unsafe { call(res, x.as_ptr(), self.group, stream.as_ptr()) }
@@ -148,6 +163,22 @@ impl Drop for MlxGroup {
     fn drop(&mut self) {
         // SAFETY: we own the handle; operations that still need the group share what is behind it.
         unsafe { mlx_sys::mlx_distributed_group_free(self.group) };
+    }
+}
+
+/// MLX's own back-ends that we can be compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum MlxBackend {
+    Ring,
+    Nccl,
+}
+
+impl MlxBackend {
+    fn name(self) -> &'static CStr {
+        match self {
+            Self::Ring => c"ring",
+            Self::Nccl => c"nccl",
+        }
     }
 }
 

@@ -11,30 +11,38 @@ use mlx_rs::{
 
 use crate::{
     carrier::Carrier,
+    delegate::{Delegate, Job, Peers},
     error::CollectiveError,
+    fast_synch::{FastSynch, Path},
     ffi::{self, MlxGroup, Task, View},
     handle::GroupHandle,
     health::Health,
+    nccl::NcclSpec,
     operation::Operation,
-    reduce::reduces,
+    reduce::{Reduction, reduces},
     ring::RingSpec,
+    shared_memory::Segment,
     transport::Transport,
 };
 
 /// The ranks that run one model together. Belongs to the engine thread, as MLX's streams do.
 ///
-/// The operations are MLX's own lazy distributed operations on the CPU stream. An evaluation never
-/// fails because of a peer: ask [`GroupHandle::health`] after it, and throw its results away when the
-/// group is poisoned (they are zeros then).
+/// The operations are MLX's own lazy distributed operations, on the device's stream where the device
+/// can wait there ([`Path::Delegated`]), else on the CPU stream. An evaluation never fails because of
+/// a peer: ask [`GroupHandle::health`] after it, and throw its results away when the group is poisoned
+/// (they are zeros then).
 ///
 /// Operations reach the wire in the order in which MLX evaluates them. MLX keeps an operation behind
 /// its operand; where two operations do not depend on each other all ranks must build the same graph.
-/// A [`recv`](Self::recv) has no operand: it stays behind the sends and receives called before it.
+/// A [`recv`](Self::recv) has no operand: it stays behind the sends and receives called before it. On
+/// a device's stream operations run in the order in which they were called, whether they depend on
+/// each other or not. Nothing built on a group may be evaluated when the group is gone.
 pub struct Group {
     backing: Backing,
     health: Arc<Health>,
     rank: usize,
     size: usize,
+    path: Path,
     last: RefCell<Option<Array>>,
     /// Arrays and groups of MLX belong to the thread that made them.
     not_send: PhantomData<*const ()>,
@@ -44,9 +52,10 @@ enum Backing {
     Solo,
     Carried {
         carrier: Arc<Carrier>,
+        delegate: Option<Arc<Delegate>>,
         plain: MlxGroup,
     },
-    Ring(MlxGroup),
+    Mlx(MlxGroup),
 }
 
 /// What a rank has of a gather to one root. Both must be evaluated, or this rank's part of the
@@ -79,32 +88,75 @@ impl Gathered {
 impl Group {
     /// A group of one: every operation returns its operand.
     pub fn solo() -> Self {
-        Self::with(Backing::Solo, Arc::default(), 0, 1)
+        Self::with(Backing::Solo, Arc::default(), (0, 1), Path::Alone)
     }
 
-    /// A group over a transport of ours. Each operation may take `deadline`, counted on the stream's
-    /// thread from its own start.
+    /// A group over a transport of ours. Each operation may take `deadline`, counted on its stream
+    /// from its own start. With [`FastSynch::On`] it stays on the device's stream where the device
+    /// can; [`path`](Self::path) says what became of it.
     ///
     /// # Errors
+    /// [`CollectiveError::NotDelegated`] when that was required and cannot be;
     /// [`CollectiveError::Local`] when MLX has no memory for a group.
     pub fn over(
         transport: Box<dyn Transport>,
         deadline: Duration,
+        fast_synch: FastSynch,
+    ) -> Result<Self, CollectiveError> {
+        Self::carried(transport, deadline, fast_synch, None)
+    }
+
+    /// A group of shards of one host: their devices exchange by themselves through `segment`, which
+    /// all ranks map and nothing else uses. Where the devices cannot, and for sends and receives, it
+    /// is a group over `transport`.
+    ///
+    /// # Errors
+    /// As for [`over`](Self::over).
+    pub fn on_one_host(
+        transport: Box<dyn Transport>,
+        segment: Segment,
+        deadline: Duration,
+        fast_synch: FastSynch,
+    ) -> Result<Self, CollectiveError> {
+        let (rank, size) = (transport.rank(), transport.size());
+        let peers = Peers {
+            segment,
+            rank,
+            size,
+        };
+        Self::carried(transport, deadline, fast_synch, Some(peers))
+    }
+
+    fn carried(
+        transport: Box<dyn Transport>,
+        deadline: Duration,
+        fast_synch: FastSynch,
+        peers: Option<Peers>,
     ) -> Result<Self, CollectiveError> {
         ffi::install_mlx_error_handler();
         let health = Arc::<Health>::default();
         let carrier = Arc::new(Carrier::new(transport, deadline, health.clone()));
         let (rank, size) = (carrier.rank(), carrier.size());
+        let delegated = match fast_synch {
+            FastSynch::Off => Err(CollectiveError::NotDelegated {
+                why: "fast_synch is off".to_owned(),
+            }),
+            FastSynch::On | FastSynch::Require => Delegate::start(carrier.clone(), peers),
+        };
+        let (delegate, path) = match delegated {
+            Ok(delegate) => (Some(delegate), Path::Delegated),
+            Err(refusal) => (None, fast_synch.settle(refusal)?),
+        };
         let plain = MlxGroup::of(View {
             carrier: carrier.clone(),
             task: Task::Reduce,
         })?;
-        Ok(Self::with(
-            Backing::Carried { carrier, plain },
-            health,
-            rank,
-            size,
-        ))
+        let backing = Backing::Carried {
+            carrier,
+            delegate,
+            plain,
+        };
+        Ok(Self::with(backing, health, (rank, size), path))
     }
 
     /// MLX's own ring, to compare with. It has no deadlines, ends the process when a peer dies, and
@@ -117,16 +169,44 @@ impl Group {
     /// [`CollectiveError::Local`] when MLX cannot form the ring.
     pub fn ring(spec: &RingSpec) -> Result<Self, CollectiveError> {
         let group = spec.form()?;
-        let (rank, size) = (spec.rank, spec.addresses.len());
-        Ok(Self::with(Backing::Ring(group), Arc::default(), rank, size))
+        let place = (spec.rank, spec.addresses.len());
+        Ok(Self::with(
+            Backing::Mlx(group),
+            Arc::default(),
+            place,
+            Path::Mlx,
+        ))
     }
 
-    fn with(backing: Backing, health: Arc<Health>, rank: usize, size: usize) -> Self {
+    /// MLX over NCCL, to compare with on CUDA: no deadlines, no word of a dead peer, one per process,
+    /// no sends. Blocks until all ranks are there. Writes the environment, as
+    /// [`ring`](Self::ring) does.
+    ///
+    /// # Errors
+    /// [`CollectiveError::Local`] when MLX has no NCCL or cannot form the group.
+    pub fn nccl(spec: &NcclSpec) -> Result<Self, CollectiveError> {
+        let group = spec.form()?;
+        let place = (spec.rank, spec.size);
+        Ok(Self::with(
+            Backing::Mlx(group),
+            Arc::default(),
+            place,
+            Path::Mlx,
+        ))
+    }
+
+    fn with(
+        backing: Backing,
+        health: Arc<Health>,
+        (rank, size): (usize, usize),
+        path: Path,
+    ) -> Self {
         Self {
             backing,
             health,
             rank,
             size,
+            path,
             last: RefCell::new(None),
             not_send: PhantomData,
         }
@@ -142,13 +222,20 @@ impl Group {
         self.size
     }
 
+    /// The way that its operations take.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// For threads that watch over the group.
     pub fn handle(&self) -> GroupHandle {
-        let carrier = match &self.backing {
-            Backing::Carried { carrier, .. } => Some(carrier.clone()),
-            Backing::Solo | Backing::Ring(_) => None,
+        let (carrier, delegate) = match &self.backing {
+            Backing::Carried {
+                carrier, delegate, ..
+            } => (Some(carrier.clone()), delegate.clone()),
+            Backing::Solo | Backing::Mlx(_) => (None, None),
         };
-        GroupHandle::new(self.health.clone(), carrier)
+        GroupHandle::new(self.health.clone(), carrier, delegate)
     }
 
     /// Element-wise sum over all ranks; `x` and the result have the same shape, any shape. All ranks
@@ -157,7 +244,7 @@ impl Group {
     /// # Errors
     /// [`CollectiveError::Unsupported`] for another type.
     pub fn all_sum(&self, x: &Array) -> Result<Array, CollectiveError> {
-        self.all_reduce(Operation::AllSum, x, MlxGroup::all_sum)
+        self.all_reduce((Operation::AllSum, Reduction::Sum), x, MlxGroup::all_sum)
     }
 
     /// Element-wise maximum over all ranks; types and shapes as for [`all_sum`](Self::all_sum).
@@ -165,7 +252,7 @@ impl Group {
     /// # Errors
     /// [`CollectiveError::Unsupported`] for another type.
     pub fn all_max(&self, x: &Array) -> Result<Array, CollectiveError> {
-        self.all_reduce(Operation::AllMax, x, MlxGroup::all_max)
+        self.all_reduce((Operation::AllMax, Reduction::Max), x, MlxGroup::all_max)
     }
 
     /// Element-wise minimum over all ranks; types and shapes as for [`all_sum`](Self::all_sum).
@@ -173,7 +260,7 @@ impl Group {
     /// # Errors
     /// [`CollectiveError::Unsupported`] for another type.
     pub fn all_min(&self, x: &Array) -> Result<Array, CollectiveError> {
-        self.all_reduce(Operation::AllMin, x, MlxGroup::all_min)
+        self.all_reduce((Operation::AllMin, Reduction::Min), x, MlxGroup::all_min)
     }
 
     /// The operands of all ranks along axis 0, in rank order: `[n, …]` becomes `[n * size, …]`, a
@@ -184,7 +271,12 @@ impl Group {
     pub fn all_gather(&self, x: &Array) -> Result<Array, CollectiveError> {
         match &self.backing {
             Backing::Solo => Ok(x.clone()),
-            Backing::Carried { plain: group, .. } | Backing::Ring(group) => group.all_gather(x),
+            Backing::Mlx(group) => group.all_gather(x),
+            Backing::Carried {
+                delegate: Some(delegate),
+                ..
+            } => delegate.run(Job::AllGather, x),
+            Backing::Carried { plain, .. } => plain.all_gather(x),
         }
     }
 
@@ -203,7 +295,14 @@ impl Group {
         }
         let whole = match &self.backing {
             Backing::Solo => return Ok(x.clone()),
-            Backing::Ring(group) => group.all_sum(x)?,
+            Backing::Mlx(group) => group.all_sum(x)?,
+            Backing::Carried {
+                delegate: Some(delegate),
+                ..
+            } => {
+                require_reducible(operation, x.dtype())?;
+                delegate.run(Job::Reduce(Reduction::Sum), x)?
+            }
             Backing::Carried { .. } => {
                 require_reducible(operation, x.dtype())?;
                 self.through(Task::SumScatter)?.all_sum(x)?
@@ -225,7 +324,11 @@ impl Group {
         let peer = self.other(Operation::Send, to)?;
         let sent = match &self.backing {
             Backing::Solo => return Err(no_peers(Operation::Send)),
-            Backing::Carried { plain: group, .. } | Backing::Ring(group) => group.send(x, peer)?,
+            Backing::Carried {
+                delegate: Some(delegate),
+                ..
+            } => return delegate.run(Job::Send { to }, x),
+            Backing::Carried { plain: group, .. } | Backing::Mlx(group) => group.send(x, peer)?,
         };
         *self.last.borrow_mut() = Some(sent.clone());
         Ok(sent)
@@ -240,7 +343,14 @@ impl Group {
         let peer = self.other(operation, from)?;
         let received = match &self.backing {
             Backing::Solo => return Err(no_peers(operation)),
-            Backing::Ring(group) => group.recv(shape, dtype, peer)?,
+            Backing::Mlx(group) => group.recv(shape, dtype, peer)?,
+            Backing::Carried {
+                delegate: Some(delegate),
+                ..
+            } => {
+                let place = zeros_dtype(shape, dtype).map_err(|why| refused(operation, &why))?;
+                return delegate.run(Job::Receive { from }, &place);
+            }
             Backing::Carried { .. } => {
                 let stream = ffi::collective_stream();
                 let place = with_stream(&stream, || zeros_dtype(shape, dtype))
@@ -266,9 +376,13 @@ impl Group {
         self.member(operation, root)?;
         match &self.backing {
             Backing::Solo => Ok(x.clone()),
+            Backing::Carried {
+                delegate: Some(delegate),
+                ..
+            } => delegate.run(Job::Broadcast { root }, x),
             Backing::Carried { .. } => self.through(Task::Broadcast { root })?.all_sum(x),
-            Backing::Ring(group) if self.rank == root => group.all_sum(x),
-            Backing::Ring(group) => {
+            Backing::Mlx(group) if self.rank == root => group.all_sum(x),
+            Backing::Mlx(group) => {
                 let zeros =
                     zeros_dtype(x.shape(), x.dtype()).map_err(|why| refused(operation, &why))?;
                 group.all_sum(&ffi::after(&zeros, x)?)
@@ -298,10 +412,16 @@ impl Group {
             );
             return Err(CollectiveError::unsupported(operation, why));
         }
+        if rows.iter().all(|&rows| rows == 0) {
+            return Ok(match self.rank == root {
+                true => Gathered::Root(x.clone()),
+                false => Gathered::Elsewhere(x.clone()),
+            });
+        }
         match &self.backing {
             Backing::Solo => Ok(Gathered::Root(x.clone())),
             Backing::Carried { .. } => self.gather_in_place(x, rows, root),
-            Backing::Ring(group) => self.gather_padded(group, x, rows, root),
+            Backing::Mlx(group) => self.gather_padded(group, x, rows, root),
         }
     }
 
@@ -317,6 +437,17 @@ impl Group {
             .iter()
             .fold(x.item_size(), |bytes, &n| bytes * n as usize);
         let parts = rows.iter().map(|&rows| rows as usize * row_bytes).collect();
+        if let Backing::Carried {
+            delegate: Some(delegate),
+            ..
+        } = &self.backing
+        {
+            let gathered = delegate.run(Job::GatherTo { root, parts }, x)?;
+            return Ok(match self.rank == root {
+                true => Gathered::Root(gathered),
+                false => Gathered::Elsewhere(gathered),
+            });
+        }
         let group = self.through(Task::GatherTo { root, parts })?;
         if self.rank != root {
             return Ok(Gathered::Elsewhere(group.all_sum(x)?));
@@ -353,16 +484,21 @@ impl Group {
 
     fn all_reduce(
         &self,
-        operation: Operation,
+        (operation, reduction): (Operation, Reduction),
         x: &Array,
         call: impl FnOnce(&MlxGroup, &Array) -> Result<Array, CollectiveError>,
     ) -> Result<Array, CollectiveError> {
         match &self.backing {
             Backing::Solo => Ok(x.clone()),
-            Backing::Ring(group) => call(group, x),
-            Backing::Carried { plain, .. } => {
+            Backing::Mlx(group) => call(group, x),
+            Backing::Carried {
+                delegate, plain, ..
+            } => {
                 require_reducible(operation, x.dtype())?;
-                call(plain, x)
+                match delegate {
+                    Some(delegate) => delegate.run(Job::Reduce(reduction), x),
+                    None => call(plain, x),
+                }
             }
         }
     }
@@ -374,7 +510,7 @@ impl Group {
                 carrier: carrier.clone(),
                 task,
             }),
-            Backing::Solo | Backing::Ring(_) => unreachable!("only a transport of ours has tasks"),
+            Backing::Solo | Backing::Mlx(_) => unreachable!("only a transport of ours has tasks"),
         }
     }
 

@@ -2,18 +2,27 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use crate::{carrier::Carrier, error::CollectiveError, health::Health};
+use crate::{carrier::Carrier, delegate::Delegate, error::CollectiveError, health::Health};
 
 /// A group as seen from outside the engine thread. Cheap to clone.
 #[derive(Clone)]
 pub struct GroupHandle {
     health: Arc<Health>,
     carrier: Option<Arc<Carrier>>,
+    delegate: Option<Arc<Delegate>>,
 }
 
 impl GroupHandle {
-    pub(crate) fn new(health: Arc<Health>, carrier: Option<Arc<Carrier>>) -> Self {
-        Self { health, carrier }
+    pub(crate) fn new(
+        health: Arc<Health>,
+        carrier: Option<Arc<Carrier>>,
+        delegate: Option<Arc<Delegate>>,
+    ) -> Self {
+        Self {
+            health,
+            carrier,
+            delegate,
+        }
     }
 
     /// Gives the group up. The first reason is kept; a pending operation ends within
@@ -21,6 +30,9 @@ impl GroupHandle {
     /// peers are told. Over MLX's ring a pending operation cannot be ended.
     pub fn poison(&self, why: CollectiveError) {
         self.health.poison(why);
+        if let Some(delegate) = &self.delegate {
+            delegate.stop();
+        }
         if let Some(carrier) = &self.carrier {
             carrier.tell_peers();
         }
@@ -32,16 +44,24 @@ impl GroupHandle {
     /// # Errors
     /// That first error.
     pub fn health(&self) -> Result<(), CollectiveError> {
+        if let Some(delegate) = &self.delegate {
+            delegate.note_device();
+        }
         self.health.check()
     }
 
-    /// Time that the stream's thread has spent inside collectives, all of them together. Zero over
-    /// MLX's ring, which does not say.
+    /// Time that the stream has spent inside collectives, all of them together: by the device's
+    /// clock where they are delegated, else by that of the stream's thread. Zero over MLX's own
+    /// transports, which do not say.
     pub fn waited(&self) -> Duration {
-        self.health.waited()
+        match &self.delegate {
+            Some(delegate) => delegate.waited(),
+            None => self.health.waited(),
+        }
     }
 
-    /// How many operations have been carried out. Zero over MLX's ring, which does not say.
+    /// How many operations have been carried out. Zero over MLX's own transports, which
+    /// do not say.
     pub fn operations(&self) -> u64 {
         self.health.operations()
     }

@@ -1,5 +1,5 @@
 //! Collective operations of one group of ranks: MLX's own lazy distributed operations, in order on
-//! the stream, carried by a transport of ours or by MLX's ring.
+//! the stream of the device or of the CPU, carried by a transport of ours or of MLX's.
 //!
 //! Invariants: every wait has a deadline; the first error poisons the group for good; an operation
 //! of a poisoned group yields zeros at once, never stale memory; all ranks hold the same bits.
@@ -7,10 +7,13 @@
 
 mod group;
 mod handle;
+mod fast_synch;
+mod delegate;
 mod transport;
 pub mod quic;
 pub mod shared_memory;
 mod ring;
+mod nccl;
 
 mod carrier;
 mod error;
@@ -20,8 +23,10 @@ mod operation;
 mod reduce;
 
 pub use self::error::CollectiveError;
+pub use self::fast_synch::{FastSynch, Path};
 pub use self::group::{Gathered, Group};
 pub use self::handle::GroupHandle;
+pub use self::nccl::NcclSpec;
 pub use self::operation::{Envelope, Operation};
 pub use self::quic::{JoinSpec, QuicEndpoint, QuicOptions, QuicTransport, TensorTls};
 pub use self::ring::RingSpec;

@@ -27,6 +27,32 @@ pub enum Operation {
     GatherTo,
 }
 
+impl Operation {
+    const ALL: [Self; 10] = [
+        Self::Join,
+        Self::AllSum,
+        Self::AllMax,
+        Self::AllMin,
+        Self::AllGather,
+        Self::SumScatter,
+        Self::Send,
+        Self::Receive,
+        Self::Broadcast,
+        Self::GatherTo,
+    ];
+
+    /// For records that a device leaves.
+    pub(crate) fn number(self) -> u8 {
+        self as u8
+    }
+
+    /// The operation of that number; what a device cannot have written counts as a join.
+    pub(crate) fn of_number(number: u8) -> Self {
+        let known = Self::ALL.get(usize::from(number)).copied();
+        known.unwrap_or(Self::Join)
+    }
+}
+
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -170,10 +170,10 @@ fn spin_that_pays(spec: &JoinSpec) -> Duration {
     let same_host = |peer: &&SocketAddr| peer.ip() == ours || is_loopback(peer.ip());
     let ranks_here = spec.peers.iter().filter(same_host).count();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    if cores >= 2 * ranks_here {
-        SPIN
-    } else {
-        Duration::ZERO
+    match cores / ranks_here {
+        0..2 => Duration::ZERO,
+        2..4 => SPIN,
+        _ => SPIN_WHERE_CORES_ABOUND,
     }
 }
 
@@ -183,3 +183,6 @@ fn is_loopback(ip: IpAddr) -> bool {
 
 /// About one wake-up: after that, sleeping costs no more than what was already lost.
 const SPIN: Duration = Duration::from_micros(50);
+/// A virtual machine may need hundreds of microseconds to wake a core; a rank is rarely later than
+/// this within a step, and asleep between steps.
+const SPIN_WHERE_CORES_ABOUND: Duration = Duration::from_millis(2);

@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     error::CollectiveError,
-    ffi::{MlxGroup, set_environment},
+    ffi::{MlxBackend, MlxGroup, set_environment},
 };
 
 /// Who is in a ring of MLX's.
@@ -41,7 +41,7 @@ impl RingSpec {
             .map_err(|why| CollectiveError::local("writing the host file", why))?;
         set_environment("MLX_HOSTFILE", &hosts.path().to_string_lossy())?;
         set_environment("MLX_RANK", &self.rank.to_string())?;
-        MlxGroup::ring()
+        MlxGroup::of_mlx(MlxBackend::Ring)
     }
 
     /// One list of addresses per rank, as MLX wants it.

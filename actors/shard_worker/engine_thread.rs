@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::sync::mpsc as blocking;
 
-use offbook_collectives::{Group, GroupHandle};
+use offbook_collectives::{FastSynch, Group, GroupHandle};
 use offbook_engine::{
     Command, EndReason, Engine, LoopEnd, LoopOptions, Report, StepError, StepTiming, step_loop,
 };
@@ -176,7 +176,7 @@ impl Thread {
         let transport = spec.transport;
         let group = match seed {
             GroupSeed::Solo => Ok(Group::solo()),
-            GroupSeed::Quic(quic) => Group::over(quic, spec.collective_deadline),
+            GroupSeed::Quic(quic) => Group::over(quic, spec.collective_deadline, FastSynch::On),
             GroupSeed::Ring(ring) => Group::ring(&ring),
         };
         let group = match group {

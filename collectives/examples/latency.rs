@@ -7,7 +7,9 @@ mod support;
 use std::time::{Duration, Instant};
 
 use mlx_rs::{Array, ops::ones, transforms::eval};
-use offbook_collectives::{Exchange, Group, Operation, QuicOptions, RingSpec, Transport, Wait};
+use offbook_collectives::{
+    Exchange, FastSynch, Group, Operation, QuicOptions, RingSpec, Transport, Wait,
+};
 
 use support::{PATIENCE, Place, processes, say};
 
@@ -50,7 +52,9 @@ fn measure(place: &Place, bytes: usize, spin: Option<Duration>) {
             };
             Group::ring(&spec).unwrap()
         }
-        "quic" => Group::over(Box::new(place.join_quic(options)), PATIENCE).unwrap(),
+        "quic" => {
+            Group::over(Box::new(place.join_quic(options)), PATIENCE, FastSynch::Off).unwrap()
+        }
         _ => return measure_transport(place.join_quic(options), bytes),
     };
     let x = ones::<f32>(&[bytes as i32 / 4]).unwrap();

@@ -24,7 +24,7 @@ impl TensorTls {
 #[derive(Debug, Clone)]
 pub struct QuicOptions {
     /// How long a waiting thread spins before it sleeps. Unset: 50 µs when there are two cores for
-    /// each rank on this host, else not at all.
+    /// each rank on this host, 2 ms when there are four, else not at all.
     pub spin: Option<Duration>,
     /// The size of UDP payloads to begin with, 1200 to [`QuicOptions::MTU_MAX`] bytes; larger ones
     /// that the path turns out to carry are found by themselves. Unset: the largest when all peers

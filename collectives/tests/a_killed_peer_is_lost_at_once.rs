@@ -5,7 +5,7 @@ mod support;
 use std::time::{Duration, Instant};
 
 use mlx_rs::ops::ones;
-use offbook_collectives::{CollectiveError, Group, Operation, QuicOptions};
+use offbook_collectives::{CollectiveError, FastSynch, Group, Operation, QuicOptions};
 
 use support::{PATIENCE, Place, processes, say, transports};
 
@@ -33,7 +33,12 @@ fn by_a_signal() {
 }
 
 fn be_a_rank(place: &Place) {
-    let group = Group::over(Box::new(place.join_quic(QuicOptions::default())), PATIENCE).unwrap();
+    let group = Group::over(
+        Box::new(place.join_quic(QuicOptions::default())),
+        PATIENCE,
+        FastSynch::Off,
+    )
+    .unwrap();
     let x = ones::<f32>(&[1000]).unwrap();
     group.all_sum(&x).unwrap().eval().unwrap();
     say("working", "");
@@ -50,7 +55,12 @@ fn be_a_rank(place: &Place) {
 fn by_leaving() {
     let mut transports = transports(2, QuicOptions::default());
     drop(transports.pop());
-    let group = Group::over(Box::new(transports.pop().unwrap()), PATIENCE).unwrap();
+    let group = Group::over(
+        Box::new(transports.pop().unwrap()),
+        PATIENCE,
+        FastSynch::Off,
+    )
+    .unwrap();
     let start = Instant::now();
     group
         .all_sum(&ones::<f32>(&[10]).unwrap())

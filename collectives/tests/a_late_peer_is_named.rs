@@ -8,7 +8,7 @@ use std::{
 };
 
 use mlx_rs::ops::ones;
-use offbook_collectives::{CollectiveError, Group, Operation, QuicOptions};
+use offbook_collectives::{CollectiveError, FastSynch, Group, Operation, QuicOptions};
 
 use support::{PATIENCE, endpoint, transports};
 
@@ -18,7 +18,12 @@ const DEADLINE: Duration = Duration::from_millis(500);
 fn in_an_operation() {
     let mut transports = transports(2, QuicOptions::default());
     let _idle = transports.pop();
-    let group = Group::over(Box::new(transports.pop().unwrap()), DEADLINE).unwrap();
+    let group = Group::over(
+        Box::new(transports.pop().unwrap()),
+        DEADLINE,
+        FastSynch::Off,
+    )
+    .unwrap();
     let sum = group.all_sum(&ones::<f32>(&[1000]).unwrap()).unwrap();
     let start = Instant::now();
     sum.eval().unwrap();
@@ -50,7 +55,7 @@ fn its_peers_fail_at_once_instead_of_at_their_own_deadline() {
     let patient = transports.pop().unwrap();
     let (report, reported) = mpsc::channel();
     std::thread::spawn(move || {
-        let group = Group::over(Box::new(patient), PATIENCE).unwrap();
+        let group = Group::over(Box::new(patient), PATIENCE, FastSynch::Off).unwrap();
         let sum = group.all_sum(&ones::<f32>(&[10]).unwrap()).unwrap();
         let start = Instant::now();
         sum.eval().unwrap();
@@ -58,7 +63,12 @@ fn its_peers_fail_at_once_instead_of_at_their_own_deadline() {
             .send((group.handle().health(), start.elapsed()))
             .unwrap();
     });
-    let group = Group::over(Box::new(transports.pop().unwrap()), DEADLINE).unwrap();
+    let group = Group::over(
+        Box::new(transports.pop().unwrap()),
+        DEADLINE,
+        FastSynch::Off,
+    )
+    .unwrap();
     group
         .all_sum(&ones::<f32>(&[10]).unwrap())
         .unwrap()

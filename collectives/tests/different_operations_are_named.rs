@@ -4,7 +4,9 @@
 mod support;
 
 use mlx_rs::{Array, ops::ones};
-use offbook_collectives::{CollectiveError, Group, QuicOptions, QuicTransport, Transport};
+use offbook_collectives::{
+    CollectiveError, FastSynch, Group, QuicOptions, QuicTransport, Transport,
+};
 
 use support::{PATIENCE, on_threads, transports};
 
@@ -57,7 +59,7 @@ fn another_type() {
 }
 
 fn run(transport: QuicTransport, operation: impl Fn(&Group, &Array) -> Array) -> CollectiveError {
-    let group = Group::over(Box::new(transport), PATIENCE).unwrap();
+    let group = Group::over(Box::new(transport), PATIENCE, FastSynch::Off).unwrap();
     let result = operation(&group, &ones::<f32>(&[10]).unwrap());
     result.eval().unwrap();
     // Zero is all bits zero in each of the types here.

@@ -5,7 +5,7 @@ mod support;
 
 use half::{bf16, f16};
 use mlx_rs::{Array, ArrayElement, Dtype, transforms::eval};
-use offbook_collectives::{Group, QuicOptions, QuicTransport};
+use offbook_collectives::{FastSynch, Group, QuicOptions, QuicTransport};
 
 use support::{PATIENCE, on_threads, transports};
 
@@ -31,7 +31,7 @@ fn over(ranks: usize) {
     let bits = on_threads(
         transports(ranks, QuicOptions::default()),
         |transport: QuicTransport| {
-            let group = Group::over(Box::new(transport), PATIENCE).unwrap();
+            let group = Group::over(Box::new(transport), PATIENCE, FastSynch::Off).unwrap();
             let mut bits = Vec::new();
             for elements in SIZES {
                 floats::<f32>(&group, elements, &mut bits);

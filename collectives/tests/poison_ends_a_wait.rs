@@ -10,7 +10,7 @@ use std::{
 };
 
 use mlx_rs::{Dtype, ops::ones};
-use offbook_collectives::{CollectiveError, Group, QuicOptions};
+use offbook_collectives::{CollectiveError, FastSynch, Group, QuicOptions};
 
 use support::{PATIENCE, transports};
 
@@ -20,7 +20,7 @@ fn from_another_thread_within_100_ms() {
     let (waiting, peer) = (transports.remove(0), transports.remove(0));
     let (handles, handle) = mpsc::channel();
     let engine = thread::spawn(move || {
-        let group = Group::over(Box::new(waiting), PATIENCE).unwrap();
+        let group = Group::over(Box::new(waiting), PATIENCE, FastSynch::Off).unwrap();
         let sum = group.all_sum(&ones::<f32>(&[100]).unwrap()).unwrap();
         handles.send(group.handle()).unwrap();
         sum.eval().unwrap();
@@ -48,7 +48,7 @@ fn from_another_thread_within_100_ms() {
 
     // The peer enters its operations only now. What rank 0 brought to the first may have arrived
     // before the news; to the second it brings nothing.
-    let group = Group::over(Box::new(peer), PATIENCE).unwrap();
+    let group = Group::over(Box::new(peer), PATIENCE, FastSynch::Off).unwrap();
     let start = Instant::now();
     let first = group.all_sum(&ones::<f32>(&[100]).unwrap()).unwrap();
     group.all_sum(&first).unwrap().eval().unwrap();
@@ -64,9 +64,9 @@ fn from_another_thread_within_100_ms() {
 fn and_reaches_the_peers_when_nothing_is_pending() {
     let mut transports = transports(2, QuicOptions::default());
     let (idle, waiting) = (transports.remove(0), transports.remove(0));
-    let idle = Group::over(Box::new(idle), PATIENCE).unwrap();
+    let idle = Group::over(Box::new(idle), PATIENCE, FastSynch::Off).unwrap();
     let waiting = thread::spawn(move || {
-        let group = Group::over(Box::new(waiting), PATIENCE).unwrap();
+        let group = Group::over(Box::new(waiting), PATIENCE, FastSynch::Off).unwrap();
         group
             .all_sum(&ones::<f32>(&[100]).unwrap())
             .unwrap()

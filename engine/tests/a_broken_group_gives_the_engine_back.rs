@@ -7,7 +7,7 @@ use std::io::Write;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use offbook_collectives::{CollectiveError, Group, GroupHandle, QuicOptions};
+use offbook_collectives::{CollectiveError, FastSynch, Group, GroupHandle, QuicOptions};
 use offbook_engine::{
     Command, EndReason, Engine, LoopEnd, Report, StepError, StepTiming, step_loop,
 };
@@ -48,7 +48,7 @@ fn be_a_rank(place: &Place) {
     let cluster = Cluster::of(&fixture.model).over(Layout::Tensor, &[1.0, 1.0]);
     let run = |engine: Engine, tokens: u32, breaks_at: Option<usize>| {
         let transport = place.join_quic(QuicOptions::default());
-        let group = Group::over(Box::new(transport), DEADLINE).unwrap();
+        let group = Group::over(Box::new(transport), DEADLINE, FastSynch::Off).unwrap();
         let (tx, rx) = sync_channel(2);
         tx.send(plan(&fixture, tokens)).unwrap();
         let mut listener = Listener {

@@ -7,7 +7,7 @@
 use std::io::{BufRead, Write};
 use std::sync::mpsc::{SyncSender, sync_channel};
 
-use offbook_collectives::{Group, QuicOptions};
+use offbook_collectives::{FastSynch, Group, QuicOptions};
 use offbook_engine::{Command, Report, StepError, StepTiming, step_loop};
 use offbook_protocol::{Layout, Plan, StepOutcome};
 
@@ -66,7 +66,7 @@ pub(crate) fn be_a_rank() -> bool {
     let cluster: Cluster = serde_json::from_str(&std::env::var(JOB).unwrap()).unwrap();
     let engine = cluster.load(place.rank);
     let transport = place.join_quic(QuicOptions::default());
-    let group = Group::over(Box::new(transport), DEADLINE).unwrap();
+    let group = Group::over(Box::new(transport), DEADLINE, FastSynch::Off).unwrap();
     let (tx, rx) = sync_channel(64);
     std::thread::spawn(move || listen(&tx));
     let end = step_loop::run(engine, group, rx, Teller, cluster.options());
