@@ -136,7 +136,6 @@ pub(crate) enum Fold {
 /// The memory by which the devices of one host exchange.
 pub(crate) struct Peers {
     pub(crate) segment: Segment,
-    pub(crate) rank: usize,
     pub(crate) size: usize,
 }
 

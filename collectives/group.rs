@@ -118,12 +118,8 @@ impl Group {
         deadline: Duration,
         fast_synch: FastSynch,
     ) -> Result<Self, CollectiveError> {
-        let (rank, size) = (transport.rank(), transport.size());
-        let peers = Peers {
-            segment,
-            rank,
-            size,
-        };
+        let size = transport.size();
+        let peers = Peers { segment, size };
         Self::carried(transport, deadline, fast_synch, Some(peers))
     }
 

@@ -163,9 +163,22 @@ macro_rules! integer_element {
 
 float_element!(f32, 4, |x: f32| x, |x: f32| x);
 float_element!(f16, 2, f16::to_f32, f16::from_f32);
-float_element!(bf16, 2, bf16::to_f32, bf16::from_f32);
+float_element!(bf16, 2, widened, narrowed);
 integer_element!(i32);
 integer_element!(u32);
+
+fn widened(narrow: bf16) -> f32 {
+    f32::from_bits(u32::from(narrow.to_bits()) << 16)
+}
+
+/// What `bf16::from_f32` gives, to the nearest and ties to even, but without a branch: a block of
+/// them becomes vector instructions.
+fn narrowed(wide: f32) -> bf16 {
+    let bits = wide.to_bits();
+    let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
+    let quiet = bits >> 16 | 0x40;
+    bf16::from_bits((if wide.is_nan() { quiet } else { rounded }) as u16)
+}
 
 /// 4 KiB of accumulators: a small part of any first-level cache.
 const BLOCK_ELEMENTS: usize = 1024;
@@ -211,6 +224,18 @@ mod tests {
         let mut own = f16::from_f32(2048.0).to_ne_bytes().to_vec();
         reduce(Reduction::Sum, Dtype::Float16, &mut own, 0, &[&one, &one]);
         assert_eq!(own, f16::from_f32(2050.0).to_ne_bytes());
+    }
+
+    #[test]
+    fn narrowing_is_that_of_the_half_crate() {
+        let wide = (0..=u32::MAX).step_by(65_521).map(f32::from_bits);
+        for wide in wide.chain([f32::NAN, f32::INFINITY, 1.0 + 1.0 / 256.0]) {
+            assert_eq!(
+                narrowed(wide).to_bits(),
+                bf16::from_f32(wide).to_bits(),
+                "{wide}"
+            );
+        }
     }
 
     #[test]

@@ -23,6 +23,7 @@ use mlx_rs::{Array, Dtype};
 
 use super::{
     Control, Device, Fold, Kernel, Memory, Partner, Peers,
+    job::Traffic,
     mlx_kernel::{CudaKernel, Launch},
     words,
 };
@@ -31,9 +32,8 @@ use crate::{error::CollectiveError, reduce::Reduction};
 /// One CUDA device, as MLX uses it, and the memory of one group.
 pub(super) struct CudaDevice {
     context: sys::CUcontext,
-    with_proxy: CudaKernel,
-    /// Those between peers, compiled when they are first wanted.
-    between_peers: Mutex<HashMap<Variant, Arc<CudaKernel>>>,
+    /// Compiled when they are first wanted.
+    kernels: Mutex<HashMap<Variant, Arc<CudaKernel>>>,
     /// Pinned: control, up, down.
     shared: *mut AtomicU64,
     /// On the device: whether the group is dead, time waited.
@@ -48,11 +48,18 @@ struct RegisteredPeers {
     slot_words: usize,
 }
 
-/// Which kernel between peers.
+/// Which kernel; see kernels.cu.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Variant {
-    Copy,
-    Fold { fold: u32, element: u32 },
+    WithProxy {
+        small: bool,
+    },
+    CopyPeers,
+    FoldPeers {
+        fold: u32,
+        element: u32,
+        small: bool,
+    },
 }
 
 // SAFETY: contexts of CUDA may be used from any thread, and the shared memory is only touched
@@ -75,7 +82,9 @@ impl CudaDevice {
                 why: "CUDA's driver or run-time compiler (NVRTC) is not there".to_owned(),
             });
         }
-        let with_proxy = compile("offbook_with_proxy", &["-DWITH_PROXY"])?;
+        // The one that nearly every step needs, and a proof that kernels can be compiled here.
+        let small = Variant::WithProxy { small: true };
+        let kernels = HashMap::from([(small, Arc::new(small.compile()?))]);
         let failed = |why: result::DriverError| local("preparing the device", why);
         // SAFETY: the primary context is the one that MLX uses; it is kept for as long as the
         // process, and every handle below is used under it.
@@ -93,8 +102,7 @@ impl CudaDevice {
             let peers = peers.map(|peers| RegisteredPeers::of(peers)).transpose()?;
             Ok(Self {
                 context,
-                with_proxy,
-                between_peers: Mutex::default(),
+                kernels: Mutex::new(kernels),
                 shared: shared.cast(),
                 state,
                 peers,
@@ -113,25 +121,12 @@ impl CudaDevice {
         self.words(start, 1).as_ptr() as u64
     }
 
-    fn between_peers(&self, variant: Variant) -> Result<Arc<CudaKernel>, CollectiveError> {
-        let mut kernels = self
-            .between_peers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+    fn kernel(&self, variant: Variant) -> Result<Arc<CudaKernel>, CollectiveError> {
+        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(kernel) = kernels.get(&variant) {
             return Ok(kernel.clone());
         }
-        let kernel = Arc::new(match variant {
-            Variant::Copy => compile("offbook_copy_peers", &["-DWITH_PEERS_COPY"])?,
-            Variant::Fold { fold, element } => compile(
-                "offbook_fold_peers",
-                &[
-                    "-DWITH_PEERS_FOLD",
-                    &format!("-DFOLD={fold}"),
-                    &format!("-DTYPE={element}"),
-                ],
-            )?,
-        });
+        let kernel = Arc::new(variant.compile()?);
         kernels.insert(variant, kernel.clone());
         Ok(kernel)
     }
@@ -158,50 +153,53 @@ impl Device for CudaDevice {
         operand: &Array,
         token: &Array,
     ) -> Result<(Array, Array), CollectiveError> {
-        let mut up = self.address(CONTROL_WORDS);
-        let mut down = self.address(CONTROL_WORDS + AREA_WORDS);
-        let mut slot_words = 0;
-        let mut work = kernel.traffic.up_bytes.max(kernel.traffic.down_bytes);
-        let mut more = Vec::new();
-        let between_peers;
-        let function = match &kernel.partner {
-            Partner::Proxy => &self.with_proxy,
+        let Traffic {
+            up_bytes,
+            down_bytes,
+            ..
+        } = kernel.traffic;
+        let halves = |wide: u64| [wide as u32, (wide >> 32) as u32];
+        let mut scalars = Vec::with_capacity(SCALARS_MAX);
+        scalars.extend(halves(self.address(0)));
+        scalars.extend(halves(self.state));
+        let deadline = u32::try_from(kernel.deadline.as_micros()).unwrap_or(u32::MAX);
+        let who =
+            u32::from(kernel.operation.number()) << 16 | (kernel.rank << 8 | kernel.size) as u32;
+        scalars.extend([
+            up_bytes as u32,
+            down_bytes as u32,
+            deadline,
+            kernel.sequence.0,
+            who,
+        ]);
+        let mut work = up_bytes.max(down_bytes);
+        let small = up_bytes == down_bytes
+            && up_bytes > 0
+            && up_bytes.is_multiple_of(8)
+            && up_bytes <= 8 * THREADS_MAX * BLOCKS_MAX;
+        let variant = match &kernel.partner {
+            Partner::Proxy => Variant::WithProxy { small },
             Partner::Peers(fold) => {
                 let peers = self.peers.as_ref().expect("asked for only with peers");
-                down = peers.slot(kernel.sequence.0, 0);
-                up = peers.slot(kernel.sequence.0, peers.peers.rank);
-                slot_words = peers.slot_words;
-                let variant = Variant::of(fold);
-                if let Fold::Copy(parts) = fold {
-                    work = parts.iter().map(|&(_, bytes)| bytes).fold(work, usize::max);
-                    more = parts
-                        .iter()
-                        .flat_map(|&(offset, bytes)| [offset, bytes])
-                        .collect();
-                    more.resize(2 * RANKS_MAX, 0);
+                scalars.extend(halves(peers.slots_of(kernel.sequence.0)));
+                scalars.push(peers.slot_words as u32);
+                match fold {
+                    Fold::Reduce(reduction, dtype) => Variant::FoldPeers {
+                        fold: fold_number(*reduction),
+                        element: element_number(*dtype),
+                        small,
+                    },
+                    Fold::Copy(parts) => {
+                        let none = [(0, 0)].iter().cycle();
+                        for &(offset, bytes) in parts.iter().chain(none).take(RANKS_MAX) {
+                            work = work.max(bytes);
+                            scalars.extend([offset as u32, bytes as u32]);
+                        }
+                        Variant::CopyPeers
+                    }
                 }
-                between_peers = self.between_peers(variant)?;
-                &between_peers
             }
         };
-        let deadline = u64::try_from(kernel.deadline.as_nanos()).unwrap_or(u64::MAX);
-        let halves = |wide: u64| [wide as u32, (wide >> 32) as u32];
-        let wide = [up, down, self.address(0), self.state];
-        let mut scalars: Vec<u32> = wide.into_iter().flat_map(halves).collect();
-        let bytes = [
-            kernel.traffic.up_bytes,
-            kernel.traffic.down_bytes,
-            slot_words,
-        ];
-        scalars.extend(bytes.map(|number| number as u32));
-        scalars.extend(halves(deadline));
-        scalars.extend([
-            kernel.sequence.0,
-            u32::from(kernel.operation.number()),
-            kernel.rank as u32,
-            kernel.size as u32,
-        ]);
-        scalars.extend(more.into_iter().map(|number| number as u32));
         let pairs = words::words(work) / 2;
         let threads = pairs.next_multiple_of(32).min(THREADS_MAX);
         let launch = Launch {
@@ -212,6 +210,7 @@ impl Device for CudaDevice {
             blocks: pairs.div_ceil(threads).min(BLOCKS_MAX),
             threads,
         };
+        let function = self.kernel(variant)?;
         // SAFETY: the numbers are those of this device's memory, which is not freed before the
         // device is idle (see `drop`), and of areas that hold `work` bytes.
         unsafe { function.launch(&launch, operand, token) }
@@ -270,51 +269,76 @@ impl RegisteredPeers {
         })
     }
 
-    /// Where a rank shows its operand in the operation of that number.
-    fn slot(&self, sequence: u32, rank: usize) -> u64 {
-        let turn = (sequence % 2) as usize * self.peers.size;
-        self.slots + ((turn + rank) * self.slot_words * size_of::<AtomicU64>()) as u64
+    /// Where the ranks show their operands in the operation of that number.
+    fn slots_of(&self, sequence: u32) -> u64 {
+        let turn = (sequence % 2) as usize * self.peers.size * self.slot_words;
+        self.slots + (turn * size_of::<AtomicU64>()) as u64
     }
 }
 
 impl Variant {
-    fn of(fold: &Fold) -> Self {
-        match fold {
-            Fold::Copy(_) => Self::Copy,
-            Fold::Reduce(reduction, dtype) => Self::Fold {
-                fold: match reduction {
-                    Reduction::Sum => 0,
-                    Reduction::Max => 1,
-                    Reduction::Min => 2,
-                },
-                element: match dtype {
-                    Dtype::Float32 => 0,
-                    Dtype::Float16 => 1,
-                    Dtype::Bfloat16 => 2,
-                    Dtype::Int32 => 3,
-                    // `Group` lets no other type be reduced.
-                    _ => 4,
-                },
-            },
+    fn compile(self) -> Result<CudaKernel, CollectiveError> {
+        let mut options = vec![
+            format!("-DCONTROL_WORDS={CONTROL_WORDS}"),
+            format!("-DAREA_WORDS={AREA_WORDS}"),
+        ];
+        let small = match self {
+            Self::WithProxy { small } => {
+                options.push("-DWITH_PROXY".to_owned());
+                small
+            }
+            Self::CopyPeers => {
+                options.push("-DCOPY_PEERS".to_owned());
+                false
+            }
+            Self::FoldPeers {
+                fold,
+                element,
+                small,
+            } => {
+                options.push("-DFOLD_PEERS".to_owned());
+                options.push(format!("-DFOLD={fold}"));
+                options.push(format!("-DTYPE={element}"));
+                small
+            }
+        };
+        if small {
+            options.push("-DSMALL".to_owned());
         }
+        let options = nvrtc::CompileOptions {
+            options,
+            ..Default::default()
+        };
+        let ptx = nvrtc::compile_ptx_with_opts(KERNELS, options);
+        let ptx = ptx.map_err(|why| CollectiveError::NotDelegated {
+            why: format!("the kernel {self:?} does not compile: {why:?}"),
+        })?;
+        // MLX hashes the text at every launch: the shorter the better.
+        let ptx = ptx.to_src();
+        let lines = ptx.lines().map(|line| line.trim().replace('\t', " "));
+        let lines = lines.filter(|line| !line.is_empty() && !line.starts_with("//"));
+        CudaKernel::new(ENTRY, &lines.collect::<Vec<_>>().join("\n"))
     }
 }
 
-fn compile(name: &str, options: &[&str]) -> Result<CudaKernel, CollectiveError> {
-    let options = nvrtc::CompileOptions {
-        options: options.iter().map(|&option| option.to_owned()).collect(),
-        ..Default::default()
-    };
-    let ptx = nvrtc::compile_ptx_with_opts(KERNELS, options);
-    let ptx = ptx.map_err(|why| CollectiveError::NotDelegated {
-        why: format!("the kernel {name} does not compile: {why:?}"),
-    })?;
-    // MLX hashes the text at every launch.
-    let ptx = ptx.to_src();
-    let lines = ptx
-        .lines()
-        .filter(|line| !line.is_empty() && !line.starts_with("//"));
-    CudaKernel::new(name, &lines.collect::<Vec<_>>().join("\n"))
+// The numbers of kernels.cu.
+fn fold_number(reduction: Reduction) -> u32 {
+    match reduction {
+        Reduction::Sum => 0,
+        Reduction::Max => 1,
+        Reduction::Min => 2,
+    }
+}
+
+fn element_number(dtype: Dtype) -> u32 {
+    match dtype {
+        Dtype::Float32 => 0,
+        Dtype::Float16 => 1,
+        Dtype::Bfloat16 => 2,
+        Dtype::Int32 => 3,
+        // `Group` lets no other type be reduced.
+        _ => 4,
+    }
 }
 
 fn local(doing: &'static str, why: impl std::fmt::Display) -> CollectiveError {
@@ -322,6 +346,9 @@ fn local(doing: &'static str, why: impl std::fmt::Display) -> CollectiveError {
 }
 
 const KERNELS: &str = include_str!("kernels.cu");
+const ENTRY: &str = "offbook";
+/// Those of a copy among peers, the most that a kernel takes.
+const SCALARS_MAX: usize = 12 + 2 * RANKS_MAX;
 
 /// As in kernels.cu.
 const RANKS_MAX: usize = 8;

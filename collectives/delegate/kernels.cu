@@ -4,6 +4,13 @@
 // written and read whole (see words.rs, of which this is the mirror). Every wait ends: with the
 // words, with the word `stop`, or with the deadline by the device's own clock. Whoever gives up says
 // so in `control`, and every later kernel of the group returns zeros at once.
+//
+// MLX hashes the compiled text at every launch, so each kernel is a compilation of its own, and
+// holds what its operation needs and nothing more:
+//   WITH_PROXY            the operand goes up, the proxy's answer comes down
+//   FOLD_PEERS            devices of one host fold each other's operands; FOLD and TYPE say how
+//   COPY_PEERS            devices of one host lay each other's operands side by side
+//   SMALL                 one pair of words for each thread, and operands are whole pairs
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -16,42 +23,37 @@ enum { DEAD = 0, WAITED_SO_FAR = 1 };               // in `state`, on the device
 enum { STOPPED = 1, LATE = 2, OVERRUN = 3 };        // why a wait was given up
 enum { SUM = 0, MAX = 1, MIN = 2 };                 // FOLD: how operands become one
 enum { F32 = 0, F16 = 1, BF16 = 2, I32 = 3, U32 = 4 };  // TYPE of their elements
-enum { RANKS_MAX = 8 };
 
-// One launch, put together from the scalars that a kernel is given.
-struct Call {
-  const u8* in;       // our operand
-  u8* out;
-  u64 in_bytes;
-  u64 out_bytes;
-  u64* up;            // the words that we write
-  const u64* down;    // the words that we read: the proxy's, or the slot of rank 0
-  u64 slot_words;     // from the slot of one rank to that of the next
+// The scalars that every kernel takes, in the order in which cuda.rs gives them.
+#define SCALARS                                                                                    \
+  u32 control_low, u32 control_high, u32 state_low, u32 state_high, u32 in_bytes, u32 out_bytes,   \
+      u32 deadline_us, u32 sequence, u32 who
+
+struct Wait {
   volatile u64* control;
-  u64* state;
-  u64 deadline_ns;
+  volatile u64* state;
+  u64 begun;
+  u32 deadline_us;
   u32 sequence;
-  u32 operation;      // for the record of a wait that was given up
-  u32 rank;
-  u32 size;
+  u32 who;  // operation, own rank, number of ranks: 16, 8 and 8 bits
 };
+
+#define WAIT                                                                                       \
+  {                                                                                                \
+    (volatile u64*)wide(control_low, control_high), (volatile u64*)wide(state_low, state_high),    \
+        now(), deadline_us, sequence, who                                                          \
+  }
+
+#ifdef SMALL
+#define EACH_PAIR(pair, bytes) if (u32 pair = first; pair < pairs(bytes))
+#else
+#define EACH_PAIR(pair, bytes)                                                                     \
+  for (u32 pair = first; pair < pairs(bytes); pair += gridDim.x * blockDim.x)
+#endif
 
 __device__ u64 wide(u32 low, u32 high) {
   return (u64)high << 32 | low;
 }
-
-// The scalars that every kernel takes, in the order of `Call::scalars` in cuda.rs.
-#define SCALARS                                                                                    \
-  u32 up_low, u32 up_high, u32 down_low, u32 down_high, u32 control_low, u32 control_high,         \
-      u32 state_low, u32 state_high, u32 in_bytes, u32 out_bytes, u32 slot_words,                  \
-      u32 deadline_low, u32 deadline_high, u32 sequence, u32 operation, u32 rank, u32 size
-#define CALL                                                                                       \
-  {                                                                                                \
-    in, out, in_bytes, out_bytes, (u64*)wide(up_low, up_high),                                     \
-        (const u64*)wide(down_low, down_high), slot_words,                                         \
-        (volatile u64*)wide(control_low, control_high), (u64*)wide(state_low, state_high),         \
-        wide(deadline_low, deadline_high), sequence, operation, rank, size                         \
-  }
 
 __device__ u64 now() {
   u64 nanoseconds;
@@ -59,61 +61,82 @@ __device__ u64 now() {
   return nanoseconds;
 }
 
-__device__ void store_pair(u64* at, u64 a, u64 b) {
-  asm volatile("st.volatile.global.v2.u64 [%0], {%1, %2};" ::"l"(at), "l"(a), "l"(b) : "memory");
+// No bytes at all still take a pair: that the other side has arrived is news as well.
+__device__ u32 pairs(u32 bytes) {
+#ifdef SMALL
+  return bytes / 8;
+#else
+  return bytes == 0 ? 1 : (bytes + 7) / 8;
+#endif
 }
 
-__device__ void load_pair(const u64* at, u64& a, u64& b) {
-  asm volatile("ld.volatile.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(at) : "memory");
-}
-
-// Four bytes of an operand of `bytes` bytes; past its end they are zeros. Slices of arrays may
-// begin anywhere.
-__device__ __noinline__ u32 load4(const u8* from, u64 at, u64 bytes) {
-  if (at + 4 <= bytes && ((u64)(from + at) & 3) == 0) {
-    return *(const u32*)(from + at);
+// Eight bytes of an operand. It may begin anywhere, as slices of arrays do; past its end are zeros.
+__device__ uint2 load(const u8* from, u32 pair, u32 bytes) {
+  const u8* at = from + 8 * (u64)pair;
+#ifdef SMALL
+  bool whole = true;
+#else
+  bool whole = 8 * pair + 8 <= bytes;
+#endif
+  if (whole && ((u64)at & 7) == 0) {
+    return *(const uint2*)at;
   }
-  u32 value = 0;
+  u64 value = 0;
 #pragma unroll 1
-  for (u32 i = 0; i < 4 && at + i < bytes; ++i) {
-    value |= (u32)from[at + i] << (8 * i);
+  for (u32 i = 0; i < 8 && (whole || 8 * pair + i < bytes); ++i) {
+    value |= (u64)at[i] << (8 * i);
   }
-  return value;
+  return {(u32)value, (u32)(value >> 32)};
 }
 
-__device__ __noinline__ void store4(u8* to, u64 at, u64 bytes, u32 value) {
-  if (at + 4 <= bytes && ((u64)(to + at) & 3) == 0) {
-    *(u32*)(to + at) = value;
+// Results are arrays of their own, which begin where they should; parts of one may not.
+__device__ void store(u8* to, u32 pair, u32 bytes, uint2 data) {
+  u8* at = to + 8 * (u64)pair;
+#ifdef SMALL
+  *(uint2*)at = data;
+#else
+  if (8 * pair + 8 <= bytes && ((u64)at & 7) == 0) {
+    *(uint2*)at = data;
     return;
   }
+  u64 value = wide(data.x, data.y);
 #pragma unroll 1
-  for (u32 i = 0; i < 4 && at + i < bytes; ++i) {
-    to[at + i] = (u8)(value >> (8 * i));
+  for (u32 i = 0; i < 8 && 8 * pair + i < bytes; ++i) {
+    at[i] = (u8)(value >> (8 * i));
   }
+#endif
 }
 
-// No bytes at all still take a pair: that the other side has arrived is news as well.
-__device__ u64 pairs(u64 bytes) {
-  return bytes == 0 ? 1 : (bytes + 7) / 8;
+__device__ void publish(const Wait& wait, u64* up, u32 pair, uint2 data) {
+  u64 stamp = (u64)wait.sequence << 32;
+  asm volatile("st.volatile.global.v2.u64 [%0], {%1, %2};" ::"l"(up + 2 * (u64)pair),
+               "l"(stamp | data.x), "l"(stamp | data.y)
+               : "memory");
 }
 
-// Waits until both words at `at` are of this operation. Returns why it gave up, or 0.
-__device__ u32 wait_pair(const Call& call, const u64* at, u64 begun, u64& a, u64& b) {
+// Waits until both words of a pair are of this operation. Returns why it gave up, or 0.
+__device__ u32 await(const Wait& wait, const u64* down, u32 pair, uint2& data) {
+#pragma unroll 1
   for (u32 polls = 1;; ++polls) {
-    load_pair(at, a, b);
-    int ahead_a = (int)((u32)(a >> 32) - call.sequence);
-    int ahead_b = (int)((u32)(b >> 32) - call.sequence);
-    if (ahead_a == 0 && ahead_b == 0) {
+    u64 a, b;
+    asm volatile("ld.volatile.global.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(a), "=l"(b)
+                 : "l"(down + 2 * (u64)pair)
+                 : "memory");
+    int ahead_a = (int)((u32)(a >> 32) - wait.sequence);
+    int ahead_b = (int)((u32)(b >> 32) - wait.sequence);
+    if ((ahead_a | ahead_b) == 0) {
+      data = {(u32)a, (u32)b};
       return 0;
     }
     if (ahead_a > 0 || ahead_b > 0) {
       return OVERRUN;
     }
     if (polls % 32 == 0) {
-      if (call.control[STOP] != 0 || ((volatile u64*)call.state)[DEAD] != 0) {
+      if ((wait.control[STOP] | wait.state[DEAD]) != 0) {
         return STOPPED;
       }
-      if (now() - begun > call.deadline_ns) {
+      if (now() - wait.begun > 1000 * (u64)wait.deadline_us) {
         return LATE;
       }
     }
@@ -121,258 +144,188 @@ __device__ u32 wait_pair(const Call& call, const u64* at, u64 begun, u64& a, u64
 }
 
 // From here on every kernel of the group returns zeros at once.
-__device__ void give_up(const Call& call, u32 rank, u32 why) {
+__device__ void give_up(const Wait& wait, u32 rank, u32 why) {
   if (why != STOPPED) {
-    call.control[GAVE_UP] =
-        ((u64)call.sequence << 32) | (u64)(call.operation << 16 | rank << 8 | why);
+    u32 what = (wait.who & 0xFFFF0000) | rank << 8 | why;
+    wait.control[GAVE_UP] = (u64)wait.sequence << 32 | what;
   }
-  ((volatile u64*)call.state)[DEAD] = 1;
-}
-
-__device__ void publish(const Call& call, u64 first, u64 stride) {
-  u64 stamp = (u64)call.sequence << 32;
-  for (u64 pair = first; pair < pairs(call.in_bytes); pair += stride) {
-    u64 a = stamp | load4(call.in, 8 * pair, call.in_bytes);
-    u64 b = stamp | load4(call.in, 8 * pair + 4, call.in_bytes);
-    store_pair(call.up + 2 * pair, a, b);
-  }
-}
-
-// To be asked before anything is published: a peer must not take what follows a failure for data.
-__device__ bool dead(const Call& call) {
-  return ((volatile u64*)call.state)[DEAD] != 0;
-}
-
-__device__ void zero(const Call& call, u64 first, u64 stride) {
-  for (u64 pair = first; pair < pairs(call.out_bytes); pair += stride) {
-    store4(call.out, 8 * pair, call.out_bytes, 0);
-    store4(call.out, 8 * pair + 4, call.out_bytes, 0);
-  }
+  wait.state[DEAD] = 1;
 }
 
 // One thread speaks for the kernel: the threads of a collective wait for the same peers.
-__device__ void note_waiting(const Call& call, u64 first, u64 begun) {
+__device__ void note_waiting(const Wait& wait, u32 first) {
   if (first == 0) {
-    call.state[WAITED_SO_FAR] += now() - begun;
-    call.control[WAITED] = call.state[WAITED_SO_FAR];
+    u64 waited = wait.state[WAITED_SO_FAR] + now() - wait.begun;
+    wait.state[WAITED_SO_FAR] = waited;
+    wait.control[WAITED] = waited;
   }
-}
-
-__device__ const u64* slot(const Call& call, u32 rank) {
-  return call.down + call.slot_words * rank;
 }
 
 #ifdef WITH_PROXY
-// Our operand goes up, the proxy's answer comes down.
-extern "C" __global__ void offbook_with_proxy(
+extern "C" __global__ void offbook(
     const u8* in, const u32* token, u8* out, u32* next_token, SCALARS) {
-  Call call = CALL;
-  u64 begun = now();
-  u64 first = blockIdx.x * (u64)blockDim.x + threadIdx.x;
-  u64 stride = gridDim.x * (u64)blockDim.x;
-  if (dead(call)) {
-    return zero(call, first, stride);
+  Wait wait = WAIT;
+  u64* up = (u64*)wait.control + CONTROL_WORDS;
+  const u64* down = up + AREA_WORDS;
+  u32 first = blockIdx.x * blockDim.x + threadIdx.x;
+  // To be asked before anything is published: a peer must not take what follows a failure for data.
+  u32 why = wait.state[DEAD] != 0 ? STOPPED : 0;
+  if (why == 0) {
+    EACH_PAIR(pair, in_bytes) publish(wait, up, pair, load(in, pair, in_bytes));
   }
-  publish(call, first, stride);
-  u32 why = 0;
-  for (u64 pair = first; pair < pairs(call.out_bytes); pair += stride) {
-    u64 a = 0, b = 0;
+  EACH_PAIR(pair, out_bytes) {
+    uint2 data = {0, 0};
     if (why == 0) {
-      why = wait_pair(call, call.down + 2 * pair, begun, a, b);
+      why = await(wait, down, pair, data);
     }
-    if (why != 0) {
-      a = b = 0;
-    }
-    store4(call.out, 8 * pair, call.out_bytes, (u32)a);
-    store4(call.out, 8 * pair + 4, call.out_bytes, (u32)b);
+    store(out, pair, out_bytes, data);
   }
   if (why != 0) {
-    give_up(call, call.rank, why);
+    give_up(wait, who >> 8 & 0xFF, why);
   }
-  note_waiting(call, first, begun);
+  note_waiting(wait, first);
 }
 #endif
 
-#ifdef WITH_PEERS_FOLD
-__device__ float from_half(u32 bits) {
-  float wide;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"((u16)bits));
-  return wide;
-}
+// Between peers each rank has two slots and uses them in turn. Nobody ends an operation before all
+// have arrived in it, so that a slot is written again only when every peer has read it.
 
-__device__ u32 to_half(float wide) {
-  u16 bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(wide));
-  return bits;
-}
-
-__device__ float from_bfloat(u32 bits) {
+#ifdef FOLD_PEERS
+__device__ float widened(u32 bits) {
+  if (TYPE == F16) {
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"((u16)bits));
+    return wide;
+  }
   return __uint_as_float(bits << 16);
 }
 
 // To the nearest, ties to even; a NaN stays one.
-__device__ u32 to_bfloat(float wide) {
+__device__ u32 narrowed(float wide) {
+  if (TYPE == F16) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(wide));
+    return bits;
+  }
   u32 bits = __float_as_uint(wide);
-  if ((bits & 0x7FFFFFFF) > 0x7F800000) {
-    return (bits >> 16) | 0x40;
-  }
-  return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  u32 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return wide != wide ? bits >> 16 | 0x40 : rounded;
 }
 
-__device__ float fold_float(float a, float b) {
+__device__ float folded(float a, float b) {
   if (FOLD == SUM) {
     return a + b;
   }
-  if (FOLD == MAX) {
-    return a > b || a != a ? a : b;
-  }
-  return a < b || a != a ? a : b;
+  return (FOLD == MAX ? a > b : a < b) || a != a ? a : b;
 }
 
-__device__ u32 fold_integer(u32 a, u32 b) {
-  if (FOLD == SUM) {
-    return a + b;
-  }
-  bool less = TYPE == I32 ? (int)a < (int)b : a < b;
-  return (FOLD == MIN) == less ? a : b;
-}
-
-// Four bytes of one operand, or of the fold so far: one wide element or two narrow ones.
+// Four bytes of the fold so far: one wide element, or two narrow ones as they are added.
 struct Folded {
   float low, high;
   u32 whole;
 };
 
-__device__ Folded unpack(u32 bits) {
-  Folded folded = {0, 0, bits};
-  if (TYPE == F32) {
-    folded.low = __uint_as_float(bits);
-  } else if (TYPE == F16) {
-    folded.low = from_half(bits & 0xFFFF);
-    folded.high = from_half(bits >> 16);
-  } else if (TYPE == BF16) {
-    folded.low = from_bfloat(bits & 0xFFFF);
-    folded.high = from_bfloat(bits >> 16);
+__device__ void fold(Folded& so_far, u32 bits, bool is_first) {
+  if (TYPE == I32 || TYPE == U32) {
+    u32 a = so_far.whole;
+    bool less = TYPE == I32 ? (int)a < (int)bits : a < bits;
+    u32 both = FOLD == SUM ? a + bits : ((FOLD == MIN) == less ? a : bits);
+    so_far.whole = is_first ? bits : both;
+  } else if (TYPE == F32) {
+    float next = __uint_as_float(bits);
+    so_far.low = is_first ? next : folded(so_far.low, next);
+  } else {
+    float low = widened(bits & 0xFFFF), high = widened(bits >> 16);
+    so_far.low = is_first ? low : folded(so_far.low, low);
+    so_far.high = is_first ? high : folded(so_far.high, high);
   }
-  return folded;
 }
 
-__device__ Folded combine(Folded a, Folded b) {
-  return {fold_float(a.low, b.low), fold_float(a.high, b.high), fold_integer(a.whole, b.whole)};
+__device__ u32 result(const Folded& folded) {
+  if (TYPE == I32 || TYPE == U32) {
+    return folded.whole;
+  }
+  return TYPE == F32 ? __float_as_uint(folded.low)
+                     : narrowed(folded.low) | narrowed(folded.high) << 16;
 }
 
-__device__ u32 pack(Folded folded) {
-  if (TYPE == F32) {
-    return __float_as_uint(folded.low);
-  }
-  if (TYPE == F16) {
-    return to_half(folded.low) | to_half(folded.high) << 16;
-  }
-  if (TYPE == BF16) {
-    return to_bfloat(folded.low) | to_bfloat(folded.high) << 16;
-  }
-  return folded.whole;
-}
-
-// Folds the operands of all ranks in rank order: the same bits everywhere.
-__device__ u32 fold_pair(const Call& call, u64 pair, u64 begun, u32& whom) {
-  Folded low, high;
-#pragma unroll 1
-  for (u32 rank = 0; rank < call.size; ++rank) {
-    u64 a, b;
-    if (rank == call.rank) {
-      a = load4(call.in, 8 * pair, call.in_bytes);
-      b = load4(call.in, 8 * pair + 4, call.in_bytes);
-    } else {
-      u32 why = wait_pair(call, slot(call, rank) + 2 * pair, begun, a, b);
-      if (why != 0) {
-        whom = rank;
-        return why;
-      }
+extern "C" __global__ void offbook(
+    const u8* in, const u32* token, u8* out, u32* next_token, SCALARS,
+    u32 slots_low, u32 slots_high, u32 slot_words) {
+  Wait wait = WAIT;
+  u64* slots = (u64*)wide(slots_low, slots_high);
+  u32 rank = who >> 8 & 0xFF, size = who & 0xFF;
+  u32 first = blockIdx.x * blockDim.x + threadIdx.x;
+  u32 why = wait.state[DEAD] != 0 ? STOPPED : 0, whom = 0;
+  if (why == 0) {
+    EACH_PAIR(pair, in_bytes) {
+      publish(wait, slots + (u64)slot_words * rank, pair, load(in, pair, in_bytes));
     }
-    Folded next_low = unpack((u32)a), next_high = unpack((u32)b);
-    low = rank == 0 ? next_low : combine(low, next_low);
-    high = rank == 0 ? next_high : combine(high, next_high);
   }
-  store4(call.out, 8 * pair, call.out_bytes, pack(low));
-  store4(call.out, 8 * pair + 4, call.out_bytes, pack(high));
-  return 0;
-}
-#endif
-
-// The devices of one host exchange by themselves. Each rank has two slots and uses them in turn;
-// nobody ends an operation before all have arrived in it, so that a slot is written again only when
-// every peer has read it.
-#ifdef WITH_PEERS_FOLD
-extern "C" __global__ void offbook_fold_peers(
-    const u8* in, const u32* token, u8* out, u32* next_token, SCALARS) {
-  Call call = CALL;
-  u64 begun = now();
-  u64 first = blockIdx.x * (u64)blockDim.x + threadIdx.x;
-  u64 stride = gridDim.x * (u64)blockDim.x;
-  if (dead(call)) {
-    return zero(call, first, stride);
-  }
-  publish(call, first, stride);
-  u32 why = 0, whom = 0;
-  for (u64 pair = first; pair < pairs(call.out_bytes) && why == 0; pair += stride) {
-    why = fold_pair(call, pair, begun, whom);
+  EACH_PAIR(pair, out_bytes) {
+    Folded low = {0, 0, 0}, high = {0, 0, 0};
+    // In rank order: the same bits on every rank.
+#pragma unroll 1
+    for (u32 from = 0; from < size && why == 0; ++from) {
+      uint2 data;
+      if (from == rank) {
+        data = load(in, pair, in_bytes);
+      } else {
+        why = await(wait, slots + (u64)slot_words * from, pair, data);
+        whom = from;
+      }
+      fold(low, data.x, from == 0);
+      fold(high, data.y, from == 0);
+    }
+    store(out, pair, out_bytes, why == 0 ? uint2{result(low), result(high)} : uint2{0, 0});
   }
   if (why != 0) {
-    give_up(call, whom, why);
+    give_up(wait, whom, why);
   }
-  note_waiting(call, first, begun);
+  note_waiting(wait, first);
 }
 #endif
 
-// What rank r shows are `bytes_r`, wanted at `offset_r`; 0 of them are not wanted here.
-#ifdef WITH_PEERS_COPY
-extern "C" __global__ void offbook_copy_peers(
+#ifdef COPY_PEERS
+// Rank r shows `bytes_r` of which this rank wants all at `offset_r`, or none when they are 0.
+extern "C" __global__ void offbook(
     const u8* in, const u32* token, u8* out, u32* next_token, SCALARS,
+    u32 slots_low, u32 slots_high, u32 slot_words,
     u32 offset_0, u32 bytes_0, u32 offset_1, u32 bytes_1, u32 offset_2, u32 bytes_2,
     u32 offset_3, u32 bytes_3, u32 offset_4, u32 bytes_4, u32 offset_5, u32 bytes_5,
     u32 offset_6, u32 bytes_6, u32 offset_7, u32 bytes_7) {
-  Call call = CALL;
-  u32 offsets[RANKS_MAX] = {
+  Wait wait = WAIT;
+  u64* slots = (u64*)wide(slots_low, slots_high);
+  u32 rank = who >> 8 & 0xFF, size = who & 0xFF;
+  u32 offsets[8] = {
       offset_0, offset_1, offset_2, offset_3, offset_4, offset_5, offset_6, offset_7};
-  u32 lengths[RANKS_MAX] = {
-      bytes_0, bytes_1, bytes_2, bytes_3, bytes_4, bytes_5, bytes_6, bytes_7};
-  u64 begun = now();
-  u64 first = blockIdx.x * (u64)blockDim.x + threadIdx.x;
-  u64 stride = gridDim.x * (u64)blockDim.x;
-  if (dead(call)) {
-    return zero(call, first, stride);
-  }
-  publish(call, first, stride);
-  u32 why = 0, whom = 0;
-#pragma unroll 1
-  for (u32 rank = 0; rank < call.size; ++rank) {
-    u64 bytes = lengths[rank];
-    u8* to = call.out + offsets[rank];
-    for (u64 pair = first; bytes != 0 && pair < pairs(bytes) && why == 0; pair += stride) {
-      u64 a, b;
-      if (rank == call.rank) {
-        a = load4(call.in, 8 * pair, call.in_bytes);
-        b = load4(call.in, 8 * pair + 4, call.in_bytes);
-      } else {
-        why = wait_pair(call, slot(call, rank) + 2 * pair, begun, a, b);
-        whom = rank;
-      }
-      if (why == 0) {
-        store4(to, 8 * pair, bytes, (u32)a);
-        store4(to, 8 * pair + 4, bytes, (u32)b);
-      }
+  u32 lengths[8] = {bytes_0, bytes_1, bytes_2, bytes_3, bytes_4, bytes_5, bytes_6, bytes_7};
+  u32 first = blockIdx.x * blockDim.x + threadIdx.x;
+  u32 why = wait.state[DEAD] != 0 ? STOPPED : 0, whom = 0;
+  if (why == 0) {
+    EACH_PAIR(pair, in_bytes) {
+      publish(wait, slots + (u64)slot_words * rank, pair, load(in, pair, in_bytes));
     }
   }
-  // Arrival of all, also of those whose bytes are not wanted.
-  if (first < call.size && first != call.rank && why == 0) {
-    u64 a, b;
-    why = wait_pair(call, slot(call, (u32)first), begun, a, b);
-    whom = (u32)first;
+#pragma unroll 1
+  for (u32 from = 0; from < size; ++from) {
+    u32 bytes = lengths[from];
+    const u64* shown = slots + (u64)slot_words * from;
+    EACH_PAIR(pair, bytes) {
+      uint2 data = {0, 0};
+      if (from == rank) {
+        data = load(in, pair, in_bytes);
+      } else if (why == 0) {
+        // Also when nothing is wanted: a pair says that the peer has arrived.
+        why = await(wait, shown, pair, data);
+        whom = from;
+      }
+      store(out + offsets[from], pair, bytes, why == 0 ? data : uint2{0, 0});
+    }
   }
   if (why != 0) {
-    give_up(call, whom, why);
+    give_up(wait, whom, why);
   }
-  note_waiting(call, first, begun);
+  note_waiting(wait, first);
 }
 #endif

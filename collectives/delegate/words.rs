@@ -87,30 +87,58 @@ pub(crate) fn read<W: Word, E: From<Overrun>>(
     bytes: &mut [u8],
     mut wait: impl FnMut() -> Result<(), E>,
 ) -> Result<(), E> {
-    let count = self::words(bytes.len());
-    let mut places = bytes.chunks_mut(DATA_BYTES);
-    for word in &words[..count] {
-        let found = loop {
-            let word = word.get();
-            let found = Sequence((word >> 32) as u32);
-            if found == sequence {
-                break word as u32;
-            }
-            if sequence.is_before(found) {
-                let expected = sequence;
-                return Err(Overrun { expected, found }.into());
-            }
+    let lines = words[..self::words(bytes.len())].chunks(LINE_WORDS);
+    // No bytes at all still take a line, whose data nobody wants.
+    let mut places = bytes.chunks_mut(LINE_WORDS * DATA_BYTES);
+    for line in lines {
+        let mut data = [0; LINE_WORDS * DATA_BYTES];
+        while !take(line, sequence, &mut data)? {
             wait()?;
-        };
+        }
         if let Some(place) = places.next() {
-            place.copy_from_slice(&found.to_le_bytes()[..place.len()]);
+            place.copy_from_slice(&data[..place.len()]);
         }
     }
     Ok(())
 }
 
+/// Reads up to a cache line of words. Whether all were of `sequence`; their data counts only then.
+/// One look at each word and no branch between them: the next line is on its way meanwhile.
+fn take<W: Word>(
+    line: &[W],
+    sequence: Sequence,
+    data: &mut [u8; LINE_WORDS * DATA_BYTES],
+) -> Result<bool, Overrun> {
+    let mut found = [sequence.0; LINE_WORDS];
+    let (places, _) = data.as_chunks_mut::<DATA_BYTES>();
+    for ((word, place), found) in line.iter().zip(places).zip(&mut found) {
+        let word = word.get();
+        *place = (word as u32).to_le_bytes();
+        *found = (word >> 32) as u32;
+    }
+    let differs = found
+        .iter()
+        .fold(0, |differs, found| differs | (found ^ sequence.0));
+    if differs == 0 {
+        return Ok(true);
+    }
+    match found
+        .into_iter()
+        .map(Sequence)
+        .find(|&found| sequence.is_before(found))
+    {
+        Some(found) => Err(Overrun {
+            expected: sequence,
+            found,
+        }),
+        None => Ok(false),
+    }
+}
+
 /// Bytes of the operand in a word; the other half is its number.
 const DATA_BYTES: usize = 4;
+/// A cache line of words.
+const LINE_WORDS: usize = 8;
 /// A device moves 16 bytes at a time: two words.
 const PAIR_DATA_BYTES: usize = 2 * DATA_BYTES;
 
@@ -190,7 +218,7 @@ mod tests {
         assert_eq!(try_read(&memory, next.0, 8), Ok(vec![3; 8]));
     }
 
-    /// Every order in which two threads can see each other's relaxed stores: two operations, there
+    /// The orders in which two threads can see each other's relaxed stores: two operations, there
     /// and back, and the answer to the second is never made of the first.
     #[test]
     fn no_interleaving_lets_a_stale_word_through() {
@@ -207,7 +235,10 @@ mod tests {
             bytes
         }
 
-        loom::model(|| {
+        let mut model = loom::model::Builder::new();
+        // All orders with up to three switches away from a thread that could go on.
+        model.preemption_bound = Some(3);
+        model.check(|| {
             let memory = || Arc::new([Checked::new(0), Checked::new(0)]);
             let (up, down) = (memory(), memory());
             let proxy = {
