@@ -25,5 +25,5 @@ pub use self::handle::GroupHandle;
 pub use self::operation::{Envelope, Operation};
 pub use self::quic::{JoinSpec, QuicEndpoint, QuicOptions, QuicTransport, TensorTls};
 pub use self::ring::RingSpec;
-pub use self::shared_memory::Segment;
+pub use self::shared_memory::{Segment, SharedMemory, SharedMemoryOptions, SharedMemorySpec};
 pub use self::transport::{Exchange, POISON_LATENCY_MAX, Transport, Wait};

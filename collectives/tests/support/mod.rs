@@ -6,12 +6,18 @@ use std::{
     io::{BufRead, BufReader, Write},
     net::{SocketAddr, TcpListener},
     process::{Child, ChildStdout, Command, Stdio},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     thread,
     time::Duration,
 };
 
-use offbook_collectives::{JoinSpec, QuicEndpoint, QuicOptions, QuicTransport, TensorTls};
+use offbook_collectives::{
+    JoinSpec, QuicEndpoint, QuicOptions, QuicTransport, SharedMemory, SharedMemoryOptions,
+    SharedMemorySpec, TensorTls,
+};
 use rustls::{
     RootCertStore,
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
@@ -115,6 +121,34 @@ pub fn transports(size: usize, options: QuicOptions) -> Vec<QuicTransport> {
         .into_iter()
         .map(|rank| rank.join().unwrap())
         .collect()
+}
+
+/// Connected transports through memory, by rank; the ranks are threads of this process.
+pub fn shared_memory(size: usize, options: &SharedMemoryOptions) -> Vec<SharedMemory> {
+    let name = new_name();
+    let joining: Vec<_> = (0..size)
+        .map(|rank| {
+            let spec = SharedMemorySpec {
+                epoch: 1,
+                rank,
+                size,
+                name: name.clone(),
+            };
+            let options = options.clone();
+            thread::spawn(move || SharedMemory::join(&spec, &options, PATIENCE).unwrap())
+        })
+        .collect();
+    joining
+        .into_iter()
+        .map(|rank| rank.join().unwrap())
+        .collect()
+}
+
+/// A name for a segment that no other test uses.
+pub fn new_name() -> String {
+    static NAMES: AtomicUsize = AtomicUsize::new(0);
+    let number = NAMES.fetch_add(1, Relaxed);
+    format!("offbook-test-{}-{number}", std::process::id())
 }
 
 /// Runs `rank` on a thread per transport, and gives the results by rank.
