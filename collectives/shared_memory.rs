@@ -3,12 +3,14 @@
 //! Each ordered pair of ranks has a channel, each rank a place where it says that it is there, that
 //! it has left or why it gave up. The thread that waits for a collective moves the bytes itself:
 //! there is no other thread, and between collectives nothing runs. `segment` is the memory, `board`
-//! the places, `channel` one direction between two ranks, `pass` an exchange, `alive` tells who died.
+//! the places, `channel` one direction between two ranks, `pass` an exchange, `patience` how long one
+//! spins, `alive` who died.
 
 mod segment;
 mod board;
 mod channel;
 mod alive;
+mod patience;
 mod pass;
 
 use std::{
@@ -24,6 +26,7 @@ use self::{
     board::{Board, Layout},
     channel::{Inbox, Outbox},
     pass::Pass,
+    patience::Patience,
 };
 use crate::{
     error::CollectiveError,
@@ -50,8 +53,8 @@ pub struct SharedMemorySpec {
 /// Settings, the same on all ranks.
 #[derive(Debug, Clone, Default)]
 pub struct SharedMemoryOptions {
-    /// How long a waiting thread spins before it sleeps. Unset: 50 µs when there are two cores for
-    /// each rank, else not at all.
+    /// How long a waiting thread looks again and again before it sleeps, letting others run in
+    /// between. Unset: 50 µs. While others turn out to need its core it sleeps at once.
     pub spin: Option<Duration>,
     /// How many bytes one rank may be ahead of another, a power of two from 64. Unset: 256 KiB, or
     /// less where there are so many ranks that all channels would take more than 32 MiB.
@@ -62,7 +65,7 @@ pub struct SharedMemoryOptions {
 pub struct SharedMemory {
     rank: usize,
     size: usize,
-    spin: Duration,
+    patience: Patience,
     board: Board,
     processes: Processes,
     /// By rank; none to ourselves.
@@ -114,7 +117,7 @@ impl SharedMemory {
         Ok(Self {
             rank: spec.rank,
             size: spec.size,
-            spin: options.spin.unwrap_or_else(|| spin_that_pays(spec.size)),
+            patience: Patience::new(options.spin.unwrap_or(SPIN)),
             processes: Processes::watch(&board),
             links: (0..spec.size)
                 .map(|peer| (peer != spec.rank).then(|| Link::between(&board, peer)))
@@ -206,16 +209,6 @@ fn wait_for(path: &Path, bytes: usize, deadline: Duration) -> Result<Segment, Co
             });
         }
         thread::sleep(LOOK_AGAIN_AFTER);
-    }
-}
-
-/// Spinning saves a wake-up when every rank can have its waiting thread and its engine thread on a
-/// core each; otherwise it takes the core from whom we wait for.
-fn spin_that_pays(ranks: usize) -> Duration {
-    let cores = thread::available_parallelism().map_or(1, usize::from);
-    match cores >= 2 * ranks {
-        true => SPIN,
-        false => Duration::ZERO,
     }
 }
 

@@ -1,10 +1,6 @@
 //! One exchange with all peers at once: write, read and wait until every operand has come.
 
-use std::{
-    collections::VecDeque,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{collections::VecDeque, time::Instant};
 
 use super::{Link, SharedMemory, board::Presence};
 use crate::{
@@ -129,20 +125,11 @@ impl<'a, 'm> Pass<'a, 'm> {
                 quiet_since = now;
                 continue;
             }
-            self.rest(heard, now.duration_since(quiet_since), left);
-        }
-    }
-
-    /// Spins as long as that pays, lets others run for as long again, then sleeps.
-    fn rest(&self, heard: u32, quiet: Duration, left: Duration) {
-        let spin = self.memory.spin;
-        if quiet < spin {
-            std::hint::spin_loop();
-        } else if quiet < 2 * spin {
-            thread::yield_now();
-        } else {
-            let limit = left.min(POISON_LATENCY_MAX);
-            self.memory.board.sleep(heard, limit, quiet);
+            let quiet = now.duration_since(quiet_since);
+            if self.memory.patience.is_up(now, quiet) {
+                let limit = left.min(POISON_LATENCY_MAX);
+                self.memory.board.sleep(heard, limit, quiet);
+            }
         }
     }
 
