@@ -19,6 +19,8 @@ mod health;
 mod operation;
 mod reduce;
 
+pub mod conformance;
+
 pub use self::error::CollectiveError;
 pub use self::group::{Gathered, Group};
 pub use self::handle::GroupHandle;

@@ -110,10 +110,7 @@ impl SharedMemory {
         let entered = board.enter(spec.epoch, start, deadline);
         // Who is not here by now does not come any more.
         board.segment.unlink();
-        if let Err(why) = entered {
-            board.give_up(&why.to_string());
-            return Err(why);
-        }
+        entered?;
         Ok(Self {
             rank: spec.rank,
             size: spec.size,

@@ -70,7 +70,7 @@ pub(super) enum Presence {
 
 impl Board {
     /// Takes our place and waits until everybody has taken theirs. Rank 0 opens the board: until
-    /// then nobody knows whether it is the right one.
+    /// then nobody knows whether it is the right one. Who does not belong here leaves no trace.
     pub(super) fn enter(
         &self,
         epoch: u64,
@@ -109,14 +109,14 @@ impl Board {
         }
         self.take_place()?;
         loop {
-            match self.first_not_here() {
+            let why = match self.first_not_here() {
                 None => return Ok(()),
-                Some((rank, Presence::GaveUp(why))) => {
-                    return Err(CollectiveError::PeerPoisoned { rank, why });
-                }
-                Some((rank, _)) if !in_time() => return Err(late(rank)),
-                Some(_) => {}
-            }
+                Some((rank, Presence::GaveUp(why))) => CollectiveError::PeerPoisoned { rank, why },
+                Some((rank, _)) if !in_time() => late(rank),
+                Some(_) => continue,
+            };
+            self.give_up(&why.to_string());
+            return Err(why);
         }
     }
 
