@@ -22,6 +22,8 @@ mod health;
 mod operation;
 mod reduce;
 
+pub mod conformance;
+
 pub use self::error::CollectiveError;
 pub use self::fast_synch::{FastSynch, Path};
 pub use self::group::{Gathered, Group};
@@ -30,5 +32,5 @@ pub use self::nccl::NcclSpec;
 pub use self::operation::{Envelope, Operation};
 pub use self::quic::{JoinSpec, QuicEndpoint, QuicOptions, QuicTransport, TensorTls};
 pub use self::ring::RingSpec;
-pub use self::shared_memory::Segment;
+pub use self::shared_memory::{Segment, SharedMemory, SharedMemoryOptions, SharedMemorySpec};
 pub use self::transport::{Exchange, POISON_LATENCY_MAX, Transport, Wait};

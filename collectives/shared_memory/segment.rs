@@ -8,6 +8,7 @@ use std::{
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     ptr::{self, NonNull},
+    sync::{Mutex, PoisonError, atomic::AtomicU8, atomic::AtomicU32, atomic::AtomicU64},
     thread,
     time::{Duration, Instant},
 };
@@ -26,7 +27,7 @@ use crate::error::CollectiveError;
 pub struct Segment {
     pointer: NonNull<u8>,
     bytes: usize,
-    owned: Option<Owned>,
+    owned: Mutex<Option<Owned>>,
 }
 
 /// What whoever made the segment keeps: the name, and a lock that says that it is still alive.
@@ -73,10 +74,10 @@ impl Segment {
         flock(unnamed.as_file(), lock).map_err(|why| failed(&why))?;
         let pointer = map(unnamed.as_file(), bytes).map_err(|why| failed(&why))?;
         // From here on the mapping is taken back whatever happens.
-        let mut segment = Self {
+        let segment = Self {
             pointer,
             bytes,
-            owned: None,
+            owned: Mutex::new(None),
         };
         let file = unnamed
             .persist_noclobber(path)
@@ -86,7 +87,7 @@ impl Segment {
                 ),
                 _ => failed(&why.error),
             })?;
-        segment.owned = Some(Owned {
+        *segment.owned.lock().unwrap_or_else(PoisonError::into_inner) = Some(Owned {
             path: path.to_owned(),
             _lock: file,
         });
@@ -146,14 +147,15 @@ impl Segment {
         Ok(Some(Self {
             pointer,
             bytes,
-            owned: None,
+            owned: Mutex::new(None),
         }))
     }
 
     /// Takes the name back, so that nothing is left over however this process ends; those who have
     /// opened the segment keep it. Does nothing for those who did not make it.
-    pub fn unlink(&mut self) {
-        if let Some(owned) = self.owned.take() {
+    pub fn unlink(&self) {
+        let mut owned = self.owned.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(owned) = owned.take() {
             // Somebody else may have removed the file; then there is nothing left to do.
             let _ = std::fs::remove_file(&owned.path);
         }
@@ -163,6 +165,32 @@ impl Segment {
     /// segment is dropped.
     pub fn pointer(&self) -> *mut u8 {
         self.pointer.as_ptr()
+    }
+
+    /// The four bytes at `at`, a multiple of 4, as a word that processes share.
+    pub(super) fn word(&self, at: usize) -> &AtomicU32 {
+        // SAFETY: in bounds and aligned, see `place`; whoever uses a word does so through atomics.
+        unsafe { AtomicU32::from_ptr(self.place(at, 4).cast()) }
+    }
+
+    /// The eight bytes at `at`, a multiple of 8, as a counter that processes share.
+    pub(super) fn counter(&self, at: usize) -> &AtomicU64 {
+        // SAFETY: as in `word`.
+        unsafe { AtomicU64::from_ptr(self.place(at, 8).cast()) }
+    }
+
+    /// The byte at `at`, for text that processes share.
+    pub(super) fn letter(&self, at: usize) -> &AtomicU8 {
+        // SAFETY: as in `word`.
+        unsafe { AtomicU8::from_ptr(self.place(at, 1)) }
+    }
+
+    /// Where `bytes` bytes at `at` are, after a look whether they are there and aligned.
+    fn place(&self, at: usize, bytes: usize) -> *mut u8 {
+        let inside = at.checked_add(bytes).is_some_and(|end| end <= self.bytes);
+        assert!(inside && at.is_multiple_of(bytes), "no place in a segment");
+        // SAFETY: within the mapping, which begins at a page.
+        unsafe { self.pointer.as_ptr().add(at) }
     }
 
     /// How many bytes there are.
@@ -262,7 +290,7 @@ mod tests {
     #[test]
     fn the_name_goes_and_the_memory_stays() {
         let (folder, path) = new_path();
-        let mut made = Segment::create(&path, PAGES).unwrap();
+        let made = Segment::create(&path, PAGES).unwrap();
         let opened = Segment::open(&path, PAGES, Duration::ZERO).unwrap();
         made.unlink();
         assert!(!path.exists());

@@ -6,12 +6,18 @@ use std::{
     io::{BufRead, BufReader, Write},
     net::{SocketAddr, TcpListener},
     process::{Child, ChildStdout, Command, Stdio},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     thread,
     time::Duration,
 };
 
-use offbook_collectives::{JoinSpec, QuicEndpoint, QuicOptions, QuicTransport, TensorTls};
+use offbook_collectives::{
+    FastSynch, Group, JoinSpec, QuicEndpoint, QuicOptions, QuicTransport, RingSpec, SharedMemory,
+    SharedMemoryOptions, SharedMemorySpec, TensorTls, Transport,
+};
 use rustls::{
     RootCertStore,
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
@@ -117,6 +123,34 @@ pub fn transports(size: usize, options: QuicOptions) -> Vec<QuicTransport> {
         .collect()
 }
 
+/// Connected transports through memory, by rank; the ranks are threads of this process.
+pub fn shared_memory(size: usize, options: &SharedMemoryOptions) -> Vec<SharedMemory> {
+    let name = new_name();
+    let joining: Vec<_> = (0..size)
+        .map(|rank| {
+            let spec = SharedMemorySpec {
+                epoch: 1,
+                rank,
+                size,
+                name: name.clone(),
+            };
+            let options = options.clone();
+            thread::spawn(move || SharedMemory::join(&spec, &options, PATIENCE).unwrap())
+        })
+        .collect();
+    joining
+        .into_iter()
+        .map(|rank| rank.join().unwrap())
+        .collect()
+}
+
+/// A name for a segment that no other test uses.
+pub fn new_name() -> String {
+    static NAMES: AtomicUsize = AtomicUsize::new(0);
+    let number = NAMES.fetch_add(1, Relaxed);
+    format!("offbook-test-{}-{number}", std::process::id())
+}
+
 /// Runs `rank` on a thread per transport, and gives the results by rank.
 pub fn on_threads<T: Send + 'static, R: Send + 'static>(
     transports: Vec<T>,
@@ -147,7 +181,7 @@ pub fn processes(
     arguments: &[&str],
     environment: &[(&str, &str)],
 ) -> Vec<RankProcess> {
-    let identity = Identity::new().to_text();
+    let (identity, segment) = (Identity::new().to_text(), new_name());
     let mut ranks: Vec<_> = (0..size)
         .map(|rank| {
             let mut child = Command::new(std::env::current_exe().unwrap())
@@ -155,6 +189,7 @@ pub fn processes(
                 .envs(environment.iter().copied())
                 .env(RANK, format!("{rank} {size}"))
                 .env(IDENTITY, &identity)
+                .env(SEGMENT, &segment)
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .spawn()
@@ -193,10 +228,53 @@ impl RankProcess {
     }
 }
 
+impl RankProcess {
+    /// Sends the process a signal, which must exist.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let process = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(process, signal).unwrap();
+    }
+
+    /// Lets a rank go on that waits in [`listen`].
+    pub fn tell(&mut self, line: &str) {
+        writeln!(self.child.stdin.as_mut().unwrap(), "{line}").unwrap();
+    }
+}
+
 impl Drop for RankProcess {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// What carries the bytes of a group in a test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Carrier {
+    Quic,
+    SharedMemory,
+    /// Through so little memory that nearly every operand goes in pieces.
+    NarrowMemory,
+    /// MLX's own, over TCP.
+    Ring,
+}
+
+impl Carrier {
+    const ALL: [Self; 4] = [
+        Self::Quic,
+        Self::SharedMemory,
+        Self::NarrowMemory,
+        Self::Ring,
+    ];
+
+    /// For a rank's environment.
+    pub fn name(self) -> String {
+        format!("{self:?}")
+    }
+
+    pub fn named(name: &str) -> Self {
+        let mut all = Self::ALL.into_iter();
+        all.find(|carrier| carrier.name() == name).unwrap()
     }
 }
 
@@ -205,6 +283,7 @@ pub struct Place {
     pub rank: usize,
     pub size: usize,
     identity: Identity,
+    segment: String,
 }
 
 impl Place {
@@ -216,7 +295,41 @@ impl Place {
             rank: rank.parse().unwrap(),
             size: size.parse().unwrap(),
             identity: Identity::from_text(&std::env::var(IDENTITY).unwrap()),
+            segment: std::env::var(SEGMENT).unwrap(),
         })
+    }
+
+    /// The group of all ranks.
+    pub fn group(&self, carrier: Carrier, deadline: Duration) -> Group {
+        let transport: Box<dyn Transport> = match carrier {
+            Carrier::Quic => Box::new(self.join_quic(QuicOptions::default())),
+            Carrier::SharedMemory => Box::new(self.join_memory(None)),
+            Carrier::NarrowMemory => Box::new(self.join_memory(Some(4096))),
+            Carrier::Ring => {
+                let spec = RingSpec {
+                    rank: self.rank,
+                    addresses: self.ring_addresses(),
+                };
+                return Group::ring(&spec).unwrap();
+            }
+        };
+        Group::over(transport, deadline, FastSynch::On).unwrap()
+    }
+
+    fn join_memory(&self, channel_bytes: Option<usize>) -> SharedMemory {
+        // The name says it all; the address is only there to be exchanged.
+        introduce(([127, 0, 0, 1], 0).into());
+        let spec = SharedMemorySpec {
+            epoch: 1,
+            rank: self.rank,
+            size: self.size,
+            name: self.segment.clone(),
+        };
+        let options = SharedMemoryOptions {
+            channel_bytes,
+            ..SharedMemoryOptions::default()
+        };
+        SharedMemory::join(&spec, &options, PATIENCE).unwrap()
     }
 
     pub fn join_quic(&self, options: QuicOptions) -> QuicTransport {
@@ -249,14 +362,21 @@ pub fn say(name: &str, what: impl std::fmt::Display) {
     println!("@{name} {what}");
 }
 
-fn introduce(own: SocketAddr) -> Vec<SocketAddr> {
-    say("address", own);
+/// The parent's next line; empty when the parent is gone.
+pub fn listen() -> String {
     let mut line = String::new();
     std::io::stdin().read_line(&mut line).unwrap();
-    line.split_whitespace()
+    line.trim().to_owned()
+}
+
+fn introduce(own: SocketAddr) -> Vec<SocketAddr> {
+    say("address", own);
+    listen()
+        .split_whitespace()
         .map(|address| address.parse().unwrap())
         .collect()
 }
 
 const RANK: &str = "OFFBOOK_TEST_RANK";
 const IDENTITY: &str = "OFFBOOK_TEST_IDENTITY";
+const SEGMENT: &str = "OFFBOOK_TEST_SEGMENT";
