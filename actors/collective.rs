@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use actix::{Actor, Context, Handler, Message, ResponseActFuture, WrapFuture};
 use offbook_collectives::{
-    CollectiveError, GroupHandle, JoinSpec, QuicEndpoint, QuicOptions, QuicTransport, RingSpec,
-    TensorTls,
+    CollectiveError, GroupHandle, JoinSpec, NcclSpec, OneHost, QuicEndpoint, QuicOptions,
+    QuicTransport, RingSpec, SharedMemoryOptions, SharedMemorySpec, TensorTls,
 };
 use offbook_protocol::{Epoch, GroupSpec, Transport};
 use offbook_runtime::{Identity, IdentityError, Trust};
@@ -30,7 +30,9 @@ pub(crate) struct Collective {
 
 enum Bound {
     Quic(Box<QuicEndpoint>),
+    SharedMemory,
     Ring,
+    Nccl,
 }
 
 /// A group about to be made on the engine's thread, where its operations will run.
@@ -38,7 +40,9 @@ pub(crate) enum GroupSeed {
     /// A group of one.
     Solo,
     Quic(Box<QuicTransport>),
+    SharedMemory(Box<OneHost>),
     Ring(RingSpec),
+    Nccl(NcclSpec),
 }
 
 impl Collective {
@@ -55,6 +59,9 @@ impl Collective {
     fn bind(&mut self, epoch: Epoch, transport: Transport) -> Result<SocketAddr, BindError> {
         self.endpoint = None;
         let any = SocketAddr::new(self.interface, 0);
+        // MLX binds its ports itself, later, and shared memory only needs a number that nobody else
+        // has: this finds one that is free.
+        let free = || TcpListener::bind(any).and_then(|tcp| tcp.local_addr());
         let (bound, address) = match transport {
             Transport::Quic => {
                 let tls = TensorTls {
@@ -65,11 +72,9 @@ impl Collective {
                 let address = endpoint.local_addr();
                 (Bound::Quic(Box::new(endpoint)), address)
             }
-            // MLX's ring binds its port itself, later; this only finds one that is free.
-            Transport::Ring => (
-                Bound::Ring,
-                TcpListener::bind(any).and_then(|tcp| tcp.local_addr())?,
-            ),
+            Transport::SharedMemory => (Bound::SharedMemory, free()?),
+            Transport::Ring => (Bound::Ring, free()?),
+            Transport::Nccl => (Bound::Nccl, free()?),
         };
         self.endpoint = Some((epoch, bound));
         Ok(address)
@@ -136,6 +141,19 @@ impl Handler<Meet> for Collective {
                     rank,
                     addresses: peers,
                 })),
+                Bound::Nccl => Ok(GroupSeed::Nccl(NcclSpec {
+                    rank,
+                    size: peers.len(),
+                    meeting: peers[0],
+                })),
+                Bound::SharedMemory => {
+                    let spec = one_host(&spec, &peers)?;
+                    let met = tokio::task::spawn_blocking(move || {
+                        OneHost::meet(&spec, &SharedMemoryOptions::default(), deadline)
+                    });
+                    let host = met.await.map_err(|_| MeetError::Panicked)??;
+                    Ok(GroupSeed::SharedMemory(Box::new(host)))
+                }
                 Bound::Quic(endpoint) => {
                     let join = JoinSpec {
                         epoch: spec.epoch.0,
@@ -153,6 +171,19 @@ impl Handler<Meet> for Collective {
     }
 }
 
+/// The memory of one epoch, named after the port of rank 0, which is its alone on this host.
+fn one_host(spec: &GroupSpec, peers: &[SocketAddr]) -> Result<SharedMemorySpec, MeetError> {
+    if let Some(rank) = peers.iter().position(|peer| peer.ip() != peers[0].ip()) {
+        return Err(MeetError::OtherHost { rank });
+    }
+    Ok(SharedMemorySpec {
+        epoch: spec.epoch.0,
+        rank: spec.rank.index(),
+        size: peers.len(),
+        name: format!("offbook-{}-{}", peers[0].port(), spec.epoch),
+    })
+}
+
 /// Why the peers were not met.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MeetError {
@@ -160,6 +191,8 @@ pub(crate) enum MeetError {
     NotBound(Epoch),
     #[error(transparent)]
     Peer(#[from] CollectiveError),
+    #[error("rank {rank} is on another host than rank 0: transport shm is for one host, take quic")]
+    OtherHost { rank: usize },
     #[error("the meeting panicked")]
     Panicked,
 }

@@ -16,8 +16,8 @@ use actix::{
     ResponseFuture, WrapFuture,
 };
 use offbook_protocol::{
-    ClusterReport, Epoch, GroupMember, GroupSpec, Layout, LoadProgress, NodeReport, NodeWeight,
-    Rank, ShardReport, ShardSpec, Transport,
+    ClusterReport, Epoch, FastSynch, GroupMember, GroupSpec, Layout, LoadProgress, NodeReport,
+    NodeWeight, Rank, ShardReport, ShardSpec, Transport,
 };
 use offbook_runtime::{ActorPath, AskError, ProcessName, RemoteMessage, System};
 use serde::{Deserialize, Serialize};
@@ -38,6 +38,7 @@ pub struct ClusterSettings {
     pub model: PathBuf,
     pub layout: Layout,
     pub transport: Transport,
+    pub fast_synch: FastSynch,
     pub prefill_chunk_tokens: u32,
     pub context_tokens: u32,
     pub sequences_max: u32,
@@ -135,6 +136,7 @@ impl Membership {
             layout: settings.layout,
             weights: settings.nodes.iter().map(|(_, weight)| *weight).collect(),
             transport: settings.transport,
+            fast_synch: settings.fast_synch,
             prefill_chunk_tokens: settings.prefill_chunk_tokens,
             context_tokens: settings.context_tokens,
             sequences_max: settings.sequences_max,
@@ -185,7 +187,7 @@ impl Membership {
         let asked = self.ask_shard(rank, JoinGroup(spec), JOIN_DEADLINE);
         ctx.spawn(asked.into_actor(self).map(move |reply, this, ctx| {
             let actions = match reply {
-                Ok(Ok(())) => this.formation.joined(epoch, rank),
+                Ok(Ok(joined)) => this.formation.joined(epoch, rank, joined.collectives),
                 Ok(Err(why)) | Err(why) => this.formation.failed(epoch, rank, &why),
             };
             this.carry_out(actions, ctx);
@@ -267,6 +269,7 @@ impl Membership {
             restarts: member.restarts,
             last_failure: member.last_failure.clone(),
             load: member.load,
+            collectives: member.collectives.clone(),
         };
         let node = |member: &formation::Member| NodeReport {
             name: member.node.clone(),
@@ -281,6 +284,7 @@ impl Membership {
             model: self.settings.model.display().to_string(),
             layout: self.settings.layout,
             transport: self.settings.transport,
+            fast_synch: self.settings.fast_synch,
             requests_running,
             requests_queued,
             nodes: members.iter().map(node).collect(),

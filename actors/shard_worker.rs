@@ -131,7 +131,7 @@ impl ShardWorker {
         let ring = self
             .epoch
             .as_ref()
-            .is_some_and(|running| running.epoch <= epoch && running.transport == Transport::Ring);
+            .is_some_and(|running| running.epoch <= epoch && running.transport.is_of_mlx());
         let aborted = self.collective.send(abort).into_actor(self);
         ctx.spawn(aborted.map(move |_, this, _| {
             this.epoch.take_if(|running| running.epoch <= epoch);
@@ -292,16 +292,23 @@ impl Handler<LoadShard> for ShardWorker {
 
 /// Meet your peers and wait for plans.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
-#[rtype(result = "Result<(), String>")]
+#[rtype(result = "Result<Joined, String>")]
 pub struct JoinGroup(pub GroupSpec);
 
 impl RemoteMessage for JoinGroup {
     const NAME: &'static str = "join-group";
-    type Reply = Result<(), String>;
+    type Reply = Result<Joined, String>;
+}
+
+/// All peers have been met.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Joined {
+    /// The way that this rank's collectives take: see [`ShardReport`](offbook_protocol::ShardReport).
+    pub collectives: String,
 }
 
 impl Handler<JoinGroup> for ShardWorker {
-    type Result = ResponseActFuture<Self, Result<(), String>>;
+    type Result = ResponseActFuture<Self, Result<Joined, String>>;
 
     fn handle(&mut self, join: JoinGroup, _: &mut Context<Self>) -> Self::Result {
         let JoinGroup(spec) = join;
@@ -333,14 +340,14 @@ impl Handler<JoinGroup> for ShardWorker {
                 })
                 .await
                 .map_err(|error| error.to_string())?;
-            Ok(begun.transport)
+            Ok((begun.transport, begun.collectives))
         };
         Box::pin(
             joined
                 .into_actor(self)
                 .map(move |joined: Result<_, String>, this, _| {
-                    let transport = joined?;
-                    tracing::debug!(%epoch, %rank, "joined");
+                    let (transport, collectives) = joined?;
+                    tracing::debug!(%epoch, %rank, collectives, "joined");
                     this.epoch = Some(Running {
                         epoch,
                         rank,
@@ -348,7 +355,7 @@ impl Handler<JoinGroup> for ShardWorker {
                         commands,
                         outcomes: Some(watched),
                     });
-                    Ok(())
+                    Ok(Joined { collectives })
                 }),
         )
     }

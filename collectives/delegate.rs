@@ -309,6 +309,13 @@ impl Drop for Delegate {
     }
 }
 
+/// How much memory the devices of `size` ranks need to exchange by themselves; none where they cannot.
+pub(crate) fn peer_memory_bytes(size: usize) -> Option<usize> {
+    // Two slots for each rank.
+    let can = cfg!(target_os = "linux") && MlxDevice::default() == MlxDevice::Cuda;
+    can.then(|| 2 * size * words::words(PEER_SLOT_BYTES) * size_of::<AtomicU64>())
+}
+
 /// What devices do with each other's operands.
 fn fold(job: &Job, x: &Array, rank: usize, size: usize) -> Fold {
     let mut parts = vec![(0, 0); size];
@@ -333,6 +340,25 @@ fn fold(job: &Job, x: &Array, rank: usize, size: usize) -> Fold {
     Fold::Copy(parts)
 }
 
+/// Whether collectives can stay on the stream of MLX's default device.
+///
+/// # Errors
+/// [`CollectiveError::NotDelegated`], with what is missing.
+pub fn can_delegate() -> Result<(), CollectiveError> {
+    let device = MlxDevice::default();
+    #[cfg(target_os = "linux")]
+    if device == MlxDevice::Cuda {
+        return cuda::libraries();
+    }
+    Err(no_kernels(device))
+}
+
+fn no_kernels(device: MlxDevice) -> CollectiveError {
+    CollectiveError::NotDelegated {
+        why: format!("{device} has no kernels of ours that wait on its stream"),
+    }
+}
+
 /// The device of MLX's default stream, if it is one that we have kernels for.
 fn find_device(peers: Option<Peers>) -> Result<Arc<dyn Device>, CollectiveError> {
     let device = MlxDevice::default();
@@ -341,10 +367,11 @@ fn find_device(peers: Option<Peers>) -> Result<Arc<dyn Device>, CollectiveError>
         return Ok(Arc::new(cuda::CudaDevice::open(peers)?));
     }
     let _ = peers;
-    Err(CollectiveError::NotDelegated {
-        why: format!("{device} has no kernels of ours that wait on its stream"),
-    })
+    Err(no_kernels(device))
 }
+
+/// What a rank shows its peers at once: a decode step of the largest model with 64 sequences.
+const PEER_SLOT_BYTES: usize = 1 << 20;
 
 /// The device waits a little longer than the proxy, so that the error is the one that names the
 /// peer; well below the 100 ms in which a failure must be known.

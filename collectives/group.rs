@@ -18,10 +18,10 @@ use crate::{
     handle::GroupHandle,
     health::Health,
     nccl::NcclSpec,
+    one_host::OneHost,
     operation::Operation,
     reduce::{Reduction, reduces},
     ring::RingSpec,
-    shared_memory::Segment,
     transport::Transport,
 };
 
@@ -92,7 +92,7 @@ impl Group {
     }
 
     /// A group over a transport of ours. Each operation may take `deadline`, counted on its stream
-    /// from its own start. With [`FastSynch::On`] it stays on the device's stream where the device
+    /// from its own start. Unless [`FastSynch::Off`] is wished it stays on the device's stream where the device
     /// can; [`path`](Self::path) says what became of it.
     ///
     /// # Errors
@@ -106,21 +106,19 @@ impl Group {
         Self::carried(transport, deadline, fast_synch, None)
     }
 
-    /// A group of shards of one host: their devices exchange by themselves through `segment`, which
-    /// all ranks map and nothing else uses. Where the devices cannot, and for sends and receives, it
-    /// is a group over `transport`.
+    /// A group of shards of one host, over memory that they share. Where their devices can, these
+    /// exchange by themselves; sends and receives go over the transport.
     ///
     /// # Errors
     /// As for [`over`](Self::over).
     pub fn on_one_host(
-        transport: Box<dyn Transport>,
-        segment: Segment,
+        host: OneHost,
         deadline: Duration,
         fast_synch: FastSynch,
     ) -> Result<Self, CollectiveError> {
-        let size = transport.size();
-        let peers = Peers { segment, size };
-        Self::carried(transport, deadline, fast_synch, Some(peers))
+        let size = host.transport.size();
+        let peers = host.devices.map(|segment| Peers { segment, size });
+        Self::carried(Box::new(host.transport), deadline, fast_synch, peers)
     }
 
     fn carried(
@@ -137,7 +135,9 @@ impl Group {
             FastSynch::Off => Err(CollectiveError::NotDelegated {
                 why: "fast_synch is off".to_owned(),
             }),
-            FastSynch::On | FastSynch::Require => Delegate::start(carrier.clone(), peers),
+            FastSynch::Auto | FastSynch::On | FastSynch::Require => {
+                Delegate::start(carrier.clone(), peers)
+            }
         };
         let (delegate, path) = match delegated {
             Ok(delegate) => (Some(delegate), Path::Delegated),

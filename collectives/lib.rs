@@ -6,6 +6,7 @@
 //! This crate knows nothing of models, actors or messages.
 
 mod group;
+mod one_host;
 mod handle;
 mod fast_synch;
 mod delegate;
@@ -24,11 +25,13 @@ mod reduce;
 
 pub mod conformance;
 
+pub use self::delegate::can_delegate;
 pub use self::error::CollectiveError;
 pub use self::fast_synch::{FastSynch, Path};
 pub use self::group::{Gathered, Group};
 pub use self::handle::GroupHandle;
 pub use self::nccl::NcclSpec;
+pub use self::one_host::OneHost;
 pub use self::operation::{Envelope, Operation};
 pub use self::quic::{JoinSpec, QuicEndpoint, QuicOptions, QuicTransport, TensorTls};
 pub use self::ring::RingSpec;

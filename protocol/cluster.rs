@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Epoch, Layout, LoadProgress, Rank, Transport};
+use crate::{Epoch, FastSynch, Layout, LoadProgress, Rank, Transport};
 
 /// The cluster as its head sees it now.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -16,6 +16,7 @@ pub struct ClusterReport {
     pub model: String,
     pub layout: Layout,
     pub transport: Transport,
+    pub fast_synch: FastSynch,
     pub requests_running: u32,
     pub requests_queued: u32,
     pub nodes: Vec<NodeReport>,
@@ -56,4 +57,7 @@ pub struct ShardReport {
     /// Why it was restarted last; empty when it never was.
     pub last_failure: String,
     pub load: Option<LoadProgress>,
+    /// The way that its collectives take: `delegated`, `cpu-stream`, `mlx` or `alone`; empty until it
+    /// has joined a group.
+    pub collectives: String,
 }

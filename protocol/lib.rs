@@ -20,5 +20,6 @@ pub use plan::{Join, Plan};
 pub use request::{Rejection, Request, RequestEvent};
 pub use sampling::{Sampling, SamplingError};
 pub use shard::{
-    GroupMember, GroupSpec, Layout, LoadProgress, NodeWeight, ShardSpec, Transport, UnknownName,
+    FastSynch, GroupMember, GroupSpec, Layout, LoadProgress, NodeWeight, ShardSpec, Transport,
+    UnknownName,
 };

@@ -23,6 +23,7 @@ pub struct ShardSpec {
     /// partition.
     pub weights: Vec<NodeWeight>,
     pub transport: Transport,
+    pub fast_synch: FastSynch,
     /// Prompt tokens that one step prefills at most.
     pub prefill_chunk_tokens: u32,
     /// Positions that a sequence may reach, prompt included.
@@ -53,8 +54,35 @@ pub enum Layout {
 pub enum Transport {
     /// Ours: encrypted, direct between every pair, every wait bounded.
     Quic,
+    /// Ours, between shards of one host: memory that they share.
+    #[serde(rename = "shm")]
+    SharedMemory,
     /// MLX's own ring over plain TCP.
     Ring,
+    /// MLX over NCCL, on CUDA.
+    Nccl,
+}
+
+impl Transport {
+    /// Whether it is MLX's own: without deadlines, and once in the life of a process.
+    pub fn is_of_mlx(self) -> bool {
+        matches!(self, Self::Ring | Self::Nccl)
+    }
+}
+
+/// Whether collectives stay on the device's stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FastSynch {
+    /// Where the device can; else they go over the CPU stream.
+    #[default]
+    Auto,
+    /// The same, and a warning says so where the device cannot.
+    On,
+    /// They go over the CPU stream.
+    Off,
+    /// A device that cannot is an error.
+    Require,
 }
 
 /// Everything a shard needs to meet its peers.
@@ -70,7 +98,8 @@ pub struct GroupSpec {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GroupMember {
     pub process: String,
-    /// Of its tensor endpoint: UDP for `quic`, TCP for `ring`.
+    /// Of its tensor endpoint: UDP for `quic`, TCP for `ring` and `nccl`; for `shm` a port that
+    /// nobody else on the host had when the epoch began.
     pub address: SocketAddr,
 }
 
@@ -113,7 +142,9 @@ macro_rules! named {
 }
 
 named!(Layout, "layout", "tensor, pipeline", "tensor" => Tensor, "pipeline" => Pipeline);
-named!(Transport, "transport", "quic, ring", "quic" => Quic, "ring" => Ring);
+named!(Transport, "transport", "quic, shm, ring, nccl",
+    "quic" => Quic, "shm" => SharedMemory, "ring" => Ring, "nccl" => Nccl);
+named!(FastSynch, "fast_synch", "auto, on, off, require", "auto" => Auto, "on" => On, "off" => Off, "require" => Require);
 
 #[cfg(test)]
 mod tests {
@@ -127,7 +158,7 @@ mod tests {
         let error = "tcp".parse::<Transport>().unwrap_err();
         assert_eq!(
             error.to_string(),
-            "unknown transport 'tcp': one of quic, ring"
+            "unknown transport 'tcp': one of quic, shm, ring, nccl"
         );
     }
 }

@@ -83,6 +83,7 @@ async fn one_cluster(options: &BenchDecode, model: &Path, nodes: u32) -> Result<
             context: 0,
         },
         transport: options.transport,
+        fast_synch: None,
         data_dir: None,
         sequences: 1,
     };

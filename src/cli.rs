@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use offbook_protocol::{Layout, Transport};
+use offbook_protocol::{FastSynch, Layout, Transport};
 
 /// Runs one large language model over a few machines.
 #[derive(Debug, Parser)]
@@ -77,9 +77,15 @@ pub(crate) struct Division {
 pub(crate) struct LocalOptions {
     #[command(flatten)]
     pub(crate) division: Division,
-    /// What carries tensors between shards: quic (ours, encrypted) or ring (MLX's own, plain TCP)
+    /// What carries tensors between shards: quic (ours, encrypted), shm (ours, memory of this
+    /// machine), ring (MLX's own, plain TCP) or nccl (MLX's, on CUDA)
     #[arg(long, default_value_t = Transport::Quic)]
     pub(crate) transport: Transport,
+    /// Keep collectives on the device's stream: auto (where it can), on (the same, with a warning
+    /// where it cannot), off, require; without it OFFBOOK_FAST_SYNCH, EXO_FAST_SYNCH or
+    /// MLX_METAL_FAST_SYNCH, else auto
+    #[arg(long, value_name = "auto|on|off|require")]
+    pub(crate) fast_synch: Option<FastSynch>,
     /// Where keys, configuration and state are kept; without it, a folder that is removed at the end
     #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
@@ -153,9 +159,12 @@ pub(crate) struct ClusterInit {
     /// How the model is divided: tensor or pipeline
     #[arg(long, default_value_t = Layout::Tensor, value_name = "LAYOUT")]
     pub(crate) parallel: Layout,
-    /// What carries tensors between shards: quic or ring
+    /// What carries tensors between shards: quic, shm (all on one machine), ring or nccl
     #[arg(long, default_value_t = Transport::Quic)]
     pub(crate) transport: Transport,
+    /// Keep collectives on the device's stream: auto (where it can), on, off or require
+    #[arg(long, default_value_t = FastSynch::Auto, value_name = "auto|on|off|require")]
+    pub(crate) fast_synch: FastSynch,
 }
 
 #[derive(Debug, Args)]
@@ -267,7 +276,7 @@ pub(crate) struct BenchDecode {
     /// Runs of each kind, taken in turn; the median is printed
     #[arg(long, default_value_t = 3)]
     pub(crate) runs: u32,
-    /// What carries tensors between shards: quic or ring
+    /// What carries tensors between shards: quic, shm, ring or nccl
     #[arg(long, default_value_t = Transport::Quic)]
     pub(crate) transport: Transport,
     /// A Python with mlx-lm, to compare with `mlx_lm.generate`

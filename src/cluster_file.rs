@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use offbook_actors::{ClusterSettings, SchedulerLimits};
-use offbook_protocol::{Layout, NodeWeight, Transport};
+use offbook_protocol::{FastSynch, Layout, NodeWeight, Transport};
 use offbook_runtime::{Identity, NodeKey, ProcessName, Trust, TrustedNode};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -25,6 +25,9 @@ pub(crate) struct ClusterFile {
     pub(crate) model: PathBuf,
     pub(crate) parallel: Layout,
     pub(crate) transport: Transport,
+    /// Whether collectives stay on the device's stream: `auto`, `on`, `off` or `require`.
+    #[serde(default)]
+    pub(crate) fast_synch: FastSynch,
     #[serde(default)]
     pub(crate) limits: Limits,
     pub(crate) nodes: Vec<ClusterNode>,
@@ -180,6 +183,7 @@ impl ClusterFile {
             model: self.model.clone(),
             layout: self.parallel,
             transport: self.transport,
+            fast_synch: self.fast_synch,
             prefill_chunk_tokens: self.limits.prefill_chunk_tokens,
             context_tokens: self.context_tokens(model_context),
             sequences_max: self.limits.sequences_max,
@@ -268,6 +272,7 @@ pub(crate) fn command(command: ClusterCommand) -> Result<()> {
         model,
         parallel,
         transport,
+        fast_synch,
         ..
     } = options;
     if folder.join("cluster.toml").exists() {
@@ -282,6 +287,7 @@ pub(crate) fn command(command: ClusterCommand) -> Result<()> {
         model,
         parallel,
         transport,
+        fast_synch,
         limits: Limits::default(),
         nodes,
     })?;
@@ -320,6 +326,7 @@ mod tests {
             model: "model".into(),
             parallel: Layout::Tensor,
             transport: Transport::Quic,
+            fast_synch: FastSynch::Auto,
             limits: Limits::default(),
             nodes,
         });

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use offbook_protocol::{ClusterReport, LoadProgress, Phase};
+use offbook_protocol::{ClusterReport, FastSynch, LoadProgress, Phase};
 use offbook_runtime::supervise::{ChildSpec, RestartPolicy, Supervisor};
 use tempfile::TempDir;
 
 use crate::cli::LocalOptions;
 use crate::cluster_file::{ClusterFile, Limits, found};
-use crate::demo_model;
+use crate::{demo_model, fast_synch};
 
 /// A running cluster. Its processes end with this value, and with this process.
 pub(crate) struct LocalCluster {
@@ -29,6 +29,7 @@ impl LocalCluster {
     /// the nodes end with the thread that started them.
     pub(crate) fn start(options: &LocalOptions, http: SocketAddr) -> Result<Self> {
         check_weights(&options.division.weights, options.division.nodes)?;
+        let fast_synch = fast_synch::chosen(options.fast_synch, FastSynch::default())?;
         let (folder, scratch) = data_folder(options.data_dir.as_deref())?;
         let model = match &options.division.model {
             Some(model) => model
@@ -55,6 +56,7 @@ impl LocalCluster {
                 model: model.clone(),
                 parallel: options.division.parallel,
                 transport: options.transport,
+                fast_synch,
                 limits,
                 nodes,
             }

@@ -3,6 +3,7 @@
 mod cli;
 mod logging;
 mod cluster_file;
+mod fast_synch;
 mod demo_model;
 mod local_cluster;
 mod up;

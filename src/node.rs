@@ -16,6 +16,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::backend;
 use crate::cli::Node;
 use crate::cluster_file::{ClusterFile, identity_file};
+use crate::fast_synch;
 
 pub(crate) async fn run(options: Node) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
@@ -49,6 +50,10 @@ pub(crate) async fn run(options: Node) -> Result<()> {
     let is_head = own.name == cluster.head().name;
     if let Some(model) = &options.model {
         cluster.model.clone_from(model);
+    }
+    if !options.supervised {
+        // Who started this node for a whole cluster has looked already.
+        cluster.fast_synch = fast_synch::chosen(None, cluster.fast_synch)?;
     }
     if is_head {
         start_head(&system, &cluster, &options).await?;

@@ -28,6 +28,8 @@ pub(super) struct Member {
     /// The shard that registered last and is not known to be lost.
     pub(super) shard: Option<Shard>,
     pub(super) load: Option<LoadProgress>,
+    /// The way that its collectives take, in the group that it joined last.
+    pub(super) collectives: String,
     pub(super) restarts: u32,
     pub(super) last_failure: String,
 }
@@ -192,6 +194,7 @@ impl Formation {
     fn lose(&mut self, rank: usize, why: String) -> Vec<Action> {
         self.members[rank].shard = None;
         self.members[rank].load = None;
+        self.members[rank].collectives.clear();
         let actions = self.end_epoch(why);
         if !matches!(self.stage, Stage::Failed) {
             self.stage = Stage::Gathering;
@@ -250,8 +253,8 @@ impl Formation {
             .collect()
     }
 
-    /// A shard has met all its peers.
-    pub(super) fn joined(&mut self, epoch: Epoch, rank: Rank) -> Vec<Action> {
+    /// A shard has met all its peers; `collectives` is the way that its operations take.
+    pub(super) fn joined(&mut self, epoch: Epoch, rank: Rank, collectives: String) -> Vec<Action> {
         let Stage::Joining(joined) = &mut self.stage else {
             return Vec::new();
         };
@@ -259,6 +262,7 @@ impl Formation {
             return Vec::new();
         }
         joined[rank.index()] = true;
+        self.members[rank.index()].collectives = collectives;
         if !joined.iter().all(|joined| *joined) {
             return Vec::new();
         }
@@ -379,8 +383,11 @@ mod tests {
         );
         assert!(formation.loaded(epoch, Rank(1), ADDRESS).is_empty());
         assert_eq!(formation.loaded(epoch, Rank(0), ADDRESS).len(), 2);
-        assert!(formation.joined(epoch, Rank(0)).is_empty());
-        assert_eq!(formation.joined(epoch, Rank(1)), [Action::Serve { epoch }]);
+        assert!(formation.joined(epoch, Rank(0), String::new()).is_empty());
+        assert_eq!(
+            formation.joined(epoch, Rank(1), String::new()),
+            [Action::Serve { epoch }]
+        );
         assert_eq!(formation.phase(), Phase::Ready);
         formation
     }
@@ -440,7 +447,11 @@ mod tests {
     fn news_of_an_earlier_epoch_changes_nothing() {
         let mut formation = serving();
         assert!(formation.failed(Epoch(4), Rank(0), "old").is_empty());
-        assert!(formation.joined(Epoch(4), Rank(0)).is_empty());
+        assert!(
+            formation
+                .joined(Epoch(4), Rank(0), String::new())
+                .is_empty()
+        );
         assert_eq!(formation.phase(), Phase::Ready);
         assert!(!formation.failed(Epoch(5), Rank(0), "late peer").is_empty());
         assert!(

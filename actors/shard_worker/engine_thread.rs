@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::sync::mpsc as blocking;
 
-use offbook_collectives::{FastSynch, Group, GroupHandle};
+use offbook_collectives::{FastSynch, Group, GroupHandle, can_delegate};
 use offbook_engine::{
     Command, EndReason, Engine, LoopEnd, LoopOptions, Report, StepError, StepTiming, step_loop,
 };
@@ -50,6 +50,8 @@ pub(super) struct Run {
 /// An epoch that runs.
 pub(super) struct Begun {
     pub(super) group: GroupHandle,
+    /// The way that they take.
+    pub(super) collectives: String,
     pub(super) transport: Transport,
 }
 
@@ -136,21 +138,23 @@ impl Thread {
                 ..held.clone()
             } == spec
         };
+        let lasting = |detail: String| LoadRefusal {
+            detail,
+            lasting: true,
+        };
+        if spec.fast_synch == offbook_protocol::FastSynch::Require {
+            // Another epoch would not bring another device.
+            can_delegate().map_err(|why| lasting(format!("fast_synch is required, but {why}")))?;
+        }
         if !self.held.as_ref().is_some_and(|(held, _)| same(held)) {
             // Two shares at once might not fit.
             self.held = None;
-            memory::check(&spec, &self.node).map_err(|detail| LoadRefusal {
-                detail,
-                lasting: true,
-            })?;
+            memory::check(&spec, &self.node).map_err(lasting)?;
             let news = self.news.clone();
             let engine = Engine::load(&spec, &mut |progress| {
                 let _ = news.try_send(News::Progress(progress));
             });
-            let engine = engine.map_err(|error| LoadRefusal {
-                detail: error.to_string(),
-                lasting: true,
-            })?;
+            let engine = engine.map_err(|error| lasting(error.to_string()))?;
             self.held = Some((spec.clone(), engine));
         }
         let (held, engine) = self.held.as_mut().expect("it was loaded above");
@@ -174,10 +178,19 @@ impl Thread {
             return;
         };
         let transport = spec.transport;
+        let deadline = spec.collective_deadline;
+        let fast_synch = match spec.fast_synch {
+            offbook_protocol::FastSynch::Auto => FastSynch::Auto,
+            offbook_protocol::FastSynch::On => FastSynch::On,
+            offbook_protocol::FastSynch::Off => FastSynch::Off,
+            offbook_protocol::FastSynch::Require => FastSynch::Require,
+        };
         let group = match seed {
             GroupSeed::Solo => Ok(Group::solo()),
-            GroupSeed::Quic(quic) => Group::over(quic, spec.collective_deadline, FastSynch::On),
+            GroupSeed::Quic(quic) => Group::over(quic, deadline, fast_synch),
+            GroupSeed::SharedMemory(host) => Group::on_one_host(*host, deadline, fast_synch),
             GroupSeed::Ring(ring) => Group::ring(&ring),
+            GroupSeed::Nccl(nccl) => Group::nccl(&nccl),
         };
         let group = match group {
             Ok(group) => group,
@@ -189,6 +202,7 @@ impl Thread {
         };
         let _ = reply.send(Ok(Begun {
             group: group.handle(),
+            collectives: group.path().name().to_owned(),
             transport,
         }));
         let report = Reporter {

@@ -75,13 +75,7 @@ impl CudaDevice {
     /// [`CollectiveError::NotDelegated`] without a driver or its run-time compiler;
     /// [`CollectiveError::Local`] when the device refuses memory.
     pub(super) fn open(peers: Option<Peers>) -> Result<Self, CollectiveError> {
-        // SAFETY: looks for the libraries, nothing more.
-        let present = unsafe { sys::is_culib_present() && nvrtc::sys::is_culib_present() };
-        if !present {
-            return Err(CollectiveError::NotDelegated {
-                why: "CUDA's driver or run-time compiler (NVRTC) is not there".to_owned(),
-            });
-        }
+        libraries()?;
         // The one that nearly every step needs, and a proof that kernels can be compiled here.
         let small = Variant::WithProxy { small: true };
         let kernels = HashMap::from([(small, Arc::new(small.compile()?))]);
@@ -273,6 +267,20 @@ impl RegisteredPeers {
     fn slots_of(&self, sequence: u32) -> u64 {
         let turn = (sequence % 2) as usize * self.peers.size * self.slot_words;
         self.slots + (turn * size_of::<AtomicU64>()) as u64
+    }
+}
+
+/// Whether the driver and its run-time compiler are there.
+///
+/// # Errors
+/// [`CollectiveError::NotDelegated`] when one is not.
+pub(super) fn libraries() -> Result<(), CollectiveError> {
+    // SAFETY: looks for the libraries, nothing more.
+    match unsafe { sys::is_culib_present() && nvrtc::sys::is_culib_present() } {
+        true => Ok(()),
+        false => Err(CollectiveError::NotDelegated {
+            why: "CUDA's driver or run-time compiler (NVRTC) is not there".to_owned(),
+        }),
     }
 }
 

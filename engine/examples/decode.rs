@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use offbook_collectives::Group;
 use offbook_engine::{Command, Engine, LoopOptions, Report, StepError, StepTiming, step_loop};
 use offbook_protocol::{
-    Epoch, Join, Layout, NodeWeight, Plan, PlanNumber, Rank, Sampling, SequenceId, ShardSpec,
-    StepOutcome, Transport,
+    Epoch, FastSynch, Join, Layout, NodeWeight, Plan, PlanNumber, Rank, Sampling, SequenceId,
+    ShardSpec, StepOutcome, Transport,
 };
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -60,6 +60,7 @@ fn spec(model: PathBuf, context_tokens: u32) -> ShardSpec {
         layout: Layout::Tensor,
         weights: vec![NodeWeight(1.0)],
         transport: Transport::Quic,
+        fast_synch: FastSynch::Auto,
         prefill_chunk_tokens: 512,
         context_tokens: context_tokens + 1,
         sequences_max: 64,

@@ -314,6 +314,7 @@ pub(crate) fn report(phase: Phase, detail: &str) -> ClusterReport {
         model: MODEL.into(),
         layout: Layout::Tensor,
         transport: Transport::Quic,
+        fast_synch: offbook_protocol::FastSynch::Auto,
         requests_running: 0,
         requests_queued: 0,
         nodes: Vec::new(),

@@ -95,6 +95,7 @@ impl Cluster {
             layout: self.layout,
             weights: self.weights.clone(),
             transport: Transport::Quic,
+            fast_synch: offbook_protocol::FastSynch::Auto,
             prefill_chunk_tokens: self.prefill_chunk_tokens,
             context_tokens: 1024,
             sequences_max: 16,
