@@ -17,6 +17,7 @@
 mod cuda;
 mod gave_up;
 mod job;
+mod metal;
 mod mlx_kernel;
 mod proxy;
 mod words;
@@ -292,9 +293,12 @@ impl Delegate {
         }
     }
 
-    /// Time that the device has spent in collectives.
+    /// Time that the device has spent in collectives; where it has no clock, time that its proxy has.
     pub(crate) fn waited(&self) -> Duration {
-        Duration::from_nanos(self.device.control(Control::Waited).load(Relaxed))
+        match self.device.control(Control::Waited).load(Relaxed) {
+            0 => self.carrier.health().waited(),
+            nanoseconds => Duration::from_nanos(nanoseconds),
+        }
     }
 
     fn lane(&self) -> MutexGuard<'_, Lane> {
@@ -350,6 +354,9 @@ pub fn can_delegate() -> Result<(), CollectiveError> {
     if device == MlxDevice::Cuda {
         return cuda::libraries();
     }
+    if device == MlxDevice::Metal {
+        return metal::supported();
+    }
     Err(no_kernels(device))
 }
 
@@ -367,6 +374,9 @@ fn find_device(peers: Option<Peers>) -> Result<Arc<dyn Device>, CollectiveError>
         return Ok(Arc::new(cuda::CudaDevice::open(peers)?));
     }
     let _ = peers;
+    if device == MlxDevice::Metal {
+        return Ok(Arc::new(metal::MetalDevice::open()?));
+    }
     Err(no_kernels(device))
 }
 

@@ -45,6 +45,22 @@ int32_t offbook_cuda_launch(
     void** result,
     void** next_token);
 
+// A kernel of Metal: what stands before it, and its body.
+void* offbook_metal_kernel_new(const char* name, const char* header, const char* body);
+void offbook_metal_kernel_free(void* kernel);
+
+// As offbook_cuda_launch. The scalars go as an array, and `memory` is one that the kernel shares with
+// the host.
+int32_t offbook_metal_launch(
+    const void* kernel,
+    const offbook_launch* launch,
+    const void* operand,
+    const void* token,
+    const void* memory,
+    const void* stream,
+    void** result,
+    void** next_token);
+
 #ifdef __cplusplus
 }
 #endif
