@@ -23,7 +23,7 @@ pub use budget::{Budget, DoesNotFit, Place, Workload};
 pub use checkpoint::{Checkpoint, CheckpointError};
 pub use config::{ConfigError, ModelConfig};
 pub use engine::{Engine, EngineError};
-pub use partition::{Partition, PartitionError, PlanReport, RankShare};
+pub use partition::{Collectives, Partition, PartitionError, PlanReport, RankPlan, RankShare};
 pub use precision::Precision;
 pub use step_log::StepTiming;
 pub use step_loop::{

@@ -1,9 +1,13 @@
 //! Who owns what of a model: pure, from the model's configuration and the nodes' weights.
 //!
 //! Every rank solves the same partition from the same input and takes its own share; `offbook
-//! plan` prints it. Shares are contiguous, in rank order, and cover everything exactly once. A
-//! share may be empty: with more ranks than head groups, a rank holds no heads and still its part
-//! of the experts.
+//! plan` prints it. Shares are contiguous, in rank order, and cover everything exactly once; but in
+//! the expert layout every rank holds all of attention. A share may be empty: with more ranks than
+//! head groups, a rank holds no heads and still its part of the experts.
+//!
+//! The expert layout divides each expert's inner width, as the tensor layout does, and not the experts
+//! by number: whichever experts the router picks for a token, every rank reads its part of them and no
+//! rank waits for the one that happens to hold the most.
 
 mod apportion;
 mod cost;
@@ -81,6 +85,7 @@ impl Partition {
         let weights = normalised(weights)?;
         let shares = match layout {
             Layout::Tensor => tensor(config, &weights),
+            Layout::Expert => expert(config, &weights),
             Layout::Pipeline => pipeline(config, &weights)?,
         };
         Ok(Self { layout, shares })
@@ -91,10 +96,11 @@ impl Partition {
     }
 
     /// The rank that samples, broadcasts the tokens and reports them: the first one of a
-    /// tensor-parallel group; the last one of a pipeline, which has the logits.
+    /// group whose ranks hold parts of the same layers; the last one of a pipeline, which has the
+    /// logits.
     pub fn sampling_rank(&self) -> Rank {
         match self.layout {
-            Layout::Tensor => Rank(0),
+            Layout::Tensor | Layout::Expert => Rank(0),
             Layout::Pipeline => Rank(self.shares.len().saturating_sub(1) as u32),
         }
     }
@@ -106,49 +112,79 @@ impl Partition {
     }
 }
 
-/// Every rank a part of every layer. Heads come first, because they are few; experts fill each
-/// rank's memory up to its weight, so a rank with more heads gets less of them; vocabulary rows,
-/// the finest units, level what the ranks read per decoded token.
+/// Every rank a part of every layer. Heads come first, because they are few; the rest fills each rank
+/// up to its weight, so a rank with more heads gets less of it.
 fn tensor(config: &ModelConfig, weights: &[f64]) -> Vec<RankShare> {
     let units = Units::of(config);
-    let cost = Costs::of(config);
     let heads = apportion(config.kv_heads / units.kv_heads, weights);
-    let held = |rank: usize| (heads[rank] * units.kv_heads) as f64 * cost.kv_head;
-
-    let memory: Vec<f64> = (0..weights.len()).map(held).collect();
-    let experts = fill(
-        config.expert_width / units.expert_columns,
-        weights,
-        &memory,
-        cost.whole(),
-    );
-
-    let columns = |rank: usize| (experts[rank] * units.expert_columns) as f64;
-    let reads: Vec<f64> = (0..weights.len())
-        .map(|rank| held(rank) + columns(rank) * cost.expert_column_per_token)
-        .collect();
-    let vocabulary = fill(
-        config.vocabulary_size / units.vocabulary_rows,
-        weights,
-        &reads,
-        cost.whole_per_token(),
-    );
-
+    let rest = Rest::divide(config, weights, Some(&heads));
     let group = config.query_heads_per_kv_head();
     let kv_heads = ranges(&heads, units.kv_heads);
-    let expert_columns = ranges(&experts, units.expert_columns);
-    let vocabulary_rows = ranges(&vocabulary, units.vocabulary_rows);
     (0..weights.len())
         .map(|rank| RankShare {
-            layers: 0..config.layers,
             query_heads: kv_heads[rank].start * group..kv_heads[rank].end * group,
             kv_heads: kv_heads[rank].clone(),
-            expert_columns: expert_columns[rank].clone(),
-            vocabulary_rows: vocabulary_rows[rank].clone(),
-            embeds: true,
-            final_norm: true,
+            ..rest.share(config, rank)
         })
         .collect()
+}
+
+/// Every rank all of attention, and a part of every expert. What all ranks hold alike decides nothing.
+fn expert(config: &ModelConfig, weights: &[f64]) -> Vec<RankShare> {
+    let rest = Rest::divide(config, weights, None);
+    (0..weights.len())
+        .map(|rank| rest.share(config, rank))
+        .collect()
+}
+
+/// What is divided beside the heads.
+struct Rest {
+    expert_columns: Vec<Range<usize>>,
+    vocabulary_rows: Vec<Range<usize>>,
+}
+
+impl Rest {
+    /// `heads` is how many units of heads each rank holds, where these are divided. Experts come
+    /// first; vocabulary rows, the finest units, level what ranks read per decoded token.
+    fn divide(config: &ModelConfig, weights: &[f64], heads: Option<&[usize]>) -> Self {
+        let (units, cost) = (Units::of(config), Costs::of(config));
+        let held = |rank: usize| match heads {
+            Some(heads) => (heads[rank] * units.kv_heads) as f64 * cost.kv_head,
+            None => 0.0,
+        };
+        let all_heads = heads.map_or(0.0, |_| cost.heads());
+        let ranks = 0..weights.len();
+        let memory: Vec<f64> = ranks.clone().map(held).collect();
+        let experts = fill(
+            config.expert_width / units.expert_columns,
+            weights,
+            &memory,
+            all_heads + cost.experts() + cost.head,
+        );
+        let columns = |rank: usize| (experts[rank] * units.expert_columns) as f64;
+        let reads: Vec<f64> = ranks
+            .map(|rank| held(rank) + columns(rank) * cost.expert_column_per_token)
+            .collect();
+        let vocabulary = fill(
+            config.vocabulary_size / units.vocabulary_rows,
+            weights,
+            &reads,
+            all_heads + cost.experts_per_token() + cost.head,
+        );
+        Self {
+            expert_columns: ranges(&experts, units.expert_columns),
+            vocabulary_rows: ranges(&vocabulary, units.vocabulary_rows),
+        }
+    }
+
+    /// A rank's share, with all heads.
+    fn share(&self, config: &ModelConfig, rank: usize) -> RankShare {
+        RankShare {
+            expert_columns: self.expert_columns[rank].clone(),
+            vocabulary_rows: self.vocabulary_rows[rank].clone(),
+            ..RankShare::whole(config)
+        }
+    }
 }
 
 /// Every rank some of the layers, whole; at least one each. The embedding counts against the first

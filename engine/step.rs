@@ -20,7 +20,7 @@ use crate::batch::{Batch, Draw, Input, StepBatch};
 use crate::engine::Engine;
 use crate::kv_cache::SequenceCache;
 use crate::models::Fault;
-use crate::models::minimax::{Caches, DeviceKind, Rows};
+use crate::models::minimax::{Caches, DeviceKind, Divided, Rows};
 use crate::sampler::{self, Drawn, Logprobs, RowLogprobs, host};
 
 /// What one rank keeps from step to step.
@@ -175,7 +175,7 @@ impl<'a> Stepper<'a> {
     /// Through this rank's layers: `[rows, hidden]`, as it was sent on where another rank follows.
     fn forward(&mut self, batch: &StepBatch, window: usize) -> Result<Array, Fault> {
         let model = &self.engine.model;
-        let divided = !self.alone() && self.engine.layout() == Layout::Tensor;
+        let divided = Divided::by(self.engine.layout(), self.group.size());
         let rows = model.rows(batch, self.group, divided);
         let mut x = self.first(batch, &rows)?;
         // A prompt's layers are submitted one by one: they hold much memory and take long. A decode

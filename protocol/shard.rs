@@ -44,6 +44,8 @@ pub struct NodeWeight(pub f64);
 pub enum Layout {
     /// Every rank holds a part of every layer.
     Tensor,
+    /// Every rank holds all of attention and a part of every expert: one exchange per layer.
+    Expert,
     /// Every rank holds some of the layers, whole.
     Pipeline,
 }
@@ -141,7 +143,8 @@ macro_rules! named {
     };
 }
 
-named!(Layout, "layout", "tensor, pipeline", "tensor" => Tensor, "pipeline" => Pipeline);
+named!(Layout, "layout", "tensor, expert, pipeline",
+    "tensor" => Tensor, "expert" => Expert, "pipeline" => Pipeline);
 named!(Transport, "transport", "quic, shm, ring, nccl",
     "quic" => Quic, "shm" => SharedMemory, "ring" => Ring, "nccl" => Nccl);
 named!(FastSynch, "fast_synch", "auto, on, off, require", "auto" => Auto, "on" => On, "off" => Off, "require" => Require);
@@ -152,7 +155,7 @@ mod tests {
 
     #[test]
     fn names_round_trip_and_errors_say_what_is_known() {
-        for layout in [Layout::Tensor, Layout::Pipeline] {
+        for layout in [Layout::Tensor, Layout::Expert, Layout::Pipeline] {
             assert_eq!(layout.to_string().parse(), Ok(layout));
         }
         let error = "tcp".parse::<Transport>().unwrap_err();

@@ -56,7 +56,8 @@ pub(crate) struct Division {
     /// Directory of a model in MLX format; without it, the demo model that is part of this program
     #[arg(long, value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
-    /// How the model is divided: tensor or pipeline
+    /// How the model is divided: tensor (every layer), expert (the experts; attention on every node,
+    /// one exchange per layer) or pipeline (some layers each)
     #[arg(long, default_value_t = Layout::Tensor, value_name = "LAYOUT")]
     pub(crate) parallel: Layout,
     /// Share of the model that each node takes, relative to the others, as in 2,1,1
@@ -156,7 +157,8 @@ pub(crate) struct ClusterInit {
     /// Directory of the model, the same path on every node
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
-    /// How the model is divided: tensor or pipeline
+    /// How the model is divided: tensor (every layer), expert (the experts; attention on every node,
+    /// one exchange per layer) or pipeline (some layers each)
     #[arg(long, default_value_t = Layout::Tensor, value_name = "LAYOUT")]
     pub(crate) parallel: Layout,
     /// What carries tensors between shards: quic, shm (all on one machine), ring or nccl

@@ -4,8 +4,12 @@ use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use offbook_engine::{Checkpoint, ModelConfig, Partition, PlanReport, Precision};
+use offbook_engine::{
+    Checkpoint, Collectives, ModelConfig, Partition, PartitionError, PlanReport, Precision,
+    RankPlan,
+};
 use offbook_protocol::{Layout, NodeWeight};
+use serde::Serialize;
 
 use crate::cli::{Division, Plan};
 use crate::demo_model;
@@ -23,16 +27,74 @@ pub(crate) fn run(options: &Plan) -> Result<()> {
         options.division.parallel,
         &weights(&options.division.weights, options.division.nodes),
     )?;
+    let layouts = layouts(&config, &options.division)?;
     if options.json {
-        println!("{}", serde_json::to_string(&report)?);
+        let mut json = serde_json::to_value(&report)?;
+        json["layouts"] = serde_json::to_value(&layouts)?;
+        println!("{json}");
     } else {
         let context = match options.division.context {
             0 => config.context_tokens as u64,
             wanted => u64::from(wanted).min(config.context_tokens as u64),
         };
-        print!("{}", table(&report, context));
+        print!("{}{}", table(&report, context), choice(&layouts));
     }
     Ok(())
+}
+
+/// What each layout costs on the network, and in memory on the fullest rank.
+#[derive(Serialize)]
+struct LayoutCost {
+    layout: Layout,
+    #[serde(flatten)]
+    collectives: Collectives,
+    weight_bytes_max: u64,
+    kv_bytes_per_token_max: u64,
+}
+
+/// Every layout that can divide the model over these nodes.
+fn layouts(config: &ModelConfig, division: &Division) -> Result<Vec<LayoutCost>> {
+    let weights = weights(&division.weights, division.nodes);
+    let mut costs = Vec::new();
+    for layout in [Layout::Tensor, Layout::Expert, Layout::Pipeline] {
+        let partition = match Partition::solve(config, layout, &weights) {
+            Ok(partition) => partition,
+            Err(PartitionError::MoreRanksThanLayers { .. }) => continue,
+            Err(error) => return Err(error.into()),
+        };
+        let bytes = PlanReport::estimated_weight_bytes(config, &partition, PRECISION);
+        let report = PlanReport::new(config, &partition, &bytes, PRECISION);
+        let most = |bytes: fn(&RankPlan) -> u64| report.ranks.iter().map(bytes).max();
+        costs.push(LayoutCost {
+            layout,
+            collectives: report.collectives,
+            weight_bytes_max: most(|rank| rank.weight_bytes).unwrap_or(0),
+            kv_bytes_per_token_max: most(|rank| rank.kv_bytes_per_token).unwrap_or(0),
+        });
+    }
+    Ok(costs)
+}
+
+fn choice(layouts: &[LayoutCost]) -> String {
+    let mut text = format!(
+        "\n{:>9}  {:>21}  {:>20}  {:>16}  {:>14}\n",
+        "layout",
+        "collectives per token",
+        "bytes from each rank",
+        "weights, fullest",
+        "KV per token"
+    );
+    for cost in layouts {
+        text += &format!(
+            "{:>9}  {:>21}  {:>20}  {:>16}  {:>14}\n",
+            cost.layout.to_string(),
+            cost.collectives.per_token,
+            bytes(cost.collectives.bytes_per_rank),
+            bytes(cost.weight_bytes_max),
+            bytes(cost.kv_bytes_per_token_max),
+        );
+    }
+    text
 }
 
 /// The plan of a cluster on this machine.
@@ -58,8 +120,7 @@ fn solve(
     let config = ModelConfig::open(model)
         .with_context(|| format!("cannot plan the model in {}", model.display()))?;
     let partition = Partition::solve(&config, layout, weights)?;
-    // What a shard computes in on a CPU; a GPU keeps the checkpoint's own, and needs less.
-    let precision = Precision::Float32;
+    let precision = PRECISION;
     let bytes = match Checkpoint::open(model) {
         Ok(checkpoint) => {
             let bytes = |share| checkpoint.share_bytes(&config, share, precision);
@@ -144,6 +205,9 @@ fn bytes(count: u64) -> String {
     let decimals = if unit == "B" || value >= 100.0 { 0 } else { 1 };
     format!("{value:.decimals$} {unit}")
 }
+
+/// What a shard computes in on a CPU; a GPU keeps the checkpoint's own, and needs less.
+const PRECISION: Precision = Precision::Float32;
 
 #[cfg(test)]
 mod tests {

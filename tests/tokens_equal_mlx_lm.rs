@@ -100,6 +100,16 @@ fn on_several_nodes_tensor_parallel() {
 }
 
 #[test]
+fn on_several_nodes_expert_parallel() {
+    for name in FIXTURES {
+        check(name, &["--nodes", "3", "--parallel", "expert"]);
+    }
+    check("q4", &["--nodes", "5", "--parallel", "expert"]);
+    let unequal = ["--nodes", "2", "--weights", "3,1", "--parallel", "expert"];
+    check("mixed-bits", &unequal);
+}
+
+#[test]
 fn on_unequal_nodes() {
     check("bf16-5bit", &["--nodes", "3", "--weights", "1,4,2"]);
     check(
@@ -124,6 +134,16 @@ fn over_the_ring() {
         );
     }
     check("dense-f32", &["--nodes", "3", "--transport", "ring"]);
+}
+
+#[test]
+fn through_shared_memory() {
+    for layout in ["tensor", "expert", "pipeline"] {
+        check(
+            "bf16-5bit",
+            &["--nodes", "2", "--parallel", layout, "--transport", "shm"],
+        );
+    }
 }
 
 #[test]

@@ -105,7 +105,7 @@ impl Attention {
             _ => concatenate(&parts, 0)?,
         };
         let part = project(&heads.output, &attended)?;
-        rows.whole(part)
+        rows.whole_of_heads(part)
     }
 
     /// This rank's part of the other ranks' sums: zeros. Each is made from what came before it, so
@@ -115,10 +115,10 @@ impl Attention {
         let mut part = x.multiply(&zero)?;
         if self.normed {
             let sums = part.try_index((.., ..2))?.as_dtype(Dtype::Float32)?;
-            let sums = rows.whole(sums)?.try_index((.., ..1))?;
+            let sums = rows.whole_of_heads(sums)?.try_index((.., ..1))?;
             part = part.add(sums.as_dtype(self.numerics.dtype)?.multiply(&zero)?)?;
         }
-        rows.whole(part)
+        rows.whole_of_heads(part)
     }
 
     pub(crate) fn arrays(&self) -> Vec<&Array> {
@@ -200,7 +200,7 @@ impl Heads {
         };
         let channels = (self.query + self.kv) * self.width;
         let squares = x.square()?.reshape(&[rows.count, channels])?;
-        let means = rows.whole(matmul(&squares, &norm.mean)?)?;
+        let means = rows.whole_of_heads(matmul(&squares, &norm.mean)?)?;
         let inverse = rsqrt(means.add(&norm.eps)?)?;
         let by_head = take_axis(&inverse, &norm.of_head, 1)?.expand_dims(2)?;
         Ok(x.multiply(by_head)?.multiply(&self.gains)?)

@@ -1,6 +1,6 @@
 //! The mixture of experts: a router that picks a few of many SwiGLU networks for each row.
 //!
-//! Under tensor parallelism each rank holds some columns of every expert's inner width, so that all
+//! In the tensor and expert layouts each rank holds some columns of every expert's inner width, so that all
 //! ranks work on every row whoever is picked; one all-reduce makes the sum whole.
 
 use mlx_rs::error::Exception;
@@ -91,7 +91,7 @@ impl Experts {
             // Zeros, made from what came before, so that no sum overtakes another.
             None => x.multiply(Array::from_f32(0.0).as_dtype(self.numerics.dtype)?)?,
         };
-        rows.whole(part)
+        rows.whole_of_experts(part)
     }
 
     /// Scores are computed in 32 bits; the weights are the chosen scores without the correction,

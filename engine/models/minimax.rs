@@ -16,7 +16,7 @@ use mlx_rs::fast::rms_norm;
 use mlx_rs::ops::indexing::TryIndexOp;
 use mlx_rs::{Array, Dtype};
 use offbook_collectives::Group;
-use offbook_protocol::SequenceId;
+use offbook_protocol::{Layout, SequenceId};
 
 use crate::batch::{Segment, StepBatch};
 use crate::config::ModelConfig;
@@ -64,8 +64,32 @@ pub(crate) struct Rows<'a> {
     pub(crate) count: i32,
     pub(crate) turn: Turn,
     pub(crate) group: &'a Group,
-    /// Whether ranks hold parts of the same layer, and sums have to be made whole.
-    pub(crate) divided: bool,
+    pub(crate) divided: Divided,
+}
+
+/// What ranks hold parts of, so that its sums have to be made whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Divided {
+    pub(crate) heads: bool,
+    pub(crate) experts: bool,
+}
+
+impl Divided {
+    /// `ranks` counts those that work on the model together.
+    pub(crate) fn by(layout: Layout, ranks: usize) -> Self {
+        match layout {
+            _ if ranks == 1 => Self::default(),
+            Layout::Tensor => Self {
+                heads: true,
+                experts: true,
+            },
+            Layout::Expert => Self {
+                heads: false,
+                experts: true,
+            },
+            Layout::Pipeline => Self::default(),
+        }
+    }
 }
 
 /// The caches of the sequences that run.
@@ -113,7 +137,7 @@ impl MiniMax {
         &self,
         batch: &'a StepBatch,
         group: &'a Group,
-        divided: bool,
+        divided: Divided,
     ) -> Rows<'a> {
         let mut ranges = Vec::with_capacity(batch.segments.len());
         let mut positions = Vec::with_capacity(batch.rows());
@@ -231,9 +255,18 @@ impl Borrowed<'_> {
 }
 
 impl Rows<'_> {
-    /// `part` summed over the ranks that hold parts of the same layer.
-    pub(crate) fn whole(&self, part: Array) -> Result<Array, Fault> {
-        if self.divided {
+    /// This rank's part of what comes out of attention, or of its norms, summed over all ranks.
+    pub(crate) fn whole_of_heads(&self, part: Array) -> Result<Array, Fault> {
+        self.whole(part, self.divided.heads)
+    }
+
+    /// This rank's part of what comes out of the experts, summed over all ranks.
+    pub(crate) fn whole_of_experts(&self, part: Array) -> Result<Array, Fault> {
+        self.whole(part, self.divided.experts)
+    }
+
+    fn whole(&self, part: Array, divided: bool) -> Result<Array, Fault> {
+        if divided {
             Ok(self.group.all_sum(&part)?)
         } else {
             Ok(part)

@@ -60,15 +60,18 @@ impl Costs {
         }
     }
 
-    /// What a tensor-parallel group divides.
-    pub(super) fn whole(&self) -> f64 {
-        self.kv_head * self.kv_heads + self.expert_column * self.expert_columns + self.head
+    /// All heads.
+    pub(super) fn heads(&self) -> f64 {
+        self.kv_head * self.kv_heads
     }
 
-    /// What it reads of that for one token.
-    pub(super) fn whole_per_token(&self) -> f64 {
-        self.kv_head * self.kv_heads
-            + self.expert_column_per_token * self.expert_columns
-            + self.head
+    /// All columns of all experts.
+    pub(super) fn experts(&self) -> f64 {
+        self.expert_column * self.expert_columns
+    }
+
+    /// The same, of the experts that one token chooses.
+    pub(super) fn experts_per_token(&self) -> f64 {
+        self.expert_column_per_token * self.expert_columns
     }
 }

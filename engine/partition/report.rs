@@ -40,9 +40,9 @@ pub struct RankPlan {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Collectives {
     /// Tensor: the sums of squares of q and k together (when the model norms them), the sum after
-    /// attention, the sum after the experts. Pipeline: none.
+    /// attention, the sum after the experts. Expert: the last of these. Pipeline: none.
     pub per_layer: u64,
-    /// Tensor: the logits are brought together and the token is broadcast. Pipeline: every
+    /// Tensor, expert: the logits are brought together and the token is broadcast. Pipeline: every
     /// boundary between ranks hands one activation on, and the token is broadcast.
     pub per_step: u64,
     pub per_token: u64,
@@ -116,6 +116,7 @@ impl Collectives {
                 let layer_bytes = norms * 8 + 2 * activation;
                 (norms + 2, 2, layer_bytes * config.layers as u64 + 8)
             }
+            Layout::Expert => (1, 2, activation * config.layers as u64 + 8),
             Layout::Pipeline => (0, ranks, activation + 8),
         };
         Self {

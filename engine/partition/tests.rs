@@ -100,6 +100,25 @@ fn a_rank_with_more_heads_gets_less_of_the_experts() {
 }
 
 #[test]
+fn in_the_expert_layout_attention_is_everywhere_and_one_collective_a_layer() {
+    let config = minimax();
+    let partition = solve(&config, Layout::Expert, &[2.0, 1.0, 1.0]);
+    assert_eq!(lengths(&partition, |share| &share.kv_heads), [8; 3]);
+    assert_eq!(
+        lengths(&partition, |share| &share.expert_columns),
+        [768, 384, 384]
+    );
+    let report = PlanReport::new(
+        &config,
+        &partition,
+        &bytes(&config, &partition),
+        crate::Precision::BFloat16,
+    );
+    assert_eq!(report.collectives.per_token, 62 + 2);
+    assert_eq!(report.kv_bytes_per_token, 3 * 253_952);
+}
+
+#[test]
 fn memory_decides_between_unequal_nodes() {
     let partition = solve(&minimax(), Layout::Tensor, &[128.0, 128.0, 64.0]);
     let columns = lengths(&partition, |share| &share.expert_columns);
@@ -244,6 +263,25 @@ proptest! {
             prop_assert!(share.embeds && share.final_norm);
             let group = config.query_heads_per_kv_head();
             prop_assert_eq!(share.query_heads.start, share.kv_heads.start * group);
+        }
+    }
+
+    #[test]
+    fn expert_shares_cover_experts_once_and_attention_everywhere(
+        config in any_config(), weights in any_weights()
+    ) {
+        let partition = solve(&config, Layout::Expert, &weights);
+        let units = Units::of(&config);
+        let part = |part: fn(&RankShare) -> &Range<usize>| {
+            partition.shares.iter().map(part).cloned()
+        };
+        let width = config.expert_width;
+        prop_assert!(tiles(part(|share| &share.expert_columns), width, units.expert_columns));
+        let rows = config.vocabulary_size;
+        prop_assert!(tiles(part(|share| &share.vocabulary_rows), rows, units.vocabulary_rows));
+        for share in &partition.shares {
+            prop_assert_eq!(&share.kv_heads, &(0..config.kv_heads));
+            prop_assert_eq!(&share.layers, &(0..config.layers));
         }
     }
 

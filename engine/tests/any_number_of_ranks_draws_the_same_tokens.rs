@@ -40,6 +40,19 @@ fn tensor_parallel() {
 }
 
 #[test]
+fn expert_parallel() {
+    if be_a_rank() {
+        return;
+    }
+    for fixture in ALL.map(Fixture::open) {
+        for weights in [&[1.0, 1.0][..], &[1.0, 3.0, 1.0], &[1.0; 5]] {
+            let cluster = Cluster::of(&fixture.model).over(Layout::Expert, weights);
+            check(&fixture, cluster, "expert_parallel");
+        }
+    }
+}
+
+#[test]
 fn pipeline_parallel() {
     if be_a_rank() {
         return;

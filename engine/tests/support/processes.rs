@@ -17,9 +17,14 @@ use super::{Cluster, Cue, DEADLINE, Drawn, Script};
 /// Plays `cues` on processes, one per rank. `test` is the name of the test that calls this; its
 /// first statement must be [`be_a_rank`].
 pub(crate) fn play_apart(cluster: &Cluster, cues: Vec<Cue>, test: &str) -> Drawn {
+    play_and_count(cluster, cues, test).0
+}
+
+/// The same, and what the first rank counted.
+pub(crate) fn play_and_count(cluster: &Cluster, cues: Vec<Cue>, test: &str) -> (Drawn, Counted) {
     let mut ranks = start(cluster, test);
     let sampling = match cluster.layout {
-        Layout::Tensor => 0,
+        Layout::Tensor | Layout::Expert => 0,
         Layout::Pipeline => ranks.len() - 1,
     };
     let mut script = Script::new(cues);
@@ -33,12 +38,25 @@ pub(crate) fn play_apart(cluster: &Cluster, cues: Vec<Cue>, test: &str) -> Drawn
         let outcome = ranks[sampling].says("outcome");
         script.hear(serde_json::from_str(&outcome).unwrap());
     }
+    let mut number = |name| ranks[0].says(name).parse().unwrap();
+    let counted = Counted {
+        steps: number("steps"),
+        operations: number("operations"),
+    };
     for rank in &mut ranks {
         let end = rank.says("end");
         // The last ranks to stop may see the first ones gone.
         assert!(end == "Shutdown" || end.contains("Collective"), "{end}");
     }
-    script.drawn
+    (script.drawn, counted)
+}
+
+/// What a rank did in all.
+#[derive(Debug)]
+pub(crate) struct Counted {
+    pub(crate) steps: u64,
+    /// Collectives that it took part in.
+    pub(crate) operations: u64,
 }
 
 /// One process per rank of `cluster`.
@@ -67,9 +85,13 @@ pub(crate) fn be_a_rank() -> bool {
     let engine = cluster.load(place.rank);
     let transport = place.join_quic(QuicOptions::default());
     let group = Group::over(Box::new(transport), DEADLINE, FastSynch::Off).unwrap();
+    let handle = group.handle();
     let (tx, rx) = sync_channel(64);
     std::thread::spawn(move || listen(&tx));
-    let end = step_loop::run(engine, group, rx, Teller, cluster.options());
+    let mut teller = Teller { steps: 0 };
+    let end = step_loop::run(engine, group, rx, &mut teller, cluster.options());
+    say("steps", teller.steps);
+    say("operations", handle.operations());
     say("end", format!("{:?}", end.reason));
     true
 }
@@ -88,14 +110,18 @@ fn listen(tx: &SyncSender<Command>) {
 }
 
 /// Passes on to the parent what the loop reports.
-struct Teller;
+struct Teller {
+    steps: u64,
+}
 
-impl Report for Teller {
+impl Report for &mut Teller {
     fn outcome(&mut self, outcome: StepOutcome) {
         say("outcome", serde_json::to_string(&outcome).unwrap());
     }
 
-    fn timing(&mut self, _: StepTiming) {}
+    fn timing(&mut self, _: StepTiming) {
+        self.steps += 1;
+    }
 
     fn failed(&mut self, error: &StepError) {
         eprintln!("{error}");
