@@ -1,4 +1,4 @@
-//! `offbook bench`: figures that anybody can measure again.
+//! `offbook bench decode`: tokens per second of whole clusters on this machine.
 
 use std::path::Path;
 use std::time::Instant;
@@ -7,17 +7,10 @@ use anyhow::{Context, Result, bail, ensure};
 use offbook_protocol::{Layout, Transport};
 use serde_json::{Value, json};
 
-use crate::cli::{BenchCommand, BenchDecode, Division, LocalOptions};
+use crate::cli::{BenchDecode, Division, LocalOptions};
 use crate::demo_model;
 use crate::generate::stream_completion;
 use crate::local_cluster::LocalCluster;
-use crate::logging;
-
-pub(crate) async fn run(command: BenchCommand) -> Result<()> {
-    logging::start("bench");
-    let BenchCommand::Decode(options) = command;
-    decode(options).await
-}
 
 /// One thing that is measured, and what was measured of it.
 struct Subject {
@@ -33,7 +26,7 @@ enum What {
 
 /// Decode speed at batch 1. Every kind runs once per round, so that a machine whose speed drifts
 /// is unfair to none.
-async fn decode(options: BenchDecode) -> Result<()> {
+pub(super) async fn run(options: BenchDecode) -> Result<()> {
     ensure!(
         options.tokens >= 2,
         "--tokens must be at least 2: speed is between tokens"

@@ -1,0 +1,22 @@
+//! `offbook bench`: figures that anybody can measure again.
+
+mod collective;
+mod decode;
+mod step;
+pub(crate) mod ranks;
+pub(crate) mod rank;
+mod form;
+
+use anyhow::Result;
+
+use crate::cli::BenchCommand;
+use crate::logging;
+
+pub(crate) async fn run(command: BenchCommand) -> Result<()> {
+    logging::start("bench");
+    match command {
+        BenchCommand::Collective(options) => collective::run(options).await,
+        BenchCommand::Decode(options) => decode::run(options).await,
+        BenchCommand::Step(options) => step::run(options).await,
+    }
+}
