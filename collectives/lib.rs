@@ -24,6 +24,7 @@ mod operation;
 mod reduce;
 
 pub mod conformance;
+pub mod measure;
 
 pub use self::delegate::can_delegate;
 pub use self::error::CollectiveError;

@@ -1,189 +1,22 @@
 //! `offbook bench`: figures that anybody can measure again.
 
-use std::path::Path;
-use std::time::Instant;
+mod collective;
+mod decode;
+mod step;
+pub(crate) mod ranks;
+pub(crate) mod rank;
+mod form;
 
-use anyhow::{Context, Result, bail, ensure};
-use offbook_protocol::{Layout, Transport};
-use serde_json::{Value, json};
+use anyhow::Result;
 
-use crate::cli::{BenchCommand, BenchDecode, Division, LocalOptions};
-use crate::demo_model;
-use crate::generate::stream_completion;
-use crate::local_cluster::LocalCluster;
+use crate::cli::BenchCommand;
 use crate::logging;
 
 pub(crate) async fn run(command: BenchCommand) -> Result<()> {
     logging::start("bench");
-    let BenchCommand::Decode(options) = command;
-    decode(options).await
-}
-
-/// One thing that is measured, and what was measured of it.
-struct Subject {
-    name: String,
-    what: What,
-    tokens_per_second: Vec<f64>,
-}
-
-enum What {
-    Nodes(u32),
-    MlxLm,
-}
-
-/// Decode speed at batch 1. Every kind runs once per round, so that a machine whose speed drifts
-/// is unfair to none.
-async fn decode(options: BenchDecode) -> Result<()> {
-    ensure!(
-        options.tokens >= 2,
-        "--tokens must be at least 2: speed is between tokens"
-    );
-    let scratch = tempfile::tempdir().context("cannot make a temporary folder")?;
-    let model = match &options.model {
-        Some(model) => model.clone(),
-        None => demo_model::write_to(scratch.path())?,
-    };
-    let mut subjects: Vec<_> = options
-        .nodes
-        .iter()
-        .map(|&nodes| Subject {
-            name: format!("offbook, {nodes} node{}", if nodes == 1 { "" } else { "s" }),
-            what: What::Nodes(nodes),
-            tokens_per_second: Vec::new(),
-        })
-        .collect();
-    if options.python.is_some() {
-        subjects.push(Subject {
-            name: "mlx_lm, 1 process".into(),
-            what: What::MlxLm,
-            tokens_per_second: Vec::new(),
-        });
-    }
-    for round in 1..=options.runs {
-        for subject in &mut subjects {
-            let speed = match subject.what {
-                What::Nodes(nodes) => one_cluster(&options, &model, nodes).await?,
-                What::MlxLm => mlx_lm(&options, &model).await?,
-            };
-            eprintln!("round {round}: {} {speed:.1} tokens/s", subject.name);
-            subject.tokens_per_second.push(speed);
-        }
-    }
-    print(&options, &subjects);
-    Ok(())
-}
-
-async fn one_cluster(options: &BenchDecode, model: &Path, nodes: u32) -> Result<f64> {
-    let local = LocalOptions {
-        division: Division {
-            nodes,
-            model: Some(model.to_owned()),
-            parallel: Layout::Tensor,
-            weights: Vec::new(),
-            context: 0,
-        },
-        transport: options.transport,
-        fast_synch: None,
-        data_dir: None,
-        sequences: 1,
-    };
-    let cluster = LocalCluster::start(&local, ([127, 0, 0, 1], 0).into())?;
-    let measured = async {
-        cluster.ready(|_| {}).await?;
-        // The first request also pays for what is made once: caches, buffers, pages.
-        stream_completion(&cluster, &request(PROMPT, 16)).await?;
-        let generated = stream_completion(&cluster, &request(PROMPT, options.tokens)).await?;
-        ensure!(
-            generated.tokens.len() == options.tokens as usize,
-            "the answer is too short"
-        );
-        let seconds = (generated.last - generated.first).as_secs_f64();
-        Ok((generated.tokens.len() - 1) as f64 / seconds)
-    };
-    let measured = measured.await;
-    cluster.stop().await;
-    measured
-}
-
-fn request(prompt: &[u32], tokens: u32) -> Value {
-    json!({
-        "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": true,
-        "return_token_ids": true, "stream": true,
-    })
-}
-
-/// The independent implementation's own generation loop, on the same model and prompt.
-async fn mlx_lm(options: &BenchDecode, model: &Path) -> Result<f64> {
-    let Some(python) = &options.python else {
-        bail!("no Python was given")
-    };
-    let started = Instant::now();
-    let output = tokio::process::Command::new(python)
-        .arg("-c")
-        .arg(MLX_LM)
-        .arg(model)
-        .arg(options.tokens.to_string())
-        .arg(serde_json::to_string(PROMPT)?)
-        .output()
-        .await
-        .with_context(|| format!("cannot run {}", python.display()))?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(
-        output.status.success(),
-        "mlx_lm failed: {}",
-        said.lines().last().unwrap_or_default()
-    );
-    tracing::debug!(elapsed = ?started.elapsed(), "mlx_lm ran");
-    let speed = String::from_utf8_lossy(&output.stdout);
-    speed.trim().parse().context("mlx_lm printed no speed")
-}
-
-fn print(options: &BenchDecode, subjects: &[Subject]) {
-    let median = |subject: &Subject| {
-        let mut speeds = subject.tokens_per_second.clone();
-        speeds.sort_by(f64::total_cmp);
-        speeds[speeds.len() / 2]
-    };
-    if options.json {
-        let row = |subject: &Subject| {
-            json!({
-                "subject": subject.name,
-                "tokens_per_second": median(subject),
-                "runs": subject.tokens_per_second,
-            })
-        };
-        println!("{}", json!(subjects.iter().map(row).collect::<Vec<_>>()));
-        return;
-    }
-    let transport: Transport = options.transport;
-    println!(
-        "decode, batch 1, {} tokens, over {transport}, median of {}",
-        options.tokens, options.runs
-    );
-    for subject in subjects {
-        println!("{:>20}  {:8.1} tokens/s", subject.name, median(subject));
+    match command {
+        BenchCommand::Collective(options) => collective::run(options).await,
+        BenchCommand::Decode(options) => decode::run(options).await,
+        BenchCommand::Step(options) => step::run(options).await,
     }
 }
-
-/// Any tokens do: the speed of a step does not depend on what they mean.
-const PROMPT: &[u32] = &[
-    5, 11, 17, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73,
-];
-
-/// Prints tokens per second between the first and the last token, as we count them.
-const MLX_LM: &str = r"
-import json, sys, time
-from pathlib import Path
-import mlx.core as mx
-from mlx_lm.utils import load_model
-from mlx_lm.generate import generate_step
-
-model, _ = load_model(Path(sys.argv[1]))
-count, prompt = int(sys.argv[2]), mx.array(json.loads(sys.argv[3]))
-for _ in generate_step(prompt, model, max_tokens=16):
-    pass
-times = []
-for _ in generate_step(prompt, model, max_tokens=count):
-    times.append(time.perf_counter())
-print((len(times) - 1) / (times[-1] - times[0]))
-";

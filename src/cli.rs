@@ -1,10 +1,15 @@
 //! What can be typed.
 
+use std::fmt;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use offbook_protocol::{FastSynch, Layout, Transport};
+
+use crate::bench::ranks::Collectives;
 
 /// Runs one large language model over a few machines.
 #[derive(Debug, Parser)]
@@ -21,6 +26,7 @@ Examples:
   offbook chat                                 talk to the cluster that runs here
   offbook generate --prompt 'What is 47 + 85?' --temperature 0
   offbook plan --nodes 3 --model DIR           who would own what, without loading anything
+  offbook doctor                               does this machine do what a cluster needs
 
 Logs go to standard error; OFFBOOK_LOG=info (or debug) says more.";
 
@@ -42,6 +48,11 @@ pub(crate) enum Command {
     /// Measure
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Check this machine: collectives, late ranks, speed. Exit code 0 only if all is well
+    Doctor(Doctor),
+    /// One rank of a measurement; started by `bench` and `doctor`, never by hand
+    #[command(hide = true)]
+    Rank(Rank),
     /// A shard process; started by its node, never by hand
     #[command(hide = true)]
     Shard(Shard),
@@ -260,8 +271,180 @@ pub(crate) struct Plan {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
+    /// What a sum over all ranks takes, per transport and size
+    ///
+    /// Starts the ranks as processes on this machine. All transports are measured in turns in one
+    /// run, MLX's own ring among them. Columns: median and 99th percentile of one sum evaluated
+    /// alone, and the median of each of 64 sums of which each needs the one before, in microseconds,
+    /// as rank 0 sees them. Sizes beyond 256 KiB are measured less often. When a rank fails, the
+    /// command ends with what every other rank has to say about it, and an exit code other than 0.
+    Collective(BenchCollective),
+    /// What one decode step takes, rank by rank, with collectives and without
+    ///
+    /// Columns: medians over the steps, in milliseconds. total: the whole step; model: building it
+    /// and handing it to the device; eval: waiting for the device; collective: what the stream says
+    /// it spent in collectives. All kinds of --collectives are measured in turns in one run.
+    Step(BenchStep),
     /// Decode speed of one node, of several, and of mlx-lm if Python has it
     Decode(BenchDecode),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchCollective {
+    /// Numbers of ranks to measure
+    #[arg(
+        long,
+        value_name = "N,N,…",
+        value_delimiter = ',',
+        default_value = "2,3"
+    )]
+    pub(crate) ranks: Vec<usize>,
+    /// Sizes of the operand, multiples of 4
+    #[arg(
+        long,
+        value_name = "B,B,…",
+        value_delimiter = ',',
+        default_value = "64,6144,1048576"
+    )]
+    pub(crate) bytes: Vec<usize>,
+    /// What carries the operands: quic and shm (ours), ring and nccl (MLX's own)
+    #[arg(
+        long,
+        value_name = "T,T,…",
+        value_delimiter = ',',
+        default_value = "quic,ring,shm"
+    )]
+    pub(crate) transport: Vec<Transport>,
+    /// Keep sums on the device's stream: auto (where it can), on (the same, with a warning where it
+    /// cannot), off, require; without it OFFBOOK_FAST_SYNCH, EXO_FAST_SYNCH or MLX_METAL_FAST_SYNCH,
+    /// else auto
+    #[arg(long, value_name = "auto|on|off|require")]
+    pub(crate) fast_synch: Option<FastSynch>,
+    /// Sums of each kind that are timed alone
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: u32,
+    /// How long one sum may take, as in 500ms or 5s; a rank that takes longer ends the run
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = duration)]
+    pub(crate) deadline: Duration,
+    /// GPUs of this machine: rank r computes on GPU r modulo this number
+    #[arg(long, value_name = "N")]
+    pub(crate) gpus: Option<NonZeroU32>,
+    /// Print one JSON object per line: a row each, or an error each with `rank` and `error`
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchStep {
+    /// How many ranks
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) ranks: usize,
+    /// What a step computes
+    #[arg(long, default_value_t = Workload::Products)]
+    pub(crate) workload: Workload,
+    /// Products per step
+    #[arg(long, value_name = "N", default_value_t = 124)]
+    pub(crate) depth: usize,
+    /// Length of the vector, and both sides of the matrices
+    #[arg(long, value_name = "N", default_value_t = 3072, value_parser = clap::value_parser!(i32).range(1..))]
+    pub(crate) width: i32,
+    /// What becomes of each product: none, or a sum over all ranks on the CPU stream or delegated to
+    /// the device's own
+    #[arg(
+        long,
+        value_name = "C,C,…",
+        value_delimiter = ',',
+        default_value = "none,cpu-stream"
+    )]
+    pub(crate) collectives: Vec<Collectives>,
+    /// What carries the operands: quic or shm (ours), ring or nccl (MLX's own)
+    #[arg(long, default_value_t = Transport::SharedMemory)]
+    pub(crate) transport: Transport,
+    /// Steps that are timed
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) steps: u32,
+    /// How long one sum may take, as in 500ms or 5s
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = duration)]
+    pub(crate) deadline: Duration,
+    /// GPUs of this machine: rank r computes on GPU r modulo this number
+    #[arg(long, value_name = "N")]
+    pub(crate) gpus: Option<NonZeroU32>,
+    /// Print one JSON object per line, for each rank and kind of collectives
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What a measured step computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Workload {
+    /// Products of a vector with matrices, f32 on the CPU and bf16 on a GPU, each followed by a sum
+    Products,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// How many ranks
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) ranks: usize,
+    /// GPUs of this machine: rank r computes on GPU r modulo this number
+    #[arg(long, value_name = "N")]
+    pub(crate) gpus: Option<NonZeroU32>,
+    /// Keep operations on the device's stream: auto (where it can), on, off, require; without it
+    /// OFFBOOK_FAST_SYNCH, EXO_FAST_SYNCH or MLX_METAL_FAST_SYNCH, else auto
+    #[arg(long, value_name = "auto|on|off|require")]
+    pub(crate) fast_synch: Option<FastSynch>,
+    /// Print one JSON object: verdict, device, path, and checks with name, transport, ok, detail
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Rank {
+    /// Where the assignment and the keys are
+    #[arg(long, value_name = "DIR")]
+    pub(crate) folder: PathBuf,
+    /// Its place, from 0
+    #[arg(long)]
+    pub(crate) rank: usize,
+}
+
+impl fmt::Display for Collectives {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        pad_value(*self, f)
+    }
+}
+
+impl fmt::Display for Workload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        pad_value(*self, f)
+    }
+}
+
+/// As it is typed.
+fn pad_value(value: impl ValueEnum, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let typed = value.to_possible_value();
+    f.pad(typed.as_ref().map_or("", |typed| typed.get_name()))
+}
+
+/// A time with its unit.
+fn duration(text: &str) -> Result<Duration, String> {
+    let at = text
+        .find(|letter: char| letter.is_ascii_alphabetic())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(at);
+    let milliseconds = match unit {
+        "ms" => 1.0,
+        "s" => 1e3,
+        "min" => 60e3,
+        _ => return Err("give a time with its unit, as in 500ms, 5s or 2min".to_owned()),
+    };
+    let number: f64 = number
+        .parse()
+        .map_err(|_| format!("{number:?} is no number"))?;
+    match Duration::try_from_secs_f64(number * milliseconds / 1e3) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        _ => Err("the time must be above 0".to_owned()),
+    }
 }
 
 #[derive(Debug, Args)]
@@ -298,5 +481,14 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_time_has_a_unit() {
+        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(duration("1.5s"), Ok(Duration::from_millis(1500)));
+        for wrong in ["5", "0s", "-1s", "s", "5 parsecs", "nans"] {
+            assert!(duration(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -220,12 +220,12 @@ fn data_folder(named: Option<&Path>) -> Result<(PathBuf, Option<TempDir>)> {
 
 /// Nodes must know each other's ports before the first one starts, so each is asked for now and
 /// bound again a moment later.
-fn reserve_udp() -> Result<SocketAddr> {
+pub(crate) fn reserve_udp() -> Result<SocketAddr> {
     let socket = UdpSocket::bind("127.0.0.1:0").context("no free UDP port on loopback")?;
     Ok(socket.local_addr()?)
 }
 
-fn reserve_tcp(wanted: SocketAddr) -> Result<SocketAddr> {
+pub(crate) fn reserve_tcp(wanted: SocketAddr) -> Result<SocketAddr> {
     let listener = TcpListener::bind(wanted)
         .with_context(|| format!("cannot listen on {wanted}: choose another --http"))?;
     Ok(listener.local_addr()?)

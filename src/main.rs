@@ -13,6 +13,7 @@ mod shard;
 mod generate;
 mod plan;
 mod bench;
+mod doctor;
 
 use std::process::ExitCode;
 
@@ -48,6 +49,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Generate(options) => on_this_thread(generate::run(options)),
         Command::Plan(options) => plan::run(&options),
         Command::Bench(command) => on_this_thread(bench::run(command)),
+        Command::Doctor(options) => on_this_thread(doctor::run(options)),
+        Command::Rank(options) => bench::rank::run(&options),
     }
 }
 

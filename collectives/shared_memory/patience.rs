@@ -27,7 +27,7 @@ impl Patience {
     /// Lets others run for a moment, or says that it is time to sleep. It is `now`, and nothing has
     /// come for `quiet`.
     pub(super) fn is_up(&mut self, now: Instant, quiet: Duration) -> bool {
-        if quiet >= self.spin || now < self.crowded_until {
+        if self.is_exhausted(now, quiet) {
             return true;
         }
         thread::yield_now();
@@ -36,6 +36,10 @@ impl Patience {
             self.note_crowd(back);
         }
         false
+    }
+
+    fn is_exhausted(&self, now: Instant, quiet: Duration) -> bool {
+        quiet >= self.spin || now < self.crowded_until
     }
 
     /// Somebody took the core and kept it. Who sleeps is woken at once even then, who only steps
@@ -65,12 +69,13 @@ mod tests {
     fn who_lost_its_core_sleeps_longer_each_time() {
         let mut patience = Patience::new(Duration::from_secs(1));
         let start = Instant::now();
-        assert!(!patience.is_up(start, Duration::ZERO));
-        assert!(patience.is_up(start, Duration::from_secs(1)));
+        assert!(!patience.is_exhausted(start, Duration::ZERO));
+        assert!(patience.is_exhausted(start, Duration::from_secs(1)));
 
         patience.note_crowd(start);
-        assert!(patience.is_up(start + CROWDED_MIN / 2, Duration::ZERO));
+        assert!(patience.is_exhausted(start + CROWDED_MIN / 2, Duration::ZERO));
         let over = start + CROWDED_MIN;
+        assert!(!patience.is_exhausted(over, Duration::ZERO));
         patience.note_crowd(over + CROWDED_MIN / 2);
         assert_eq!(patience.crowded_for, 2 * CROWDED_MIN);
         // Long after, it begins anew.

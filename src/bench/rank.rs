@@ -1,0 +1,337 @@
+//! `offbook rank`: one rank of a measurement. `bench` and `doctor` start it; it says what it
+//! measures as lines of JSON on standard output, and ends when they do.
+
+use std::io::Write;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use offbook_collectives::conformance::{ConformanceError, Exactness, verify};
+use offbook_collectives::measure::{self, Probe, Products, Summation};
+use offbook_collectives::{CollectiveError, Group};
+use offbook_runtime::supervise::lifeline;
+
+use super::form::form;
+use super::ranks::{Assignment, Event, Failed, Job, Latency, StepTimes};
+use crate::cli::Rank;
+use crate::logging;
+
+pub(crate) fn run(options: &Rank) -> Result<()> {
+    lifeline()?;
+    logging::start("rank");
+    let (assignment, identity) = Assignment::load(&options.folder, options.rank)?;
+    // MLX's own transports write the environment, so they are formed before threads of ours are
+    // there.
+    let mut order: Vec<usize> = (0..assignment.groups.len()).collect();
+    order.sort_by_key(|&group| !assignment.groups[group].transport.is_of_mlx());
+    let mut groups: Vec<Option<Group>> = order.iter().map(|_| None).collect();
+    for group in order {
+        match form(
+            &assignment.groups[group],
+            &assignment,
+            options.rank,
+            &identity,
+        ) {
+            Ok(formed) => groups[group] = Some(formed),
+            Err(error) => {
+                let culprit = error.downcast_ref().and_then(culprit);
+                let failed = failed(Some(group), &format!("{error:#}"), culprit, Duration::ZERO);
+                say(&Event::Failed(failed));
+                wait_for_the_end()
+            }
+        }
+    }
+    let member = Member {
+        assignment: &assignment,
+        rank: options.rank,
+        groups: groups.into_iter().flatten().collect(),
+        watchdog: Watchdog::start(assignment.deadline)?,
+    };
+    match member.work() {
+        Ok(()) => say(&Event::Done),
+        Err(stop) => say(&Event::Failed(*stop)),
+    }
+    // Groups are left when everybody is done: a rank that leaves early would end the others' last
+    // operation over MLX's own transports.
+    wait_for_the_end()
+}
+
+/// The parent ends this process, or its lifeline does when the parent is gone.
+fn wait_for_the_end() -> ! {
+    loop {
+        thread::park();
+    }
+}
+
+struct Member<'a> {
+    assignment: &'a Assignment,
+    rank: usize,
+    groups: Vec<Group>,
+    watchdog: Watchdog,
+}
+
+type Outcome<T> = Result<T, Box<Failed>>;
+
+impl Member<'_> {
+    fn work(&self) -> Outcome<()> {
+        for (group, formed) in self.groups.iter().enumerate() {
+            let probe = self.probe(group, formed, 4)?;
+            self.timed(group, || probe.alone())?;
+        }
+        say(&Event::Ready {
+            device: measure::device().to_owned(),
+        });
+        match &self.assignment.job {
+            Job::Latency { bytes, rounds } => bytes
+                .iter()
+                .try_for_each(|&bytes| self.latency(bytes, *rounds)),
+            Job::Conformance { elements } => {
+                self.conformance(elements);
+                Ok(())
+            }
+            Job::Forever { bytes } => self.forever(*bytes),
+            Job::Products {
+                width,
+                depth,
+                steps,
+            } => self.products((*width, *depth), *steps),
+        }
+    }
+
+    /// Groups are timed in turns, so that a machine whose speed drifts is unfair to none. The first
+    /// turn only warms up.
+    fn latency(&self, bytes: usize, rounds: u32) -> Outcome<()> {
+        // Larger operands are measured less often, so that the whole takes a minute at most.
+        let rounds = rounds / (1 + u32::try_from(bytes / FULL_ROUNDS_BYTES).unwrap_or(u32::MAX));
+        let per_turn = rounds.div_ceil(TURNS).max(1);
+        let probes = self
+            .groups
+            .iter()
+            .enumerate()
+            .map(|(group, formed)| self.probe(group, formed, bytes))
+            .collect::<Outcome<Vec<_>>>()?;
+        let mut alone = vec![Vec::new(); probes.len()];
+        let mut chained = vec![Vec::new(); probes.len()];
+        for turn in 0..=TURNS {
+            for (group, probe) in probes.iter().enumerate() {
+                for _ in 0..per_turn {
+                    alone[group].push(self.timed(group, || probe.alone())?);
+                }
+                for _ in 0..(per_turn / CHAIN).max(1) {
+                    chained[group].push(self.timed(group, || probe.chained(CHAIN))?);
+                }
+                if turn == 0 {
+                    alone[group].clear();
+                    chained[group].clear();
+                }
+            }
+        }
+        if self.rank == 0 {
+            for (group, (alone, chained)) in alone.iter_mut().zip(&mut chained).enumerate() {
+                say(&Event::Latency(Latency {
+                    group,
+                    bytes,
+                    p50_us: quantile(alone, 0.5) * 1e6,
+                    p99_us: quantile(alone, 0.99) * 1e6,
+                    chained_us: quantile(chained, 0.5) * 1e6,
+                    path: self.groups[group].path().name().to_owned(),
+                }));
+            }
+        }
+        Ok(())
+    }
+
+    fn conformance(&self, elements: &[usize]) {
+        for (group, formed) in self.groups.iter().enumerate() {
+            let (exactness, elements) = match self.assignment.groups[group].transport.is_of_mlx() {
+                false => (Exactness::Bits, elements.to_vec()),
+                // They have no empty operands.
+                true => {
+                    let some = elements.iter().copied().filter(|&elements| elements > 0);
+                    (Exactness::Rounding, some.collect())
+                }
+            };
+            let verified = verify(formed, &elements, exactness);
+            say(&match verified {
+                Ok(verified) => Event::Conformance {
+                    group,
+                    operations: verified.operations,
+                    digest: format!("{:016x}", verified.digest),
+                    path: formed.path().name().to_owned(),
+                },
+                Err(error) => {
+                    // So that the others do not wait for us.
+                    let why = match &error {
+                        ConformanceError::Failed { why, .. } => why.clone(),
+                        wrong => CollectiveError::Poisoned {
+                            why: wrong.to_string(),
+                        },
+                    };
+                    formed.handle().poison(why);
+                    Event::Broken {
+                        group,
+                        error: error.to_string(),
+                    }
+                }
+            });
+        }
+    }
+
+    fn forever(&self, bytes: usize) -> Outcome<()> {
+        let probes = self
+            .groups
+            .iter()
+            .enumerate()
+            .map(|(group, formed)| self.probe(group, formed, bytes))
+            .collect::<Outcome<Vec<_>>>()?;
+        loop {
+            for (group, probe) in probes.iter().enumerate() {
+                self.timed(group, || probe.alone())?;
+            }
+        }
+    }
+
+    fn products(&self, (width, depth): (i32, usize), steps: u32) -> Outcome<()> {
+        let ranks = self.assignment.ranks;
+        let products = Products::new(width, depth, ranks)
+            .map_err(|why| Box::new(failed(None, &why.to_string(), None, Duration::ZERO)))?;
+        let mut timings = vec![Vec::new(); self.groups.len()];
+        for step in 0..WARM_UP_STEPS + steps {
+            for (group, formed) in self.groups.iter().enumerate() {
+                let summation = match self.assignment.groups[group].fast_synch {
+                    None => Summation::None(ranks),
+                    Some(_) => Summation::Over(formed),
+                };
+                let timing = self.timed(group, || products.step(summation))?;
+                if step >= WARM_UP_STEPS {
+                    timings[group].push(timing);
+                }
+            }
+        }
+        for (group, timings) in timings.iter().enumerate() {
+            let median = |part: fn(&measure::ProductsTiming) -> Duration| {
+                quantile(&mut timings.iter().map(part).collect::<Vec<_>>(), 0.5) * 1e3
+            };
+            say(&Event::Step(StepTimes {
+                group,
+                path: self.groups[group].path().name().to_owned(),
+                total_ms: median(|timing| timing.total),
+                model_ms: median(|timing| timing.model),
+                gpu_eval_ms: None,
+                eval_ms: median(|timing| timing.eval),
+                collective_ms: median(|timing| timing.collective),
+            }));
+        }
+        Ok(())
+    }
+
+    fn probe<'g>(&self, group: usize, formed: &'g Group, bytes: usize) -> Outcome<Probe<'g>> {
+        Probe::new(formed, bytes)
+            .map_err(|why| Box::new(failed(Some(group), &why.to_string(), None, Duration::ZERO)))
+    }
+
+    /// Runs what a group may hang or fail in.
+    fn timed<T>(
+        &self,
+        group: usize,
+        operation: impl FnOnce() -> Result<T, CollectiveError>,
+    ) -> Outcome<T> {
+        let start = Instant::now();
+        let bounded = !self.assignment.groups[group].transport.is_of_mlx();
+        if !bounded {
+            self.watchdog.enter(group);
+        }
+        let result = operation();
+        if !bounded {
+            self.watchdog.leave();
+        }
+        result.map_err(|why| {
+            Box::new(failed(
+                Some(group),
+                &why.to_string(),
+                culprit(&why),
+                start.elapsed(),
+            ))
+        })
+    }
+}
+
+/// Watches over operations that have no deadline of their own, those of MLX's own transports.
+struct Watchdog {
+    entered: Arc<Mutex<Option<(usize, Instant)>>>,
+}
+
+impl Watchdog {
+    fn start(deadline: Duration) -> Result<Self> {
+        let entered = Arc::new(Mutex::new(None::<(usize, Instant)>));
+        let watched = Arc::clone(&entered);
+        thread::Builder::new()
+            .name("watchdog".into())
+            .spawn(move || {
+                loop {
+                    thread::sleep(WATCHDOG_EVERY);
+                    let entered = *watched.lock().unwrap_or_else(PoisonError::into_inner);
+                    if let Some((group, since)) = entered
+                        && since.elapsed() >= deadline
+                    {
+                        let error = format!(
+                            "all_sum waited {deadline:?} for another rank, and MLX does not say for which"
+                        );
+                        say(&Event::Failed(failed(Some(group), &error, None, since.elapsed())));
+                        wait_for_the_end()
+                    }
+                }
+            })?;
+        Ok(Self { entered })
+    }
+
+    fn enter(&self, group: usize) {
+        *self.entered.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some((group, Instant::now()));
+    }
+
+    fn leave(&self) {
+        *self.entered.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+fn failed(group: Option<usize>, error: &str, culprit: Option<usize>, waited: Duration) -> Failed {
+    Failed {
+        group,
+        error: error.to_owned(),
+        culprit,
+        waited,
+    }
+}
+
+fn culprit(why: &CollectiveError) -> Option<usize> {
+    match why {
+        CollectiveError::Late { rank, .. } | CollectiveError::Lost { rank, .. } => Some(*rank),
+        _ => None,
+    }
+}
+
+fn say(event: &Event) {
+    let line = serde_json::to_string(event).expect("an event is plain data");
+    let mut stdout = std::io::stdout().lock();
+    // When the parent is gone, so are we, in a moment.
+    let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
+}
+
+/// In seconds; sorts the times.
+fn quantile(times: &mut [Duration], part: f64) -> f64 {
+    times.sort_unstable();
+    let at = (times.len().saturating_sub(1)) as f64 * part;
+    times
+        .get(at as usize)
+        .map_or(f64::NAN, Duration::as_secs_f64)
+}
+
+const FULL_ROUNDS_BYTES: usize = 256 << 10;
+const TURNS: u32 = 10;
+/// As many sums as a decode step of a large model has, about.
+const CHAIN: u32 = 64;
+const WARM_UP_STEPS: u32 = 3;
+/// Far below the 100 ms that a deadline may be exceeded by.
+const WATCHDOG_EVERY: Duration = Duration::from_millis(10);
