@@ -98,6 +98,9 @@ pub(crate) struct LocalOptions {
     /// MLX_METAL_FAST_SYNCH, else auto
     #[arg(long, value_name = "auto|on|off|require")]
     pub(crate) fast_synch: Option<FastSynch>,
+    /// GPUs of this machine: node n computes on GPU n modulo this number
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) gpus: Option<u32>,
     /// Where keys, configuration and state are kept; without it, a folder that is removed at the end
     #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,

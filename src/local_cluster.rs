@@ -63,8 +63,8 @@ impl LocalCluster {
         })?;
         let (supervisor, _events) = Supervisor::new(RestartPolicy::default());
         let program = std::env::current_exe().context("cannot find this program's own file")?;
-        for (name, _) in &nodes {
-            let spec = ChildSpec::new(name, &program)
+        for (number, (name, _)) in (0..).zip(&nodes) {
+            let mut spec = ChildSpec::new(name, &program)
                 .arg("node")
                 .arg("--supervised")
                 .arg("--cluster")
@@ -75,6 +75,10 @@ impl LocalCluster {
                 .arg(folder.join(name))
                 .arg("--http")
                 .arg(http.to_string());
+            if let Some(gpus) = options.gpus {
+                let gpu: u32 = number % gpus;
+                spec = spec.env("CUDA_VISIBLE_DEVICES", gpu.to_string());
+            }
             supervisor.start(spec)?;
         }
         Ok(Self {

@@ -77,6 +77,7 @@ async fn one_cluster(options: &BenchDecode, model: &Path, nodes: u32) -> Result<
         },
         transport: options.transport,
         fast_synch: None,
+        gpus: None,
         data_dir: None,
         sequences: 1,
     };
