@@ -1,6 +1,7 @@
 //! `offbook doctor`: whether this machine can run a cluster's collectives, asked by doing it. Every
 //! operation is compared with plain arithmetic, sums are timed, and a rank is stopped on purpose.
 
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -22,10 +23,7 @@ pub(crate) async fn run(options: Doctor) -> Result<()> {
     );
     let mut examination = Examination {
         ranks: options.ranks,
-        limits: Limits {
-            deadline: DEADLINE,
-            gpus: options.gpus,
-        },
+        gpus: options.gpus,
         fast_synch: fast_synch::chosen(options.fast_synch, FastSynch::Auto)?,
         report: Report::default(),
         shown: !options.json,
@@ -103,7 +101,7 @@ impl Report {
 
 struct Examination {
     ranks: usize,
-    limits: Limits,
+    gpus: Option<NonZeroU32>,
     fast_synch: FastSynch,
     report: Report,
     shown: bool,
@@ -127,7 +125,7 @@ impl Examination {
         let job = Job::Conformance {
             elements: ELEMENTS.to_vec(),
         };
-        let mut ranks = self.start(transport, job)?;
+        let mut ranks = self.start(transport, job, PATIENCE)?;
         let (mut digests, mut broken, mut done) = (Vec::new(), None, 0);
         let Report { device, path, .. } = &mut self.report;
         ranks
@@ -170,7 +168,7 @@ impl Examination {
             bytes: vec![STEP_BYTES],
             rounds: ROUNDS,
         };
-        let mut ranks = self.start(transport, job)?;
+        let mut ranks = self.start(transport, job, PATIENCE)?;
         let mut seen: Option<Latency> = None;
         ranks
             .run(Wanted::Done, |_, event| {
@@ -185,7 +183,7 @@ impl Examination {
 
     /// A rank that stops is named by all others, in time.
     async fn late_rank(&mut self, transport: Transport) -> Result<String> {
-        let mut ranks = self.start(transport, Job::Forever { bytes: STEP_BYTES })?;
+        let mut ranks = self.start(transport, Job::Forever { bytes: STEP_BYTES }, DEADLINE)?;
         ranks.run(Wanted::Ready, |_, _| {}).await?;
         let last = self.ranks - 1;
         let pid = ranks.pid(last).context("the last rank is gone")?;
@@ -220,9 +218,13 @@ impl Examination {
         ))
     }
 
-    fn start(&self, transport: Transport, job: Job) -> Result<Ranks> {
+    fn start(&self, transport: Transport, job: Job, deadline: Duration) -> Result<Ranks> {
         let groups = [(transport, Some(self.fast_synch))];
-        Ranks::start(self.ranks, &groups, job, self.limits)
+        let limits = Limits {
+            deadline,
+            gpus: self.gpus,
+        };
+        Ranks::start(self.ranks, &groups, job, limits)
     }
 
     fn note(&mut self, name: &'static str, transport: Transport, seen: Result<Seen>) {
@@ -308,7 +310,10 @@ const ELEMENTS: [usize; 5] = [0, 1, 1237, 1536, 1 << 18];
 const STEP_BYTES: usize = 6144;
 const ROUNDS: u32 = 200;
 const RANKS_MAX: usize = 64;
-const DEADLINE: Duration = Duration::from_secs(1);
+/// For a rank that is late on purpose: more than ranks that start differ by.
+const DEADLINE: Duration = Duration::from_secs(3);
+/// For ranks that only work: on a crowded machine MLX's ring is slow.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// What a deadline may be exceeded by, by promise.
 const GRACE: Duration = Duration::from_millis(100);
 /// A step of that model has 124 sums: beyond this they alone take more than the 36 ms that a whole

@@ -92,4 +92,4 @@ fn wish(fast_synch: offbook_protocol::FastSynch) -> FastSynch {
 /// These groups live once.
 const EPOCH: u64 = 1;
 /// Processes start in less, unless the machine is very busy.
-const MEETING_MAX: Duration = Duration::from_secs(60);
+pub(super) const MEETING_MAX: Duration = Duration::from_secs(60);

@@ -12,7 +12,7 @@ use offbook_collectives::measure::{self, Probe, Products, Summation};
 use offbook_collectives::{CollectiveError, Group};
 use offbook_runtime::supervise::lifeline;
 
-use super::form::form;
+use super::form::{MEETING_MAX, form};
 use super::ranks::{Assignment, Event, Failed, Job, Latency, StepTimes};
 use crate::cli::Rank;
 use crate::logging;
@@ -46,7 +46,7 @@ pub(crate) fn run(options: &Rank) -> Result<()> {
         assignment: &assignment,
         rank: options.rank,
         groups: groups.into_iter().flatten().collect(),
-        watchdog: Watchdog::start(assignment.deadline)?,
+        watchdog: Watchdog::start()?,
     };
     match member.work() {
         Ok(()) => say(&Event::Done),
@@ -77,7 +77,8 @@ impl Member<'_> {
     fn work(&self) -> Outcome<()> {
         for (group, formed) in self.groups.iter().enumerate() {
             let probe = self.probe(group, formed, 4)?;
-            self.timed(group, || probe.alone())?;
+            // Some may still be meeting in the next group.
+            self.timed_within(MEETING_MAX, group, || probe.alone())?;
         }
         say(&Event::Ready {
             device: measure::device().to_owned(),
@@ -237,10 +238,20 @@ impl Member<'_> {
         group: usize,
         operation: impl FnOnce() -> Result<T, CollectiveError>,
     ) -> Outcome<T> {
+        self.timed_within(self.assignment.deadline, group, operation)
+    }
+
+    /// The limit is for MLX's own transports; ours have the deadline of their group.
+    fn timed_within<T>(
+        &self,
+        limit: Duration,
+        group: usize,
+        operation: impl FnOnce() -> Result<T, CollectiveError>,
+    ) -> Outcome<T> {
         let start = Instant::now();
         let bounded = !self.assignment.groups[group].transport.is_of_mlx();
         if !bounded {
-            self.watchdog.enter(group);
+            self.watchdog.enter(group, limit);
         }
         let result = operation();
         if !bounded {
@@ -257,14 +268,22 @@ impl Member<'_> {
     }
 }
 
+/// An operation under way.
+#[derive(Clone, Copy)]
+struct Entered {
+    group: usize,
+    since: Instant,
+    limit: Duration,
+}
+
 /// Watches over operations that have no deadline of their own, those of MLX's own transports.
 struct Watchdog {
-    entered: Arc<Mutex<Option<(usize, Instant)>>>,
+    entered: Arc<Mutex<Option<Entered>>>,
 }
 
 impl Watchdog {
-    fn start(deadline: Duration) -> Result<Self> {
-        let entered = Arc::new(Mutex::new(None::<(usize, Instant)>));
+    fn start() -> Result<Self> {
+        let entered = Arc::new(Mutex::new(None::<Entered>));
         let watched = Arc::clone(&entered);
         thread::Builder::new()
             .name("watchdog".into())
@@ -272,11 +291,15 @@ impl Watchdog {
                 loop {
                     thread::sleep(WATCHDOG_EVERY);
                     let entered = *watched.lock().unwrap_or_else(PoisonError::into_inner);
-                    if let Some((group, since)) = entered
-                        && since.elapsed() >= deadline
+                    if let Some(Entered {
+                        group,
+                        since,
+                        limit,
+                    }) = entered
+                        && since.elapsed() >= limit
                     {
                         let error = format!(
-                            "all_sum waited {deadline:?} for another rank, and MLX does not say for which"
+                            "all_sum waited {limit:?} for another rank, and MLX does not say for which"
                         );
                         say(&Event::Failed(failed(Some(group), &error, None, since.elapsed())));
                         wait_for_the_end()
@@ -286,9 +309,12 @@ impl Watchdog {
         Ok(Self { entered })
     }
 
-    fn enter(&self, group: usize) {
-        *self.entered.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some((group, Instant::now()));
+    fn enter(&self, group: usize, limit: Duration) {
+        *self.entered.lock().unwrap_or_else(PoisonError::into_inner) = Some(Entered {
+            group,
+            since: Instant::now(),
+            limit,
+        });
     }
 
     fn leave(&self) {
