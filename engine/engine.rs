@@ -16,6 +16,7 @@ use crate::config::{ConfigError, ModelConfig};
 use crate::models::minimax::{DeviceKind, MiniMax, Numerics};
 use crate::partition::{Partition, PartitionError, RankShare};
 use crate::precision::Precision;
+use crate::trial::{TrialShare, random_weights};
 use crate::weights::{LoadError, ShardWeights};
 
 /// A share of a model on this thread's default device. It belongs to the thread that loaded it:
@@ -56,19 +57,58 @@ impl Engine {
                 });
             },
         )?;
+        let limits = Limits {
+            prefill_chunk_tokens: spec.prefill_chunk_tokens as usize,
+            context_tokens: spec.context_tokens as usize,
+        };
+        let share = Share {
+            rank: spec.rank,
+            weights,
+            precision,
+            device,
+        };
+        Self::of(config, partition, share, limits)
+    }
+
+    /// A share with random weights: to measure, not to serve. It reads no file.
+    pub fn random(spec: &TrialShare, seed: u64) -> Result<Self, EngineError> {
+        let partition = Partition::solve(&spec.config, spec.layout, &spec.weights)?;
+        let device = device()?;
+        let precision = match device {
+            DeviceKind::Cpu => Precision::Float32,
+            DeviceKind::Gpu => Precision::BFloat16,
+        };
+        let own = share(&partition, spec.rank)?;
+        let share = Share {
+            rank: spec.rank,
+            weights: random_weights(&spec.config, own, precision, seed)?,
+            precision,
+            device,
+        };
+        let limits = Limits {
+            prefill_chunk_tokens: TRIAL_CHUNK_TOKENS,
+            context_tokens: spec.context_tokens,
+        };
+        Self::of(spec.config.clone(), partition, share, limits)
+    }
+
+    fn of(
+        config: ModelConfig,
+        partition: Partition,
+        own: Share,
+        limits: Limits,
+    ) -> Result<Self, EngineError> {
         let numerics = Numerics {
             hidden: config.hidden_size as i32,
             norm_eps: config.rms_norm_eps,
-            dtype: precision.dtype(),
-            device,
+            dtype: own.precision.dtype(),
+            device: own.device,
         };
+        let model = MiniMax::new(&config, share(&partition, own.rank)?, own.weights, numerics)?;
         Ok(Self {
-            rank: spec.rank,
-            limits: Limits {
-                prefill_chunk_tokens: spec.prefill_chunk_tokens as usize,
-                context_tokens: spec.context_tokens as usize,
-            },
-            model: MiniMax::new(&config, &share, weights, numerics)?,
+            rank: own.rank,
+            limits,
+            model,
             config,
             partition,
         })
@@ -95,6 +135,14 @@ impl Engine {
     }
 }
 
+/// What one rank computes with, and on what.
+struct Share {
+    rank: Rank,
+    weights: ShardWeights,
+    precision: Precision,
+    device: DeviceKind,
+}
+
 fn share(partition: &Partition, rank: Rank) -> Result<&RankShare, EngineError> {
     let ranks = partition.ranks();
     partition
@@ -109,6 +157,9 @@ fn device() -> Result<DeviceKind, Exception> {
         DeviceType::Gpu => DeviceKind::Gpu,
     })
 }
+
+/// As much as serving prefills in one step by default.
+const TRIAL_CHUNK_TOKENS: usize = 512;
 
 /// Why a share of a model could not be loaded. None of these goes away by trying again.
 #[derive(Debug, Error)]

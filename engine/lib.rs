@@ -2,7 +2,8 @@
 //!
 //! Who owns what is decided by pure files (`config`, `partition`, `budget`); `checkpoint` and
 //! `weights` bring a rank's share to its device. `step_loop` is the life of a shard: `batch` says
-//! which rows a step has, `step` builds it from `models`, `kv_cache` and `sampler`.
+//! which rows a step has, `step` builds it from `models`, `kv_cache` and `sampler`. `trial` runs the
+//! same loop on random weights, to measure it.
 
 mod precision;
 pub mod config;
@@ -12,6 +13,7 @@ pub mod checkpoint;
 pub mod weights;
 mod engine;
 pub mod step_loop;
+mod trial;
 pub mod batch;
 mod step;
 mod step_log;
@@ -29,4 +31,5 @@ pub use step_log::StepTiming;
 pub use step_loop::{
     Command, EndReason, LoopEnd, LoopOptions, Report, StepError, run as run_steps,
 };
+pub use trial::{Trial, TrialShare};
 pub use weights::{AttentionWeights, ExpertWeights, LayerWeights, Linear, LoadError, ShardWeights};

@@ -299,20 +299,25 @@ impl<'a> Stepper<'a> {
     /// so that no rank runs its exchanges in another order.
     fn message(&self, drawn: &Outcome, draws: usize, control: u32) -> Result<Array, Fault> {
         let tokens = drawn.sampled.as_ref().map(|sampled| &sampled.tokens);
+        // Where nothing is sampled only the shape counts; but it comes after what was computed.
+        let nothing = || {
+            first_of(&drawn.last)?
+                .as_type::<i32>()?
+                .multiply(Array::from_int(0))
+        };
+        let zeros = || zeros_dtype(&[draws as i32], Dtype::Int32);
         if self.alone() {
-            return Ok(tokens.unwrap_or(&drawn.last).clone());
+            return match tokens {
+                Some(tokens) => Ok(tokens.clone()),
+                None if draws == 0 => Ok(drawn.last.clone()),
+                // A share that is measured alone may hold no part of the vocabulary.
+                None => Ok(zeros()?.add(nothing()?)?),
+            };
         }
         let control = Array::from_slice(&[control.cast_signed()], &[1]);
         let words = match tokens {
             Some(tokens) => concatenate(&[&control, tokens], 0)?,
-            // Elsewhere than on the sampling rank only the shape counts.
-            None => {
-                let nothing = first_of(&drawn.last)?
-                    .as_type::<i32>()?
-                    .multiply(Array::from_int(0))?;
-                let rest = zeros_dtype(&[draws as i32], Dtype::Int32)?;
-                concatenate(&[control.add(nothing)?, rest], 0)?
-            }
+            None => concatenate(&[control.add(nothing()?)?, zeros()?], 0)?,
         };
         Ok(self.group.broadcast(&words, self.sampling_rank())?)
     }

@@ -345,6 +345,22 @@ pub(crate) struct BenchStep {
     /// What a step computes
     #[arg(long, default_value_t = Workload::Products)]
     pub(crate) workload: Workload,
+    /// Of workload model: a directory with a `config.json`, or minimax-m2.5 for that model's shape;
+    /// weights are random
+    #[arg(long, value_name = "DIR|minimax-m2.5", default_value = MINIMAX)]
+    pub(crate) model: PathBuf,
+    /// Of workload model: how many layers; all of them if not given
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) layers: Option<u32>,
+    /// Of workload model: how it is divided, tensor or expert
+    #[arg(long, default_value_t = Layout::Tensor, value_name = "LAYOUT")]
+    pub(crate) parallel: Layout,
+    /// Of workload model: sequences in a step
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) batch: u32,
+    /// Of workload model: positions that each sequence has
+    #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) context: u32,
     /// Products per step
     #[arg(long, value_name = "N", default_value_t = 124)]
     pub(crate) depth: usize,
@@ -382,7 +398,12 @@ pub(crate) struct BenchStep {
 pub(crate) enum Workload {
     /// Products of a vector with matrices, f32 on the CPU and bf16 on a GPU, each followed by a sum
     Products,
+    /// A decode step of a MiniMax model, in the loop that serves
+    Model,
 }
+
+/// The model whose shape is known by name.
+pub(crate) const MINIMAX: &str = "minimax-m2.5";
 
 #[derive(Debug, Args)]
 pub(crate) struct Doctor {

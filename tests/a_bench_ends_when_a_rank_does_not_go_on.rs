@@ -228,3 +228,39 @@ fn rows(said: &str) -> Vec<Value> {
         .map(|line| serde_json::from_str(line).unwrap())
         .collect()
 }
+
+#[test]
+fn a_step_of_any_shape_is_timed_rank_by_rank() {
+    let _alone = alone();
+    let model = support::fixture("q4");
+    for layout in ["tensor", "expert"] {
+        let output = offbook()
+            .args([
+                "bench",
+                "step",
+                "--json",
+                "--workload",
+                "model",
+                "--layers",
+                "1",
+            ])
+            .args(["--steps", "9", "--context", "12", "--parallel", layout])
+            .args(["--collectives", "none,cpu-stream", "--model"])
+            .arg(&model)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let rows = rows(&String::from_utf8(output.stdout).unwrap());
+        assert_eq!(rows.len(), 4, "two ranks, two kinds");
+        for row in &rows {
+            let figure = |name: &str| row[name].as_f64().unwrap();
+            assert!(
+                figure("total_ms") > 0.0 && figure("gpu_eval_ms") >= 0.0,
+                "{row}"
+            );
+            let summed = row["collectives"] == "cpu-stream";
+            assert_eq!(figure("collective_ms") > 0.0, summed, "{row}");
+            assert_eq!(row["path"], if summed { "cpu-stream" } else { "alone" });
+        }
+    }
+}

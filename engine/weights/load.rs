@@ -221,7 +221,7 @@ impl MatrixSlice {
 
 impl Linear {
     /// Rows `start..end` of a plain matrix, in the same memory.
-    fn rows(&self, start: usize, end: usize) -> Result<Self, LoadError> {
+    pub(crate) fn rows(&self, start: usize, end: usize) -> Result<Self, LoadError> {
         let cut = |array: &Array| array.index(start as i32..end as i32);
         Ok(match self {
             Self::Quantized {

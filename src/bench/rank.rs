@@ -10,11 +10,13 @@ use anyhow::Result;
 use offbook_collectives::conformance::{ConformanceError, Exactness, verify};
 use offbook_collectives::measure::{self, Probe, Products, Summation};
 use offbook_collectives::{CollectiveError, Group};
+use offbook_engine::{Engine, ModelConfig, StepTiming, Trial, TrialShare};
+use offbook_protocol::NodeWeight;
 use offbook_runtime::supervise::lifeline;
 
 use super::form::{MEETING_MAX, form};
-use super::ranks::{Assignment, Event, Failed, Job, Latency, StepTimes};
-use crate::cli::Rank;
+use super::ranks::{Assignment, Event, Failed, Job, Latency, ModelJob, StepTimes};
+use crate::cli::{MINIMAX, Rank};
 use crate::logging;
 
 pub(crate) fn run(options: &Rank) -> Result<()> {
@@ -74,7 +76,7 @@ struct Member<'a> {
 type Outcome<T> = Result<T, Box<Failed>>;
 
 impl Member<'_> {
-    fn work(&self) -> Outcome<()> {
+    fn work(mut self) -> Outcome<()> {
         for (group, formed) in self.groups.iter().enumerate() {
             let probe = self.probe(group, formed, 4)?;
             // Some may still be meeting in the next group.
@@ -83,7 +85,12 @@ impl Member<'_> {
         say(&Event::Ready {
             device: measure::device().to_owned(),
         });
-        match &self.assignment.job {
+        let assignment = self.assignment;
+        match &assignment.job {
+            Job::Model(job) => {
+                let groups = std::mem::take(&mut self.groups);
+                self.model(job, groups)
+            }
             Job::Latency { bytes, rounds } => bytes
                 .iter()
                 .try_for_each(|&bytes| self.latency(bytes, *rounds)),
@@ -227,6 +234,58 @@ impl Member<'_> {
         Ok(())
     }
 
+    /// Each group in turn runs a part of its kind's steps, and is left; then the next of its kind.
+    fn model(&self, job: &ModelJob, groups: Vec<Group>) -> Outcome<()> {
+        let broken = |group, why: &dyn std::fmt::Display| {
+            Box::new(failed(group, &why.to_string(), None, Duration::ZERO))
+        };
+        let turns = groups.len().div_ceil(job.kinds.max(1)).max(1);
+        let trial = Trial {
+            batch: job.batch as usize,
+            context_tokens: job.context as usize,
+            steps: (job.steps as usize).div_ceil(turns),
+        };
+        let config = match (job.model.to_str(), job.layers) {
+            (Some(MINIMAX), layers) => ModelConfig::minimax_m2_5(layers.unwrap_or(62) as usize),
+            (_, layers) => ModelConfig::open(&job.model).map(|config| match layers {
+                Some(layers) => config.with_layers(layers as usize),
+                None => config,
+            }),
+        };
+        let share = TrialShare {
+            config: config.map_err(|why| broken(None, &why))?,
+            layout: job.layout,
+            weights: vec![NodeWeight(1.0); self.assignment.ranks],
+            rank: offbook_protocol::Rank(self.rank as u32),
+            context_tokens: trial.context_needed(),
+        };
+        let mut engine = Engine::random(&share, SEED).map_err(|why| broken(None, &why))?;
+        let mut timings = vec![Vec::new(); job.kinds];
+        let mut paths = vec![String::new(); job.kinds];
+        for (index, group) in groups.into_iter().enumerate() {
+            let kind = index % job.kinds;
+            paths[kind] = group.path().name().to_owned();
+            let outcome;
+            (engine, outcome) = trial.run(engine, group);
+            timings[kind].extend(outcome.map_err(|why| broken(Some(index), &why))?);
+        }
+        for (kind, timings) in timings.iter().enumerate() {
+            let median = |part: fn(&StepTiming) -> Duration| {
+                quantile(&mut timings.iter().map(part).collect::<Vec<_>>(), 0.5) * 1e3
+            };
+            say(&Event::Step(StepTimes {
+                group: kind,
+                path: paths[kind].clone(),
+                total_ms: median(|timing| timing.total),
+                model_ms: median(|timing| timing.model),
+                gpu_eval_ms: Some(median(|timing| timing.gpu_eval)),
+                eval_ms: median(|timing| timing.eval),
+                collective_ms: median(|timing| timing.collective),
+            }));
+        }
+        Ok(())
+    }
+
     fn probe<'g>(&self, group: usize, formed: &'g Group, bytes: usize) -> Outcome<Probe<'g>> {
         Probe::new(formed, bytes)
             .map_err(|why| Box::new(failed(Some(group), &why.to_string(), None, Duration::ZERO)))
@@ -361,3 +420,6 @@ const CHAIN: u32 = 64;
 const WARM_UP_STEPS: u32 = 3;
 /// Far below the 100 ms that a deadline may be exceeded by.
 const WATCHDOG_EVERY: Duration = Duration::from_millis(10);
+
+/// Every run has the same weights.
+const SEED: u64 = 1;

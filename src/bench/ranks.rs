@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
-use offbook_protocol::{FastSynch, Transport};
+use offbook_protocol::{FastSynch, Layout, Transport};
 use offbook_runtime::{Identity, NodeKey};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
@@ -84,6 +84,22 @@ pub(crate) enum Job {
         depth: usize,
         steps: u32,
     },
+    /// Decode steps of a model with random weights, see [`offbook_engine::Trial`].
+    Model(ModelJob),
+}
+
+/// Which model, and what it works on.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct ModelJob {
+    /// A directory, or [`crate::cli::MINIMAX`].
+    pub(crate) model: PathBuf,
+    pub(crate) layers: Option<u32>,
+    pub(crate) layout: Layout,
+    pub(crate) batch: u32,
+    pub(crate) context: u32,
+    pub(crate) steps: u32,
+    /// The groups are so many kinds, one after the other and then again.
+    pub(crate) kinds: usize,
 }
 
 /// What a rank says, as one line of JSON.

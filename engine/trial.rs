@@ -1,0 +1,339 @@
+//! Decode steps to measure: a share of any MiniMax shape with random weights, run by the very loop
+//! that serves.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::Duration;
+
+use mlx_rs::error::Exception;
+use mlx_rs::random;
+use mlx_rs::{Array, Dtype};
+use offbook_collectives::Group;
+use offbook_protocol::{
+    Epoch, Join, NodeWeight, Plan, PlanNumber, Rank, Sampling, SequenceId, StepOutcome,
+};
+use serde_json::{Value, json};
+
+use crate::config::{ConfigError, ModelConfig};
+use crate::engine::Engine;
+use crate::partition::{
+    AttentionSlices, ExpertSlices, LayerSlices, MatrixSlice, RankShare, ShareSlices, VectorSlice,
+};
+use crate::precision::Precision;
+use crate::step_log::StepTiming;
+use crate::step_loop::{self, Command, EndReason, LoopEnd, LoopOptions, Report, StepError};
+use crate::weights::{
+    AttentionWeights, ExpertWeights, LayerWeights, Linear, LoadError, ShardWeights,
+};
+
+impl ModelConfig {
+    /// MiniMax-M2.5 at 5 bits, as `config.json` describes it, with so many of its 62 layers.
+    ///
+    /// # Errors
+    /// [`ConfigError`] for no layers.
+    pub fn minimax_m2_5(layers: usize) -> Result<Self, ConfigError> {
+        let mut quantization = json!({"group_size": 64, "bits": 5});
+        for layer in 0..layers {
+            let router = format!("model.layers.{layer}.block_sparse_moe.gate");
+            quantization[router] = json!({"group_size": 64, "bits": 8});
+        }
+        let config: Value = json!({
+            "model_type": "minimax_m2", "hidden_size": 3072, "num_hidden_layers": layers,
+            "num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128,
+            "rotary_dim": 64, "rope_theta": 5_000_000, "rms_norm_eps": 1e-6,
+            "intermediate_size": 1536, "num_local_experts": 256, "num_experts_per_tok": 8,
+            "vocab_size": 200_064, "max_position_embeddings": 196_608, "quantization": quantization
+        });
+        Self::parse(&config, None)
+    }
+
+    /// The same shape with its first layers alone.
+    #[must_use]
+    pub fn with_layers(self, layers: usize) -> Self {
+        Self { layers, ..self }
+    }
+}
+
+/// What a measured step works on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Trial {
+    /// Sequences in a step.
+    pub batch: usize,
+    /// Positions that each has when the first step is timed.
+    pub context_tokens: usize,
+    /// Steps that are timed.
+    pub steps: usize,
+}
+
+impl Trial {
+    /// Positions that a sequence reaches.
+    pub fn context_needed(&self) -> usize {
+        // Steps are built ahead of what is read, and the last ones run beyond the count.
+        self.context_tokens + WARM_UP_STEPS + self.steps + 16
+    }
+
+    /// Prefills the sequences, then runs decode steps: the times of the last `steps` of them. Over
+    /// [`Group::solo`] a rank computes its share alone: the same work without an exchange.
+    ///
+    /// # Errors
+    /// What ended the steps.
+    pub fn run(
+        &self,
+        engine: Engine,
+        group: Group,
+    ) -> (Engine, Result<Vec<StepTiming>, StepError>) {
+        let (commands, commanded) = sync_channel(2);
+        let plan = self.plan(engine.config());
+        // The channel has room for it.
+        let _ = commands.try_send(Command::Plan(plan));
+        let mut watch = Watch {
+            commands,
+            steps: self.prefill_steps(&engine) + WARM_UP_STEPS + self.steps,
+            timings: Vec::new(),
+        };
+        let options = LoopOptions {
+            epoch: EPOCH,
+            window: Arc::new(AtomicU32::new(WINDOW_LAYERS)),
+            step_log_every: 0,
+            plan_deadline: PLAN_DEADLINE,
+        };
+        let LoopEnd { engine, reason } =
+            step_loop::run(engine, group, commanded, &mut watch, options);
+        let outcome = match reason {
+            EndReason::Failed(error) => Err(error),
+            EndReason::Shutdown => {
+                let first = watch.timings.len().saturating_sub(self.steps);
+                Ok(watch.timings.split_off(first))
+            }
+        };
+        (engine, outcome)
+    }
+
+    fn plan(&self, config: &ModelConfig) -> Plan {
+        let vocabulary = config.vocabulary_size as u32;
+        let join = |sequence: usize| Join {
+            sequence: SequenceId(sequence as u64),
+            prompt: (0..self.context_tokens.max(1) as u32)
+                .map(|position| (position * 7 + sequence as u32) % vocabulary)
+                .collect(),
+            sampling: Sampling::greedy(),
+            max_tokens: u32::MAX,
+            stop_tokens: Vec::new(),
+        };
+        Plan {
+            epoch: EPOCH,
+            number: PlanNumber(1),
+            joins: (0..self.batch).map(join).collect(),
+            leaves: Vec::new(),
+        }
+    }
+
+    fn prefill_steps(&self, engine: &Engine) -> usize {
+        let tokens = self.batch * self.context_tokens.max(1);
+        tokens.div_ceil(engine.limits().prefill_chunk_tokens)
+    }
+}
+
+/// Counts the steps, and ends the loop after the last one.
+struct Watch {
+    commands: SyncSender<Command>,
+    steps: usize,
+    timings: Vec<StepTiming>,
+}
+
+impl Report for &mut Watch {
+    fn outcome(&mut self, _: StepOutcome) {}
+
+    fn timing(&mut self, timing: StepTiming) {
+        self.timings.push(timing);
+        if self.timings.len() == self.steps {
+            let _ = self.commands.try_send(Command::Shutdown);
+        }
+    }
+
+    fn failed(&mut self, _: &StepError) {}
+}
+
+/// Random weights of a share, made on the device: packed words of any bits under small scales, so
+/// that activations stay finite. The same seed makes the same share.
+pub(crate) fn random_weights(
+    config: &ModelConfig,
+    share: &RankShare,
+    precision: Precision,
+    seed: u64,
+) -> Result<ShardWeights, LoadError> {
+    let slices = ShareSlices::of(config, share);
+    let mut maker = Maker {
+        config,
+        precision,
+        seed,
+        bytes: 0,
+    };
+    let embedding = match &slices.embedding {
+        Some(slice) => Some(maker.matrix(slice, precision)?),
+        None => None,
+    };
+    let mut layers = Vec::with_capacity(slices.layers.len());
+    for layer in &slices.layers {
+        layers.push(maker.layer(layer)?);
+    }
+    let final_norm = match &slices.final_norm {
+        Some(slice) => Some(maker.ones(slice, precision)?),
+        None => None,
+    };
+    let head = match (&slices.head, &embedding) {
+        (Some(slice), _) => Some(maker.matrix(slice, precision)?),
+        (None, Some(embedding)) if !share.vocabulary_rows.is_empty() => {
+            Some(embedding.rows(share.vocabulary_rows.start, share.vocabulary_rows.end)?)
+        }
+        _ => None,
+    };
+    Ok(ShardWeights {
+        embedding,
+        layers,
+        final_norm,
+        head,
+        bytes: maker.bytes,
+    })
+}
+
+struct Maker<'a> {
+    config: &'a ModelConfig,
+    precision: Precision,
+    seed: u64,
+    bytes: u64,
+}
+
+impl Maker<'_> {
+    fn layer(&mut self, slices: &LayerSlices) -> Result<LayerWeights, Exception> {
+        let precision = self.precision;
+        Ok(LayerWeights {
+            input_norm: self.ones(&slices.input_norm, precision)?,
+            post_attention_norm: self.ones(&slices.post_attention_norm, precision)?,
+            attention: match &slices.attention {
+                Some(slices) => Some(self.attention(slices)?),
+                None => None,
+            },
+            router: self.matrix(&slices.router, Precision::Float32)?,
+            router_bias: self.ones(&slices.router_bias, Precision::Float32)?,
+            experts: match &slices.experts {
+                Some(slices) => Some(self.experts(slices)?),
+                None => None,
+            },
+        })
+    }
+
+    fn attention(&mut self, slices: &AttentionSlices) -> Result<AttentionWeights, Exception> {
+        let precision = self.precision;
+        Ok(AttentionWeights {
+            q: self.matrix(&slices.q, precision)?,
+            k: self.matrix(&slices.k, precision)?,
+            v: self.matrix(&slices.v, precision)?,
+            o: self.matrix(&slices.o, precision)?,
+            q_norm: match &slices.q_norm {
+                Some(slice) => Some(self.ones(slice, precision)?),
+                None => None,
+            },
+            k_norm: match &slices.k_norm {
+                Some(slice) => Some(self.ones(slice, precision)?),
+                None => None,
+            },
+        })
+    }
+
+    fn experts(&mut self, slices: &ExpertSlices) -> Result<ExpertWeights, Exception> {
+        let precision = self.precision;
+        Ok(ExpertWeights {
+            gate: self.matrix(&slices.gate, precision)?,
+            up: self.matrix(&slices.up, precision)?,
+            down: self.matrix(&slices.down, precision)?,
+        })
+    }
+
+    /// A product with it keeps the magnitude of a normed vector, within an order.
+    fn matrix(&mut self, slice: &MatrixSlice, to: Precision) -> Result<Linear, Exception> {
+        let (rows, columns) = (slice.rows.len(), slice.columns.len());
+        let stacked = |width: usize| -> Vec<i32> {
+            let shape = slice.stack.into_iter().chain([rows, width]);
+            shape.map(|length| length as i32).collect()
+        };
+        self.seed += 1;
+        let key = random::key(self.seed)?;
+        let deviation = 1.0 / (columns.max(1) as f32).sqrt();
+        let linear = match self.config.packing_of(&slice.module) {
+            Some(packing) => {
+                let words = stacked(packing.words(columns));
+                let weight = random::randint::<_, i32>(0, i32::MAX, &words, Some(&key))?
+                    .as_dtype(Dtype::Uint32)?;
+                let groups = stacked(packing.groups(columns));
+                let half = (1_u32 << (packing.bits - 1)) as f32;
+                let full = |value: f32| {
+                    let value = Array::from_f32(value).as_dtype(to.dtype())?;
+                    mlx_rs::ops::zeros_dtype(&groups, to.dtype())?.add(value)
+                };
+                Linear::Quantized {
+                    weight,
+                    scales: full(deviation / half)?,
+                    biases: full(-deviation)?,
+                    group_size: packing.group_size as i32,
+                    bits: packing.bits as i32,
+                }
+            }
+            None => Linear::Dense {
+                weight: random::normal::<f32>(
+                    &stacked(columns),
+                    None,
+                    Some(deviation),
+                    Some(&key),
+                )?
+                .as_dtype(to.dtype())?,
+            },
+        };
+        match &linear {
+            Linear::Quantized {
+                weight,
+                scales,
+                biases,
+                ..
+            } => self.done(&[weight, scales, biases])?,
+            Linear::Dense { weight } => self.done(&[weight])?,
+        }
+        Ok(linear)
+    }
+
+    fn ones(&mut self, slice: &VectorSlice, to: Precision) -> Result<Array, Exception> {
+        let ones = Array::ones::<f32>(&[slice.range.len() as i32])?.as_dtype(to.dtype())?;
+        self.done(&[&ones])?;
+        Ok(ones)
+    }
+
+    /// One tensor at a time, so that what it was made of is freed before the next.
+    fn done(&mut self, arrays: &[&Array]) -> Result<(), Exception> {
+        mlx_rs::transforms::eval(arrays.iter().copied())?;
+        self.bytes += arrays
+            .iter()
+            .map(|array| array.nbytes() as u64)
+            .sum::<u64>();
+        Ok(())
+    }
+}
+
+/// Shares of a trial: one rank's engine.
+#[derive(Clone, Debug)]
+pub struct TrialShare {
+    pub config: ModelConfig,
+    pub layout: offbook_protocol::Layout,
+    /// One per rank.
+    pub weights: Vec<NodeWeight>,
+    pub rank: Rank,
+    /// Positions of all sequences that the trial will reach.
+    pub context_tokens: usize,
+}
+
+const EPOCH: Epoch = Epoch(1);
+/// The first decode steps compile kernels and fill caches.
+const WARM_UP_STEPS: usize = 8;
+/// As in serving.
+const WINDOW_LAYERS: u32 = 100;
+const PLAN_DEADLINE: Duration = Duration::from_secs(60);
