@@ -17,7 +17,7 @@ use actix::{
 };
 use offbook_protocol::{
     ClusterReport, Epoch, FastSynch, GroupMember, GroupSpec, Layout, LoadProgress, NodeReport,
-    NodeWeight, Rank, ShardReport, ShardSpec, Transport,
+    NodeWeight, Rank, RequestFailure, ShardReport, ShardSpec, Transport,
 };
 use offbook_runtime::{ActorPath, AskError, ProcessName, RemoteMessage, System};
 use serde::{Deserialize, Serialize};
@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use self::epoch_file::EpochFile;
 use self::formation::{Action, Formation, Shard};
 use crate::names;
-use crate::scheduler::{BeginEpoch, CountRequests, EndEpoch};
+use crate::scheduler::{BeginEpoch, CountRequests, EndEpoch, GiveUp};
 use crate::shard_worker::{JoinGroup, LeaveGroup, LoadRefusal, LoadShard, Loaded};
 
 /// What all shards of the cluster are told.
@@ -58,6 +58,7 @@ pub struct Membership {
     loaded: Option<Loaded>,
     begin_epoch: Recipient<BeginEpoch>,
     end_epoch: Recipient<EndEpoch>,
+    give_up: Recipient<GiveUp>,
     count_requests: Recipient<CountRequests>,
 }
 
@@ -65,6 +66,7 @@ pub struct Membership {
 pub struct SchedulerLinks {
     pub begin_epoch: Recipient<BeginEpoch>,
     pub end_epoch: Recipient<EndEpoch>,
+    pub give_up: Recipient<GiveUp>,
     pub count_requests: Recipient<CountRequests>,
 }
 
@@ -90,6 +92,7 @@ impl Membership {
             loaded: None,
             begin_epoch: scheduler.begin_epoch,
             end_epoch: scheduler.end_epoch,
+            give_up: scheduler.give_up,
             count_requests: scheduler.count_requests,
             settings,
         })
@@ -109,7 +112,8 @@ impl Membership {
                 } => self.join(epoch, rank, addresses, ctx),
                 Action::Leave { epoch, rank, why } => self.leave(epoch, rank, why),
                 Action::Serve { epoch } => self.serve(epoch),
-                Action::Suspend { epoch, why } => self.suspend(epoch, why),
+                Action::Suspend { epoch, why } => self.suspend(epoch, &why),
+                Action::GiveUp(failure) => self.give_up(failure),
             }
         }
     }
@@ -225,11 +229,18 @@ impl Membership {
         }
     }
 
-    fn suspend(&self, epoch: Epoch, why: String) {
+    fn suspend(&self, epoch: Epoch, why: &str) {
         // Whoever noticed the cause has logged it, as loudly as it deserves.
         tracing::info!(%epoch, why, "the cluster is suspended");
-        if self.end_epoch.try_send(EndEpoch { epoch, why }).is_err() {
+        if self.end_epoch.try_send(EndEpoch { epoch }).is_err() {
             tracing::error!(%epoch, "the scheduler does not take the end of the epoch");
+        }
+    }
+
+    fn give_up(&self, failure: RequestFailure) {
+        tracing::error!(%failure, "nobody is kept waiting for this cluster");
+        if self.give_up.try_send(GiveUp(failure)).is_err() {
+            tracing::error!("the scheduler was not told");
         }
     }
 

@@ -1,8 +1,11 @@
 //! Admits requests, sends plans, hands tokens to the clients. Head node only.
 //!
 //! A plan is not a step: the shards decode by themselves, and when this actor is late they go on.
-//! What is to be done next is decided in [`admission`](self::admission).
+//! What is to be done next is decided in [`admission`](self::admission), from what the
+//! [`journal`](self::journal) knows. A lost epoch costs its clients time and nothing else: each
+//! request joins the next one with its prompt and the tokens that its client has.
 
+mod journal;
 mod admission;
 
 use std::time::Duration;
@@ -10,14 +13,19 @@ use std::time::Duration;
 use actix::{
     Actor, ActorFutureExt, AsyncContext, Context, Handler, Message, StreamHandler, WrapFuture,
 };
-use offbook_protocol::{Epoch, Plan, Rank, Request, RequestEvent, SampledToken, StepOutcome};
+use futures::{StreamExt, future, stream};
+use offbook_protocol::{
+    Epoch, Plan, Rank, Request, RequestEvent, RequestFailure, SampledToken, SequenceId, StepOutcome,
+};
 use offbook_runtime::{
-    ActorPath, ItemSender, Open, ProcessName, Remote, StreamLost, StreamMessage, System,
+    ActorPath, ItemSender, Open, ProcessName, Remote, StreamMessage, Subscription, System,
     TrySendError,
 };
 use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
 
 use self::admission::{Admission, Serving};
+use crate::membership::StepFailed;
 use crate::names;
 use crate::shard_worker::{ApplyPlan, WatchOutcomes};
 
@@ -26,26 +34,43 @@ pub use self::admission::SchedulerLimits;
 /// See the module's own words.
 pub struct Scheduler {
     system: System,
-    admission: Admission<ItemSender<RequestEvent>>,
+    limits: SchedulerLimits,
+    admission: Admission<Client>,
     /// Every shard of the epoch under way, in rank order.
     shards: Vec<Remote<ApplyPlan>>,
     /// The epoch that was begun last and not ended: what was asked for an earlier one is dropped.
     current: Option<Epoch>,
 }
 
+/// The client's end of a request.
+struct Client {
+    items: ItemSender<RequestEvent>,
+    /// Dropped with this value, and that ends the watch over it.
+    _watch: oneshot::Sender<()>,
+}
+
+impl Client {
+    /// Tells what becomes of the request. A client whose queue is full misses it, and sees the end of
+    /// its events instead.
+    fn tell(&self, event: RequestEvent) {
+        let _ = self.items.try_send(event);
+    }
+}
+
 impl Scheduler {
     pub fn new(system: System, limits: SchedulerLimits) -> Self {
         Self {
             system,
+            limits,
             admission: Admission::new(limits),
             shards: Vec::new(),
             current: None,
         }
     }
 
-    /// Sends the plan that is due to every shard at once.
-    fn send_plan(&mut self) {
-        if let Some(plan) = self.admission.next_plan() {
+    /// Sends the plans that are due to every shard at once.
+    fn send_plans(&mut self) {
+        while let Some(plan) = self.admission.next_plan() {
             tracing::debug!(
                 epoch = %plan.epoch, plan = %plan.number,
                 joins = plan.joins.len(), leaves = plan.leaves.len(),
@@ -64,24 +89,27 @@ impl Scheduler {
         }
     }
 
-    /// Hands a token to its client; true when a place became free.
-    fn deliver(&mut self, token: SampledToken) -> bool {
-        let sequence = token.sequence;
-        let finished = token.finish.is_some();
-        let Some(client) = self.admission.client(sequence) else {
-            return false;
+    /// Hands a token to its client.
+    fn deliver(&mut self, epoch: Epoch, token: SampledToken) {
+        let (sequence, finished) = (token.sequence, token.finish.is_some());
+        let Some(client) = self.admission.note(epoch, &token) else {
+            return;
         };
-        match client.try_send(RequestEvent::Token(token)) {
-            Ok(()) if !finished => return false,
-            Ok(()) => drop(self.admission.finish(sequence)),
-            Err(_) if finished => drop(self.admission.finish(sequence)),
-            Err(TrySendError::Closed(_)) => self.admission.leave(sequence),
-            Err(TrySendError::Full(_)) => {
+        let sent = client.items.try_send(RequestEvent::Token(token));
+        if finished {
+            self.admission.finish(sequence);
+        } else if let Err(error) = sent {
+            if matches!(error, TrySendError::Full(_)) {
                 tracing::warn!(request = %sequence, "a client reads too slowly and is dropped");
-                self.admission.leave(sequence);
             }
+            self.admission.withdraw(sequence);
         }
-        true
+    }
+
+    /// Ends a request before its last token.
+    fn give_up(client: &Client, failure: RequestFailure) {
+        tracing::warn!(%failure, "a request is given up");
+        client.tell(RequestEvent::Failed(failure));
     }
 }
 
@@ -101,6 +129,7 @@ pub struct Submit(pub Request);
 
 impl StreamMessage for Submit {
     const NAME: &'static str = "submit";
+    const VERSION: u16 = 2;
     type Item = RequestEvent;
 }
 
@@ -113,24 +142,62 @@ impl Handler<Open<Submit>> for Scheduler {
             items,
         } = open;
         let (prompt, max_tokens) = (request.prompt.len(), request.max_tokens);
-        match self.admission.submit(request, items.clone()) {
+        let (_watch, over) = oneshot::channel();
+        let client = Client {
+            items: items.clone(),
+            _watch,
+        };
+        match self.admission.submit(request, client) {
             Ok(sequence) => {
                 tracing::debug!(request = %sequence, prompt, max_tokens, "accepted");
                 // The queue is empty: it takes the first event.
                 let _ = items.try_send(RequestEvent::Accepted);
-                let left = async move { items.closed().await }.into_actor(self);
-                ctx.spawn(left.map(move |(), this, _| {
-                    this.admission.leave(sequence);
-                    this.send_plan();
-                }));
-                self.send_plan();
+                self.watch(sequence, items, over, ctx);
+                self.send_plans();
             }
-            Err((rejection, items)) => {
+            Err((rejection, client)) => {
                 tracing::debug!(%rejection, prompt, "rejected");
-                let _ = items.try_send(RequestEvent::Rejected(rejection));
+                client.tell(RequestEvent::Rejected(rejection));
             }
         }
     }
+}
+
+impl Scheduler {
+    /// Waits until a request is over, its client has left, or its time is up.
+    fn watch(
+        &self,
+        sequence: SequenceId,
+        items: ItemSender<RequestEvent>,
+        over: oneshot::Receiver<()>,
+        ctx: &mut Context<Self>,
+    ) {
+        let deadline = self.limits.request_deadline;
+        let watch = async move {
+            tokio::select! {
+                _ = over => None,
+                () = items.closed() => Some(Untimely::Left),
+                () = tokio::time::sleep(deadline) => Some(Untimely::Late),
+            }
+        };
+        ctx.spawn(watch.into_actor(self).map(move |end, this, _| {
+            let Some(end) = end else { return };
+            let Some(client) = this.admission.withdraw(sequence) else {
+                return;
+            };
+            if matches!(end, Untimely::Late) {
+                let seconds = deadline.as_secs();
+                Self::give_up(&client, RequestFailure::DeadlineExceeded { seconds });
+            }
+            this.send_plans();
+        }));
+    }
+}
+
+/// How a request ends that is not finished.
+enum Untimely {
+    Left,
+    Late,
 }
 
 /// The shards of an epoch are ready for plans.
@@ -172,12 +239,13 @@ impl Handler<BeginEpoch> for Scheduler {
                 .into_actor(self)
                 .map(move |subscribed, this, ctx| match subscribed {
                     Ok(outcomes) if this.current == Some(epoch) => {
-                        ctx.add_stream(outcomes);
+                        ctx.add_stream(News::of(outcomes, epoch, begin.sampling_rank));
                         this.begin(begin);
                     }
                     Ok(_) => {}
                     Err(error) => {
-                        tracing::error!(%epoch, %error, "cannot listen to the sampling rank")
+                        let why = format!("the head cannot listen to it: {error}");
+                        this.report_silence(epoch, begin.sampling_rank, why);
                     }
                 }),
         );
@@ -197,33 +265,60 @@ impl Scheduler {
             context_tokens: begin.context_tokens,
             vocabulary: begin.vocabulary,
         };
-        for (rejection, client) in self.admission.begin(serving) {
-            // Its `Accepted` has been read or waits there: there is room for one more.
-            let detail = rejection.to_string();
-            let _ = client.try_send(RequestEvent::Lost { detail });
+        for (client, failure) in self.admission.begin(serving) {
+            Self::give_up(&client, failure);
         }
-        self.send_plan();
+        self.send_plans();
+    }
+
+    /// Nothing comes from the rank that samples. If nobody has ended the epoch for a better reason,
+    /// this ends it: an epoch without outcomes would keep its requests waiting for ever.
+    fn report_silence(&self, epoch: Epoch, rank: Rank, why: String) {
+        if self.current != Some(epoch) {
+            return;
+        }
+        let membership = ActorPath::new(self.system.process().clone(), names::MEMBERSHIP);
+        let failed = StepFailed { epoch, rank, why };
+        if let Err(error) = self.system.remote(&membership).try_tell(failed) {
+            tracing::error!(%epoch, error = %error.reason, "the membership was not told");
+        }
     }
 }
 
-impl StreamHandler<Result<StepOutcome, StreamLost>> for Scheduler {
-    fn handle(&mut self, outcome: Result<StepOutcome, StreamLost>, _: &mut Context<Self>) {
-        let outcome = match outcome {
-            Ok(outcome) => outcome,
-            Err(error) => {
-                tracing::debug!(%error, "the outcomes ended");
-                return;
+/// What comes of listening to an epoch.
+enum News {
+    Outcome(StepOutcome),
+    Silence { epoch: Epoch, rank: Rank },
+}
+
+impl News {
+    fn of(
+        outcomes: Subscription<StepOutcome>,
+        epoch: Epoch,
+        rank: Rank,
+    ) -> impl stream::Stream<Item = Self> {
+        let outcomes = outcomes.filter_map(move |outcome| {
+            let outcome = outcome.inspect_err(|error| tracing::debug!(%epoch, %error, "broke off"));
+            future::ready(outcome.ok().map(Self::Outcome))
+        });
+        outcomes.chain(stream::once(future::ready(Self::Silence { epoch, rank })))
+    }
+}
+
+impl StreamHandler<News> for Scheduler {
+    fn handle(&mut self, news: News, ctx: &mut Context<Self>) {
+        match news {
+            News::Outcome(outcome) => {
+                for token in outcome.tokens {
+                    self.deliver(outcome.epoch, token);
+                }
+                self.send_plans();
             }
-        };
-        if self.admission.epoch() != Some(outcome.epoch) {
-            return;
-        }
-        let mut places_freed = false;
-        for token in outcome.tokens {
-            places_freed |= self.deliver(token);
-        }
-        if places_freed {
-            self.send_plan();
+            News::Silence { epoch, rank } => {
+                ctx.run_later(SILENCE_GRACE, move |this, _| {
+                    this.report_silence(epoch, rank, "its outcomes have ended".into());
+                });
+            }
         }
     }
 
@@ -231,12 +326,11 @@ impl StreamHandler<Result<StepOutcome, StreamLost>> for Scheduler {
     fn finished(&mut self, _: &mut Context<Self>) {}
 }
 
-/// An epoch is over, and with it everything its shards were working on.
+/// An epoch is over. What its shards were working on goes on with the next one.
 #[derive(Clone, Debug, Message)]
 #[rtype(result = "()")]
 pub struct EndEpoch {
     pub epoch: Epoch,
-    pub why: String,
 }
 
 impl Handler<EndEpoch> for Scheduler {
@@ -247,9 +341,36 @@ impl Handler<EndEpoch> for Scheduler {
             self.current = None;
             self.shards.clear();
         }
-        for client in self.admission.end(end.epoch) {
-            let detail = end.why.clone();
-            let _ = client.try_send(RequestEvent::Lost { detail });
+        let Some(ended) = self.admission.end(end.epoch) else {
+            return;
+        };
+        let paused = ended.paused.len();
+        tracing::info!(epoch = %end.epoch, paused, "requests wait for the next epoch");
+        for sequence in ended.paused {
+            if let Some(client) = self.admission.client(sequence) {
+                client.tell(RequestEvent::Paused);
+            }
+        }
+        for (client, failure) in ended.given_up {
+            Self::give_up(&client, failure);
+        }
+    }
+}
+
+/// No epoch will begin before an operator has acted: nobody is kept waiting for one.
+#[derive(Clone, Debug, Message)]
+#[rtype(result = "()")]
+pub struct GiveUp(pub RequestFailure);
+
+impl Handler<GiveUp> for Scheduler {
+    type Result = ();
+
+    fn handle(&mut self, give_up: GiveUp, _: &mut Context<Self>) {
+        let GiveUp(failure) = give_up;
+        self.current = None;
+        self.shards.clear();
+        for client in self.admission.close(failure.to_string()) {
+            Self::give_up(&client, failure.clone());
         }
     }
 }
@@ -279,5 +400,7 @@ impl Handler<CountRequests> for Scheduler {
 
 /// A shard that was just told to serve answers within a round trip.
 const SUBSCRIBE_DEADLINE: Duration = Duration::from_secs(10);
+/// Whoever lost the rank that samples, or heard of its failure, has ended the epoch by then.
+const SILENCE_GRACE: Duration = Duration::from_secs(1);
 /// Requests enter here too; those beyond it are refused by the runtime as overload.
 const MAILBOX_MAX: usize = 1024;

@@ -4,7 +4,7 @@ use std::pin::Pin;
 
 use futures::Stream;
 use futures::future::BoxFuture;
-use offbook_protocol::{ClusterReport, Rejection, Request, SampledToken};
+use offbook_protocol::{ClusterReport, Rejection, Request, RequestFailure, SampledToken};
 use thiserror::Error;
 
 /// The cluster, as the API sees it.
@@ -17,16 +17,23 @@ pub trait Backend: Send + Sync + 'static {
     fn cluster(&self) -> BoxFuture<'_, Result<ClusterReport, String>>;
 }
 
-/// The tokens of one request, in order, the last one with a finish reason. It ends after that
-/// token, or after an error. Dropping it cancels the request at once.
-pub type Tokens = Pin<Box<dyn Stream<Item = Result<SampledToken, StreamError>> + Send>>;
+/// What becomes of one request: its tokens in order, each of them once, the last one with a finish
+/// reason. It ends after that token, or after an error. Dropping it cancels the request at once.
+pub type Tokens = Pin<Box<dyn Stream<Item = Result<Progress, StreamError>> + Send>>;
+
+/// What happens next to a request.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Progress {
+    Token(SampledToken),
+    /// A shard was lost. The next token follows when the group has formed again.
+    Paused,
+}
 
 /// Why an answer that had begun will not be completed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum StreamError {
-    /// The shards that worked on it are gone, and so is what they had computed.
-    #[error("the answer was lost: {detail}")]
-    ShardLost { detail: String },
+    #[error(transparent)]
+    Failed(#[from] RequestFailure),
     /// Nothing broke, and yet it ends: this node stops, say, or the client read too slowly.
     #[error("the answer was interrupted: {detail}")]
     Interrupted { detail: String },

@@ -11,5 +11,5 @@ mod backend;
 pub mod http;
 pub mod chat_client;
 
-pub use backend::{Backend, StreamError, Tokens};
+pub use backend::{Backend, Progress, StreamError, Tokens};
 pub use http::{Service, serve};

@@ -17,17 +17,36 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
 }
 
-/// What becomes of a request, in this order: one `Accepted` or `Rejected`, then tokens until one
-/// carries a finish reason, or `Lost`.
+/// What becomes of a request, in this order: one `Accepted` or `Rejected`, then every token once,
+/// until one carries a finish reason, or `Failed`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum RequestEvent {
     Accepted,
     Rejected(Rejection),
     Token(SampledToken),
-    /// The shards that worked on it are gone, and so is what they had computed.
-    Lost {
-        detail: String,
-    },
+    /// A shard was lost, the request was not: the next token comes when the group has formed again.
+    Paused,
+    /// No token comes any more, and the answer is not complete.
+    Failed(RequestFailure),
+}
+
+/// Why a request that was taken is given up.
+#[derive(Clone, Debug, PartialEq, Eq, Error, Serialize, Deserialize)]
+pub enum RequestFailure {
+    #[error("a shard was lost and is not started again: {detail}")]
+    ShardLost { detail: String },
+    #[error("the shards cannot form a group again: {detail}")]
+    ClusterFailed { detail: String },
+    #[error(
+        "the answer was not complete {seconds} s after it was asked for: ask for less, or have the \
+         cluster's request_deadline_seconds raised"
+    )]
+    DeadlineExceeded { seconds: u64 },
+    #[error(
+        "a shard was lost {losses} times in a row while this request waited for its next token: do \
+         not send it again as it is"
+    )]
+    LostRepeatedly { losses: u32 },
 }
 
 /// Why a request was not taken. Nothing was computed for it.

@@ -10,9 +10,9 @@ use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
 use offbook_actors::{Membership, ReportCluster, Submit, names};
 use offbook_api::text::Text;
-use offbook_api::{Backend, Service, StreamError, Tokens};
+use offbook_api::{Backend, Progress, Service, StreamError, Tokens};
 use offbook_engine::ModelConfig;
-use offbook_protocol::{ClusterReport, Rejection, Request, RequestEvent, SampledToken};
+use offbook_protocol::{ClusterReport, Rejection, Request, RequestEvent};
 use offbook_runtime::{ActorPath, RemoteStream, Subscription, System};
 
 use crate::cluster_file::ClusterFile;
@@ -66,10 +66,7 @@ impl Backend for ClusterBackend {
             match events.next().await {
                 Some(Ok(RequestEvent::Accepted)) => Ok(tokens(events)),
                 Some(Ok(RequestEvent::Rejected(rejection))) => Err(rejection),
-                Some(Ok(RequestEvent::Lost { detail })) => Err(not_ready(detail)),
-                Some(Ok(RequestEvent::Token(_))) => {
-                    Err(not_ready("the scheduler spoke out of turn".into()))
-                }
+                Some(Ok(_)) => Err(not_ready("the scheduler spoke out of turn".into())),
                 Some(Err(error)) => Err(not_ready(error.to_string())),
                 None => Err(not_ready("the scheduler has ended".into())),
             }
@@ -84,20 +81,25 @@ impl Backend for ClusterBackend {
     }
 }
 
-/// Tokens until one carries a finish reason; then the subscription is dropped.
+/// Progress until a token carries a finish reason; then the subscription is dropped.
 fn tokens(events: Subscription<RequestEvent>) -> Tokens {
     let next = |events: Option<Subscription<RequestEvent>>| async move {
         let mut events = events?;
-        let token: Result<SampledToken, StreamError> = match events.next().await? {
-            Ok(RequestEvent::Token(token)) => Ok(token),
-            Ok(RequestEvent::Lost { detail }) => Err(StreamError::ShardLost { detail }),
+        let progress = match events.next().await? {
+            Ok(RequestEvent::Token(token)) => Ok(Progress::Token(token)),
+            Ok(RequestEvent::Paused) => Ok(Progress::Paused),
+            Ok(RequestEvent::Failed(failure)) => Err(StreamError::Failed(failure)),
             Ok(RequestEvent::Accepted | RequestEvent::Rejected(_)) => return None,
-            Err(error) => Err(StreamError::ShardLost {
+            Err(error) => Err(StreamError::Interrupted {
                 detail: error.to_string(),
             }),
         };
-        let over = token.as_ref().map_or(true, |token| token.finish.is_some());
-        Some((token, (!over).then_some(events)))
+        let over = match &progress {
+            Ok(Progress::Token(token)) => token.finish.is_some(),
+            Ok(Progress::Paused) => false,
+            Err(_) => true,
+        };
+        Some((progress, (!over).then_some(events)))
     };
     Box::pin(stream::unfold(Some(events), next))
 }

@@ -107,6 +107,9 @@ pub(crate) struct LocalOptions {
     /// Requests that are worked on at the same time
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) sequences: u32,
+    /// How long a request may take from its arrival to its last token, waits included
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) request_timeout: u32,
 }
 
 #[derive(Debug, Args)]

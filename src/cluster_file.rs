@@ -64,6 +64,11 @@ pub(crate) struct Limits {
     pub(crate) load_deadline_seconds: f64,
     /// How long a process may be silent before it counts as lost.
     pub(crate) silence_seconds: f64,
+    /// How long a request may take from its arrival to its last token, waits included.
+    pub(crate) request_deadline_seconds: f64,
+    /// A request that runs while so many epochs in a row are lost, without a token in between, is
+    /// given up.
+    pub(crate) request_losses_max: u32,
 }
 
 impl Default for Limits {
@@ -76,6 +81,8 @@ impl Default for Limits {
             collective_deadline_seconds: 10.0,
             load_deadline_seconds: 1800.0,
             silence_seconds: 10.0,
+            request_deadline_seconds: 600.0,
+            request_losses_max: 3,
         }
     }
 }
@@ -123,6 +130,10 @@ impl ClusterFile {
             limits.prefill_chunk_tokens > 0,
             "limits.prefill_chunk_tokens must be at least 1"
         );
+        ensure!(
+            limits.request_losses_max > 0,
+            "limits.request_losses_max must be at least 1"
+        );
         for (key, seconds) in [
             (
                 "collective_deadline_seconds",
@@ -130,6 +141,7 @@ impl ClusterFile {
             ),
             ("load_deadline_seconds", limits.load_deadline_seconds),
             ("silence_seconds", limits.silence_seconds),
+            ("request_deadline_seconds", limits.request_deadline_seconds),
         ] {
             ensure!(
                 Duration::try_from_secs_f64(seconds).is_ok_and(|d| !d.is_zero()),
@@ -204,6 +216,8 @@ impl ClusterFile {
         SchedulerLimits {
             queue_max: self.limits.queue_max,
             sequences_max: self.limits.sequences_max,
+            request_deadline: Duration::from_secs_f64(self.limits.request_deadline_seconds),
+            losses_max: self.limits.request_losses_max,
         }
     }
 

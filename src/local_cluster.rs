@@ -51,6 +51,7 @@ impl LocalCluster {
                 ..Limits::default()
             };
             limits.sequences_max = options.sequences;
+            limits.request_deadline_seconds = options.request_timeout.into();
             ClusterFile {
                 cluster: format!("local-{}", std::process::id()),
                 model: model.clone(),

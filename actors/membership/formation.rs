@@ -5,7 +5,7 @@
 
 use std::net::SocketAddr;
 
-use offbook_protocol::{Epoch, LoadProgress, Phase, Rank};
+use offbook_protocol::{Epoch, LoadProgress, Phase, Rank, RequestFailure};
 
 /// The state of the group. Ranks are the nodes in the order of the cluster file.
 #[derive(Debug)]
@@ -87,6 +87,8 @@ pub(super) enum Action {
         epoch: Epoch,
         why: String,
     },
+    /// It will not serve before an operator has acted: tell the scheduler.
+    GiveUp(RequestFailure),
 }
 
 impl Formation {
@@ -245,12 +247,7 @@ impl Formation {
             return Vec::new();
         }
         let why = format!("rank {rank} ({}): {why}", self.members[rank.index()].node);
-        let actions = self.end_epoch(why);
-        self.stage = Stage::Failed;
-        actions
-            .into_iter()
-            .filter(|action| !matches!(action, Action::BeginSoon { .. }))
-            .collect()
+        self.fail(why, |detail| RequestFailure::ClusterFailed { detail })
     }
 
     /// A shard has met all its peers; `collectives` is the way that its operations take.
@@ -284,12 +281,20 @@ impl Formation {
 
     /// A shard was given up by its node: an operator has to act.
     pub(super) fn given_up(&mut self, node: &str, why: &str) -> Vec<Action> {
-        let actions = self.end_epoch(format!("the shard of {node} was given up: {why}"));
+        let why = format!("the shard of {node} was given up: {why}");
+        self.fail(why, |detail| RequestFailure::ShardLost { detail })
+    }
+
+    /// Ends the epoch and begins no other.
+    fn fail(&mut self, why: String, failure: impl FnOnce(String) -> RequestFailure) -> Vec<Action> {
+        let failed_already = matches!(self.stage, Stage::Failed);
+        let mut actions = self.end_epoch(why.clone());
         self.stage = Stage::Failed;
+        actions.retain(|action| !matches!(action, Action::BeginSoon { .. }));
+        if !failed_already {
+            actions.push(Action::GiveUp(failure(why)));
+        }
         actions
-            .into_iter()
-            .filter(|action| !matches!(action, Action::BeginSoon { .. }))
-            .collect()
     }
 
     /// Ends the epoch under way, if any: survivors leave, the scheduler is told, and another
@@ -467,17 +472,37 @@ mod tests {
         formation.registered("a", shard(7));
         formation.begin();
         let actions = formation.refused(Epoch(6), Rank(0), "no such file");
+        let (last, leaves) = actions.split_last().unwrap();
         assert!(
-            actions
+            leaves
                 .iter()
                 .all(|action| matches!(action, Action::Leave { .. }))
         );
+        assert!(matches!(
+            last,
+            Action::GiveUp(RequestFailure::ClusterFailed { detail }) if detail.contains("no such file")
+        ));
         assert_eq!(formation.phase(), Phase::Failed);
         assert!(formation.detail().contains("no such file"));
         assert!(formation.begin().is_empty());
         formation.lost("a", 7, "exited".into());
         formation.registered("a", shard(8));
         assert_eq!(formation.begin().len(), 2);
+    }
+
+    #[test]
+    fn a_shard_that_is_given_up_ends_the_wait_for_it_once() {
+        let mut formation = serving();
+        let actions = formation.given_up("b", "it ends too often");
+        assert!(matches!(actions[0], Action::Suspend { .. }), "first of all");
+        assert!(matches!(
+            actions.last(),
+            Some(Action::GiveUp(RequestFailure::ShardLost { .. }))
+        ));
+        assert!(formation.given_up("b", "as before").is_empty());
+        formation.registered("b", shard(9));
+        let again = formation.given_up("b", "as before");
+        assert!(matches!(again[..], [Action::GiveUp(_)]));
     }
 
     #[test]

@@ -1,30 +1,39 @@
-//! Who is taken in, who waits, and what the next plan says: pure, without IO or clock.
+//! Who is taken in, who waits, who goes on, and what the next plan says: pure, without IO or clock.
 
-use std::collections::{HashMap, VecDeque};
+use std::time::Duration;
 
-use offbook_protocol::{Epoch, Join, Plan, PlanNumber, Rejection, Request, SequenceId};
+use offbook_protocol::{
+    Epoch, Plan, PlanNumber, Rejection, Request, RequestFailure, SampledToken, SequenceId,
+};
+
+use super::journal::{Entry, Journal};
 
 /// The bounds of the scheduler.
 #[derive(Clone, Copy, Debug)]
 pub struct SchedulerLimits {
-    /// Requests that wait at most; the next one is refused.
+    /// Requests that no shard has begun at most; the next one is refused.
     pub queue_max: u32,
     /// Sequences that the shards work on at the same time at most.
     pub sequences_max: u32,
+    /// How long a request may take from its arrival to its last token.
+    pub request_deadline: Duration,
+    /// A request that runs while so many epochs in a row are lost, without a token in between, is
+    /// given up; at least 1.
+    pub losses_max: u32,
 }
 
 /// All requests that are not finished. `C` is the client's end of one.
+///
+/// There are at most `queue_max + sequences_max` of them, none longer than the context.
 #[derive(Debug)]
 pub(super) struct Admission<C> {
     limits: SchedulerLimits,
-    queue: VecDeque<(SequenceId, Request)>,
-    running: HashMap<SequenceId, ()>,
+    journal: Journal<C>,
     leaving: Vec<SequenceId>,
-    clients: HashMap<SequenceId, C>,
-    last_sequence: SequenceId,
     last_plan: PlanNumber,
     serving: Option<Serving>,
-    ever_served: bool,
+    /// Why requests are refused rather than queued while no epoch is under way.
+    closed: Option<String>,
 }
 
 /// The epoch under way and what its model can take.
@@ -35,23 +44,29 @@ pub(super) struct Serving {
     pub(super) vocabulary: u32,
 }
 
+/// What the end of an epoch means for those that were running.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Ended<C> {
+    /// They go on with the next epoch.
+    pub(super) paused: Vec<SequenceId>,
+    /// They have been there too often.
+    pub(super) given_up: Vec<(C, RequestFailure)>,
+}
+
 impl<C> Admission<C> {
     pub(super) fn new(limits: SchedulerLimits) -> Self {
         Self {
             limits,
-            queue: VecDeque::new(),
-            running: HashMap::new(),
+            journal: Journal::new(),
             leaving: Vec::new(),
-            clients: HashMap::new(),
-            last_sequence: SequenceId(0),
             last_plan: PlanNumber(0),
             serving: None,
-            ever_served: false,
+            closed: Some("the model is still loading".into()),
         }
     }
 
     /// Takes a request into the queue, or says why not. While shards come back after a loss,
-    /// requests wait; before the first epoch they are refused.
+    /// requests wait; before the first epoch, and when none can come, they are refused.
     ///
     /// # Errors
     /// The reason, and the client's end back.
@@ -60,21 +75,17 @@ impl<C> Admission<C> {
         request: Request,
         client: C,
     ) -> Result<SequenceId, (Rejection, C)> {
-        if let Err(rejection) = self.check(&request) {
-            return Err((rejection, client));
+        match self.check(&request) {
+            Ok(()) => Ok(self.journal.open(request, client)),
+            Err(rejection) => Err((rejection, client)),
         }
-        self.last_sequence = self.last_sequence.next();
-        let sequence = self.last_sequence;
-        self.queue.push_back((sequence, request));
-        self.clients.insert(sequence, client);
-        Ok(sequence)
     }
 
     fn check(&self, request: &Request) -> Result<(), Rejection> {
         let invalid = |detail: String| Err(Rejection::Invalid { detail });
-        if !self.ever_served {
+        if let Some(detail) = &self.closed {
             return Err(Rejection::NotReady {
-                detail: "the model is still loading".into(),
+                detail: detail.clone(),
             });
         }
         if request.prompt.is_empty() || request.max_tokens == 0 {
@@ -84,58 +95,50 @@ impl<C> Admission<C> {
             return invalid(error.to_string());
         }
         if let Some(serving) = &self.serving {
-            check_size(request, serving)?;
+            check_size(request.prompt.len() as u32, request, serving)?;
         }
-        let queued = self.queue.len() as u32;
+        let queued = self.journal.waiting().filter(|(_, e)| e.is_new()).count() as u32;
         if queued >= self.limits.queue_max {
             return Err(Rejection::Overloaded { queued });
         }
         Ok(())
     }
 
-    /// The client of this sequence has left. Its place is free with the next plan.
-    pub(super) fn leave(&mut self, sequence: SequenceId) {
-        if self.clients.remove(&sequence).is_none() {
-            return;
+    /// Notes a token of the shards and says whose it is. Whatever does not belong to the epoch under
+    /// way is nobody's: its place in the answer is, or will be, filled by the present shards.
+    pub(super) fn note(&mut self, epoch: Epoch, token: &SampledToken) -> Option<&C> {
+        if self.epoch() != Some(epoch) {
+            return None;
         }
-        self.queue.retain(|(queued, _)| *queued != sequence);
-        if self.running.remove(&sequence).is_some() {
+        self.journal.note(token)
+    }
+
+    /// The request is over before its last token, and its client is handed out for the last time.
+    /// The place among the shards is free with the next plan.
+    pub(super) fn withdraw(&mut self, sequence: SequenceId) -> Option<C> {
+        let entry = self.journal.close(sequence)?;
+        if entry.is_running() {
             self.leaving.push(sequence);
         }
+        Some(entry.client)
     }
 
-    /// The shards have finished this sequence; its client is handed out for the last time.
-    pub(super) fn finish(&mut self, sequence: SequenceId) -> Option<C> {
-        self.running.remove(&sequence);
-        self.clients.remove(&sequence)
+    /// The shards have drawn the last token of this sequence.
+    pub(super) fn finish(&mut self, sequence: SequenceId) {
+        self.journal.close(sequence);
     }
 
-    pub(super) fn client(&self, sequence: SequenceId) -> Option<&C> {
-        self.clients.get(&sequence)
-    }
-
-    /// The plan that is due now, if anything is to change.
+    /// The plan that is due now, if anything is to change. Another one may be due after it: a plan has
+    /// to fit into a message.
     pub(super) fn next_plan(&mut self) -> Option<Plan> {
         let serving = self.serving?;
         let mut joins = Vec::new();
-        while self.running.len() < self.limits.sequences_max as usize
-            && let Some((sequence, request)) = self.queue.pop_front()
+        let mut positions = 0;
+        while let Some((sequence, more)) = self.next_to_join()
+            && (joins.is_empty() || positions + more <= PLAN_POSITIONS_MAX)
         {
-            self.running.insert(sequence, ());
-            joins.push(Join {
-                sequence,
-                max_tokens: request
-                    .max_tokens
-                    .min(
-                        serving
-                            .context_tokens
-                            .saturating_sub(request.prompt.len() as u32),
-                    )
-                    .max(1),
-                prompt: request.prompt,
-                sampling: request.sampling,
-                stop_tokens: request.stop_tokens,
-            });
+            positions += more;
+            joins.extend(self.journal.join(sequence, serving.context_tokens));
         }
         let leaves = std::mem::take(&mut self.leaving);
         if joins.is_empty() && leaves.is_empty() {
@@ -150,36 +153,72 @@ impl<C> Admission<C> {
         })
     }
 
-    /// An epoch begins: plans count from 1 again. Requests that waited without a model to measure
-    /// them by, and do not fit this one, are handed back.
-    pub(super) fn begin(&mut self, serving: Serving) -> Vec<(Rejection, C)> {
-        self.serving = Some(serving);
-        self.ever_served = true;
-        self.last_plan = PlanNumber(0);
-        self.leaving.clear();
-        let (fits, misfits): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut self.queue)
-            .into_iter()
-            .partition(|(_, request)| check_size(request, &serving).is_ok());
-        self.queue = fits;
-        let reject = |(sequence, request): (SequenceId, Request)| {
-            let rejection = check_size(&request, &serving).err()?;
-            Some((rejection, self.clients.remove(&sequence)?))
-        };
-        misfits.into_iter().filter_map(reject).collect()
+    /// Who may join now, and the positions that it fills already.
+    ///
+    /// A request on its last chance joins only those that have drawn a token in this epoch, and nobody
+    /// joins it before it has: when the epoch is lost nevertheless, no other can be the cause.
+    fn next_to_join(&self) -> Option<(SequenceId, u32)> {
+        let (sequence, next) = self.journal.waiting().next()?;
+        let on_trial = |entry: &Entry<C>| self.is_suspect(entry) && !entry.is_proven();
+        let is_full = self.running() >= self.limits.sequences_max;
+        if is_full || self.journal.running().any(on_trial) {
+            return None;
+        }
+        if self.is_suspect(next) && !self.journal.running().all(Entry::is_proven) {
+            return None;
+        }
+        Some((sequence, next.positions()))
     }
 
-    /// The epoch is over: hands out the clients of the sequences that the shards were working on.
-    pub(super) fn end(&mut self, epoch: Epoch) -> Vec<C> {
-        if self.serving.is_none_or(|serving| serving.epoch != epoch) {
-            return Vec::new();
-        }
+    fn is_suspect(&self, entry: &Entry<C>) -> bool {
+        entry.losses() > 0 && entry.losses() + 1 >= self.limits.losses_max
+    }
+
+    /// An epoch begins: plans count from 1 again. Requests that do not fit its model are handed back.
+    pub(super) fn begin(&mut self, serving: Serving) -> Vec<(C, RequestFailure)> {
+        self.serving = Some(serving);
+        self.closed = None;
+        self.last_plan = PlanNumber(0);
+        self.leaving.clear();
+        let misfit =
+            |entry: &Entry<C>| check_size(entry.positions(), &entry.request, &serving).err();
+        let misfits = self.journal.close_if(|entry| misfit(entry).is_some());
+        let given_up = misfits.into_iter().filter_map(|entry| {
+            let detail = misfit(&entry)?.to_string();
+            Some((entry.client, RequestFailure::ClusterFailed { detail }))
+        });
+        given_up.collect()
+    }
+
+    /// The epoch is over. `None` when it was not the one under way.
+    pub(super) fn end(&mut self, epoch: Epoch) -> Option<Ended<C>> {
+        self.serving.take_if(|serving| serving.epoch == epoch)?;
+        self.leaving.clear();
+        let losses_max = self.limits.losses_max;
+        let mut paused = self.journal.interrupt();
+        let given_up = self.journal.close_if(|entry| entry.losses() >= losses_max);
+        paused.retain(|sequence| self.journal.get(*sequence).is_some());
+        let given_up = given_up.into_iter().map(|entry| {
+            let losses = entry.losses();
+            (entry.client, RequestFailure::LostRepeatedly { losses })
+        });
+        Some(Ended {
+            paused,
+            given_up: given_up.collect(),
+        })
+    }
+
+    /// No epoch will come before an operator has acted: hands out all clients, and refuses requests
+    /// until one does.
+    pub(super) fn close(&mut self, why: String) -> Vec<C> {
         self.serving = None;
         self.leaving.clear();
-        let running = std::mem::take(&mut self.running);
-        running
-            .into_keys()
-            .filter_map(|sequence| self.clients.remove(&sequence))
-            .collect()
+        self.closed = Some(why);
+        self.journal.close_all()
+    }
+
+    pub(super) fn client(&self, sequence: SequenceId) -> Option<&C> {
+        self.journal.get(sequence).map(|entry| &entry.client)
     }
 
     pub(super) fn epoch(&self) -> Option<Epoch> {
@@ -187,134 +226,35 @@ impl<C> Admission<C> {
     }
 
     pub(super) fn running(&self) -> u32 {
-        self.running.len() as u32
+        self.journal.running().count() as u32
     }
 
+    /// Those that go on with the next epoch included.
     pub(super) fn queued(&self) -> u32 {
-        self.queue.len() as u32
+        self.journal.waiting().count() as u32
     }
 }
 
-fn check_size(request: &Request, serving: &Serving) -> Result<(), Rejection> {
-    let prompt_tokens = request.prompt.len() as u32;
-    if prompt_tokens >= serving.context_tokens {
-        let context_tokens = serving.context_tokens;
+/// `positions` are those that the request fills before its next token.
+fn check_size(positions: u32, request: &Request, serving: &Serving) -> Result<(), Rejection> {
+    if positions >= serving.context_tokens {
         return Err(Rejection::TooLong {
-            prompt_tokens,
-            context_tokens,
+            prompt_tokens: positions,
+            context_tokens: serving.context_tokens,
         });
     }
-    match request
-        .prompt
-        .iter()
-        .find(|token| **token >= serving.vocabulary)
-    {
+    let vocabulary = serving.vocabulary;
+    match request.prompt.iter().find(|token| **token >= vocabulary) {
         None => Ok(()),
         Some(token) => Err(Rejection::Invalid {
-            detail: format!(
-                "token {token} is not in the vocabulary of {}",
-                serving.vocabulary
-            ),
+            detail: format!("token {token} is not in the vocabulary of {vocabulary}"),
         }),
     }
 }
 
+/// Token ids in one plan, but for a single sequence that has more: at five bytes each they leave
+/// room in a message of 1 MiB.
+const PLAN_POSITIONS_MAX: u32 = 180_000;
+
 #[cfg(test)]
-mod tests {
-    use offbook_protocol::Sampling;
-
-    use super::*;
-
-    const LIMITS: SchedulerLimits = SchedulerLimits {
-        queue_max: 2,
-        sequences_max: 2,
-    };
-
-    fn request(prompt_tokens: usize) -> Request {
-        Request {
-            prompt: vec![1; prompt_tokens],
-            sampling: Sampling::greedy(),
-            max_tokens: 100,
-            stop_tokens: Vec::new(),
-        }
-    }
-
-    fn serving(epoch: u64) -> Serving {
-        Serving {
-            epoch: Epoch(epoch),
-            context_tokens: 32,
-            vocabulary: 8,
-        }
-    }
-
-    #[test]
-    fn what_does_not_fit_is_refused_with_the_numbers() {
-        let mut admission = Admission::new(LIMITS);
-        assert!(matches!(
-            admission.submit(request(1), 'a'),
-            Err((Rejection::NotReady { .. }, 'a'))
-        ));
-        admission.begin(serving(1));
-        let too_long = Rejection::TooLong {
-            prompt_tokens: 32,
-            context_tokens: 32,
-        };
-        assert_eq!(admission.submit(request(32), 'a'), Err((too_long, 'a')));
-        let foreign = Request {
-            prompt: vec![8],
-            ..request(1)
-        };
-        assert!(matches!(
-            admission.submit(foreign, 'a'),
-            Err((Rejection::Invalid { .. }, _))
-        ));
-        admission.submit(request(1), 'b').unwrap();
-        admission.submit(request(1), 'c').unwrap();
-        let overloaded = Rejection::Overloaded { queued: 2 };
-        assert_eq!(admission.submit(request(1), 'd'), Err((overloaded, 'd')));
-    }
-
-    #[test]
-    fn a_client_that_leaves_frees_its_place_with_the_next_plan() {
-        let mut admission = Admission::new(LIMITS);
-        admission.begin(serving(1));
-        let first = admission.submit(request(4), 'a').unwrap();
-        admission.submit(request(4), 'b').unwrap();
-        let plan = admission.next_plan().unwrap();
-        assert_eq!((plan.number, plan.joins.len()), (PlanNumber(1), 2));
-        assert_eq!(plan.joins[0].max_tokens, 28, "no further than the context");
-        let third = admission.submit(request(4), 'c').unwrap();
-        assert_eq!(admission.next_plan(), None, "both places are taken");
-        admission.leave(first);
-        let plan = admission.next_plan().unwrap();
-        assert_eq!(plan.leaves, [first]);
-        assert_eq!(plan.joins[0].sequence, third);
-        assert_eq!((admission.running(), admission.queued()), (2, 0));
-    }
-
-    #[test]
-    fn a_lost_epoch_hands_out_who_was_running_and_keeps_who_waits() {
-        let mut admission = Admission::new(SchedulerLimits {
-            queue_max: 2,
-            sequences_max: 1,
-        });
-        admission.begin(serving(1));
-        let running = admission.submit(request(1), 'a').unwrap();
-        admission.submit(request(9), 'b').unwrap();
-        admission.next_plan().unwrap();
-        assert!(admission.end(Epoch(9)).is_empty(), "another epoch");
-        assert_eq!(admission.end(Epoch(1)), ['a']);
-        assert!(admission.client(running).is_none());
-        assert_eq!(admission.next_plan(), None);
-        let smaller = Serving {
-            context_tokens: 5,
-            ..serving(2)
-        };
-        assert_eq!(
-            admission.begin(smaller).len(),
-            1,
-            "it does not fit any more"
-        );
-        assert_eq!(admission.queued(), 0);
-    }
-}
+mod tests;

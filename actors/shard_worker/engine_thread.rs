@@ -206,7 +206,7 @@ impl Thread {
             transport,
         }));
         let report = Reporter {
-            outcomes,
+            outcomes: Some(outcomes),
             news: self.news.clone(),
             work: None,
         };
@@ -228,16 +228,18 @@ impl Thread {
 
 /// Carries what the loop reports off the engine's thread, without ever waiting.
 struct Reporter {
-    outcomes: mpsc::Sender<StepOutcome>,
+    /// None once one was not taken.
+    outcomes: Option<mpsc::Sender<StepOutcome>>,
     news: mpsc::Sender<News>,
     work: Option<Work>,
 }
 
 impl Report for Reporter {
     fn outcome(&mut self, outcome: StepOutcome) {
-        // A full queue means that the head has not listened for tens of thousands of steps: its
-        // clients are gone.
-        let _ = self.outcomes.try_send(outcome);
+        // A full queue means that the head has not listened for tens of thousands of steps. A token
+        // left out would be a gap in an answer: the outcomes end instead, and with them the epoch.
+        self.outcomes
+            .take_if(|outcomes| outcomes.try_send(outcome).is_err());
     }
 
     fn timing(&mut self, timing: StepTiming) {

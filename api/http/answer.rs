@@ -4,7 +4,7 @@ use futures::StreamExt;
 use offbook_protocol::{FinishReason, SampledToken};
 
 use crate::text::{AnswerParser, Detokenizer, Piece, StopFinder};
-use crate::{StreamError, Tokens};
+use crate::{Progress, StreamError, Tokens};
 
 /// Reads the tokens of one request. Once the answer has ended, for whatever reason, it lets go of
 /// the request.
@@ -21,6 +21,14 @@ pub(super) struct Reading {
     pub(super) parser: AnswerParser,
     /// For the words of the answer; thoughts and tool calls are not looked at.
     pub(super) stop: StopFinder,
+}
+
+/// What happens next to an answer.
+#[derive(Debug)]
+pub(super) enum Change {
+    Delta(Delta),
+    /// Nothing comes for a while, and nothing is lost.
+    Paused,
 }
 
 /// What one token brought.
@@ -59,17 +67,21 @@ impl Answer {
         }
     }
 
-    /// What the next token brings; `None` after the last one, or after an error.
-    pub(super) async fn next(&mut self) -> Option<Result<Delta, StreamError>> {
-        let token = match self.tokens.as_mut()?.next().await {
-            Some(token) => token,
+    /// What happens next; `None` after the last token, or after an error.
+    pub(super) async fn next(&mut self) -> Option<Result<Change, StreamError>> {
+        let progress = match self.tokens.as_mut()?.next().await {
+            Some(progress) => progress,
             None => interrupted("it ended without a finish reason"),
         };
-        let delta = token.and_then(|token| self.reading.read(token));
+        let delta = match progress {
+            Ok(Progress::Token(token)) => self.reading.read(token),
+            Ok(Progress::Paused) => return Some(Ok(Change::Paused)),
+            Err(error) => Err(error),
+        };
         if delta.as_ref().map_or(true, |delta| delta.finish.is_some()) {
             self.tokens = None;
         }
-        Some(delta)
+        Some(delta.map(Change::Delta))
     }
 }
 

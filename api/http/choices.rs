@@ -8,7 +8,7 @@ use futures::{FutureExt, StreamExt};
 use offbook_protocol::{Request, SampledToken};
 use tokio_util::sync::CancellationToken;
 
-use super::answer::{Answer, Delta, Finish, Reading};
+use super::answer::{Answer, Change, Finish, Reading};
 use super::error::ApiError;
 use super::{Api, Service};
 use crate::StreamError;
@@ -17,7 +17,7 @@ use crate::text::Piece;
 /// Answers under way, told apart by their places in the client's request. Dropping them cancels
 /// them all.
 pub(super) struct Choices {
-    running: SelectAll<BoxStream<'static, (usize, Result<Delta, StreamError>)>>,
+    running: SelectAll<BoxStream<'static, (usize, Result<Change, StreamError>)>>,
     stopping: CancellationToken,
 }
 
@@ -37,10 +37,10 @@ impl Choices {
             .map(|(choice, tokens)| {
                 let answer = Answer::new(tokens, reading(&api.service));
                 let next = |mut answer: Answer| async move {
-                    answer.next().await.map(|delta| (delta, answer))
+                    answer.next().await.map(|change| (change, answer))
                 };
                 stream::unfold(answer, next)
-                    .map(move |delta| (choice, delta))
+                    .map(move |change| (choice, change))
                     .boxed()
             });
         Ok(Self {
@@ -50,7 +50,7 @@ impl Choices {
     }
 
     /// What happens next, and to which choice; `None` when all have ended.
-    pub(super) async fn next(&mut self) -> Option<Result<(usize, Delta), ApiError>> {
+    pub(super) async fn next(&mut self) -> Option<Result<(usize, Change), ApiError>> {
         let next = tokio::select! {
             next = self.running.next() => next,
             () = self.stopping.cancelled() => {
@@ -58,13 +58,16 @@ impl Choices {
                 return Some(Err(StreamError::Interrupted { detail }.into()));
             }
         };
-        next.map(|(choice, delta)| Ok((choice, delta?)))
+        next.map(|(choice, change)| Ok((choice, change?)))
     }
 
     /// Waits for all of them. Half an answer is none.
     pub(super) async fn collect(mut self, count: usize) -> Result<Vec<Collected>, ApiError> {
         let mut collected: Vec<Collected> = (0..count).map(|_| Collected::default()).collect();
-        while let Some((choice, delta)) = self.next().boxed().await.transpose()? {
+        while let Some((choice, change)) = self.next().boxed().await.transpose()? {
+            let Change::Delta(delta) = change else {
+                continue;
+            };
             let whole = &mut collected[choice];
             whole.pieces.extend(delta.pieces);
             whole.tokens.push(delta.token);

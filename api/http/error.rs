@@ -7,7 +7,7 @@ use axum::Json;
 use axum::http::header::RETRY_AFTER;
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
-use offbook_protocol::Rejection;
+use offbook_protocol::{Rejection, RequestFailure};
 use serde_json::{Value, json};
 use thiserror::Error;
 
@@ -110,6 +110,9 @@ impl ApiError {
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::NotJson => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Rejected(Rejection::Overloaded { .. }) => StatusCode::TOO_MANY_REQUESTS,
+            Self::Lost(StreamError::Failed(RequestFailure::DeadlineExceeded { .. })) => {
+                StatusCode::GATEWAY_TIMEOUT
+            }
             Self::Rejected(Rejection::NotReady { .. }) | Self::Lost(_) => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
@@ -143,7 +146,12 @@ impl ApiError {
             }
             Self::Rejected(Rejection::Overloaded { .. }) => Some("overloaded"),
             Self::Rejected(Rejection::NotReady { .. }) => Some("not_ready"),
-            Self::Lost(StreamError::ShardLost { .. }) => Some("shard_lost"),
+            Self::Lost(StreamError::Failed(failure)) => Some(match failure {
+                RequestFailure::ShardLost { .. } => "shard_lost",
+                RequestFailure::ClusterFailed { .. } => "cluster_failed",
+                RequestFailure::DeadlineExceeded { .. } => "deadline_exceeded",
+                RequestFailure::LostRepeatedly { .. } => "request_lost_repeatedly",
+            }),
             Self::Lost(StreamError::Interrupted { .. }) => Some("interrupted"),
             Self::Internal { .. } => Some("internal_error"),
         }
@@ -152,6 +160,10 @@ impl ApiError {
     fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Rejected(Rejection::Overloaded { .. }) => Some(RETRY_OVERLOADED),
+            // It would end in the same way.
+            Self::Lost(StreamError::Failed(
+                RequestFailure::DeadlineExceeded { .. } | RequestFailure::LostRepeatedly { .. },
+            )) => None,
             Self::Rejected(Rejection::NotReady { .. }) | Self::Lost(_) => Some(RETRY_NOT_READY),
             _ => None,
         }

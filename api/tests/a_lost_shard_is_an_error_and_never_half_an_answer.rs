@@ -1,19 +1,20 @@
-//! When a shard dies in the middle of an answer, the client is told. It never gets a finish reason
-//! for what was not finished.
+//! When an answer cannot be completed, the client is told why. It never gets a finish reason for what
+//! was not finished.
 
 mod support;
 
 use offbook_api::StreamError;
-use offbook_protocol::FinishReason;
+use offbook_protocol::{FinishReason, RequestFailure};
 use serde_json::{Value, json};
 use support::{Script, Server, Step, events, token};
 
 fn lost() -> Script {
-    let detail = "shard 1 on node-2 was killed".to_owned();
-    Script::says_then(
-        "</think>Half an",
-        Step::Fail(StreamError::ShardLost { detail }),
-    )
+    let detail = "the shard of node-2 was given up".to_owned();
+    fails(RequestFailure::ShardLost { detail })
+}
+
+fn fails(failure: RequestFailure) -> Script {
+    Script::says_then("</think>Half an", Step::Fail(StreamError::Failed(failure)))
 }
 
 #[tokio::test]
@@ -55,6 +56,49 @@ async fn a_whole_answer_is_an_error_instead() {
         assert!(response.headers().contains_key("retry-after"));
         let body: Value = response.json().await.unwrap();
         assert_eq!(body["error"]["code"], "shard_lost");
+    }
+}
+
+#[tokio::test]
+async fn every_reason_has_a_code_of_its_own() {
+    let detail = || "rank 1: no such file".to_owned();
+    let reasons = [
+        (
+            RequestFailure::ShardLost { detail: detail() },
+            503,
+            "shard_lost",
+        ),
+        (
+            RequestFailure::ClusterFailed { detail: detail() },
+            503,
+            "cluster_failed",
+        ),
+        (
+            RequestFailure::DeadlineExceeded { seconds: 9 },
+            504,
+            "deadline_exceeded",
+        ),
+        (
+            RequestFailure::LostRepeatedly { losses: 3 },
+            503,
+            "request_lost_repeatedly",
+        ),
+    ];
+    for (failure, status, code) in reasons {
+        let server = Server::start([fails(failure.clone()), fails(failure.clone())]).await;
+        let response = server.ask(json!({})).await;
+        assert_eq!(response.status(), status, "{code}");
+        let may_be_tried_again = matches!(code, "shard_lost" | "cluster_failed");
+        assert_eq!(
+            response.headers().contains_key("retry-after"),
+            may_be_tried_again,
+            "{code}"
+        );
+        let body: Value = response.json().await.unwrap();
+        assert_eq!(body["error"]["code"], code);
+        assert_eq!(body["error"]["message"], failure.to_string());
+        let last = server.stream(json!({})).await.pop().unwrap();
+        assert_eq!(last["error"], body["error"]);
     }
 }
 

@@ -80,6 +80,7 @@ async fn one_cluster(options: &BenchDecode, model: &Path, nodes: u32) -> Result<
         gpus: None,
         data_dir: None,
         sequences: 1,
+        request_timeout: 600,
     };
     let cluster = LocalCluster::start(&local, ([127, 0, 0, 1], 0).into())?;
     let measured = async {

@@ -7,11 +7,12 @@ use std::collections::VecDeque;
 use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt, stream};
 use offbook_api::text::{Defaults, Text};
-use offbook_api::{Backend, Service, StreamError, Tokens};
+use offbook_api::{Backend, Progress, Service, StreamError, Tokens};
 use offbook_protocol::{
     Candidate, ClusterReport, Epoch, FinishReason, Layout, Phase, Rejection, Request, SampledToken,
     SequenceId, Transport,
@@ -34,6 +35,8 @@ pub(crate) const MODEL: &str = "tests/bytes";
 pub(crate) enum Step {
     Token(SampledToken),
     Fail(StreamError),
+    /// A shard is lost, and comes back after so many seconds.
+    Pause(u64),
     /// Nothing more comes, and yet the stream is open.
     Hang,
 }
@@ -123,11 +126,20 @@ impl Backend for Scripted {
             Script::Answer(steps) => steps,
         };
         let told = TellsWhenDropped(self.seen.clone());
+        let mut comes_back = None;
         let tokens = stream::iter(steps).then(move |step| {
             let _told = &told;
+            let pause = comes_back.take();
+            if let Step::Pause(seconds) = step {
+                comes_back = Some(Duration::from_secs(seconds));
+            }
             async move {
+                if let Some(pause) = pause {
+                    tokio::time::sleep(pause).await;
+                }
                 match step {
-                    Step::Token(token) => Ok(token),
+                    Step::Token(token) => Ok(Progress::Token(token)),
+                    Step::Pause(_) => Ok(Progress::Paused),
                     Step::Fail(error) => Err(error),
                     Step::Hang => std::future::pending().await,
                 }

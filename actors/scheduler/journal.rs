@@ -1,0 +1,169 @@
+//! Every request that is not finished, with the tokens that its client has been given: what another
+//! epoch needs to go on where the last one ended. Pure, without IO or clock.
+
+use std::collections::BTreeMap;
+
+use offbook_protocol::{Join, Request, SampledToken, SequenceId};
+
+/// The requests in their order of arrival. `C` is the client's end of one.
+#[derive(Debug)]
+pub(super) struct Journal<C> {
+    /// Numbers rise with each request, so this is the order of arrival.
+    entries: BTreeMap<SequenceId, Entry<C>>,
+    last: SequenceId,
+}
+
+/// One request.
+#[derive(Debug)]
+pub(super) struct Entry<C> {
+    pub(super) request: Request,
+    pub(super) client: C,
+    /// The tokens that went to the client.
+    delivered: Vec<u32>,
+    standing: Standing,
+    /// Epochs in a row that were lost while this request ran, without a token in between.
+    losses: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    Waiting,
+    /// The shards work on it, and no token of it has come in this epoch.
+    Joined,
+    /// A token of it has come in this epoch.
+    Proven,
+}
+
+impl<C> Journal<C> {
+    pub(super) fn new() -> Self {
+        Self {
+            entries: BTreeMap::new(),
+            last: SequenceId(0),
+        }
+    }
+
+    /// A request begins its life; it waits.
+    pub(super) fn open(&mut self, request: Request, client: C) -> SequenceId {
+        self.last = self.last.next();
+        let entry = Entry {
+            request,
+            client,
+            delivered: Vec::new(),
+            standing: Standing::Waiting,
+            losses: 0,
+        };
+        self.entries.insert(self.last, entry);
+        self.last
+    }
+
+    /// The end of it, for whatever reason.
+    pub(super) fn close(&mut self, sequence: SequenceId) -> Option<Entry<C>> {
+        self.entries.remove(&sequence)
+    }
+
+    /// The end of them all, in their order of arrival.
+    pub(super) fn close_all(&mut self) -> Vec<C> {
+        let entries = std::mem::take(&mut self.entries);
+        entries.into_values().map(|entry| entry.client).collect()
+    }
+
+    /// The end of all those of which this is true.
+    pub(super) fn close_if(&mut self, is_over: impl Fn(&Entry<C>) -> bool) -> Vec<Entry<C>> {
+        let over = self.entries.extract_if(.., |_, entry| is_over(entry));
+        over.map(|(_, entry)| entry).collect()
+    }
+
+    /// Notes a token that the shards of the epoch under way have drawn, and says whose it is: nobody's
+    /// if the shards were not asked for it.
+    pub(super) fn note(&mut self, token: &SampledToken) -> Option<&C> {
+        let entry = self.entries.get_mut(&token.sequence)?;
+        if !entry.is_running() {
+            return None;
+        }
+        entry.delivered.push(token.token);
+        entry.standing = Standing::Proven;
+        entry.losses = 0;
+        Some(&entry.client)
+    }
+
+    /// What tells the shards to begin with this request, or to go on with it. `None` when they do so
+    /// already.
+    pub(super) fn join(&mut self, sequence: SequenceId, context_tokens: u32) -> Option<Join> {
+        let entry = self.entries.get_mut(&sequence)?;
+        if entry.is_running() {
+            return None;
+        }
+        entry.standing = Standing::Joined;
+        Some(entry.join(sequence, context_tokens))
+    }
+
+    /// The epoch is lost: what was running waits. Returned in their order of arrival.
+    pub(super) fn interrupt(&mut self) -> Vec<SequenceId> {
+        let running = self.entries.iter_mut().filter(|(_, e)| e.is_running());
+        let interrupted = running.map(|(sequence, entry)| {
+            entry.standing = Standing::Waiting;
+            entry.losses += 1;
+            *sequence
+        });
+        interrupted.collect()
+    }
+
+    pub(super) fn get(&self, sequence: SequenceId) -> Option<&Entry<C>> {
+        self.entries.get(&sequence)
+    }
+
+    /// Who waits, in the order of arrival: those that were interrupted arrived before all others.
+    pub(super) fn waiting(&self) -> impl Iterator<Item = (SequenceId, &Entry<C>)> {
+        let entries = self.entries.iter().map(|(sequence, e)| (*sequence, e));
+        entries.filter(|(_, entry)| !entry.is_running())
+    }
+
+    pub(super) fn running(&self) -> impl Iterator<Item = &Entry<C>> {
+        self.entries.values().filter(|entry| entry.is_running())
+    }
+}
+
+impl<C> Entry<C> {
+    pub(super) fn is_running(&self) -> bool {
+        self.standing != Standing::Waiting
+    }
+
+    pub(super) fn is_proven(&self) -> bool {
+        self.standing == Standing::Proven
+    }
+
+    /// No shard has ever worked on it.
+    pub(super) fn is_new(&self) -> bool {
+        !self.is_running() && self.losses == 0
+    }
+
+    pub(super) fn losses(&self) -> u32 {
+        self.losses
+    }
+
+    /// Positions that the prompt and the tokens so far fill.
+    pub(super) fn positions(&self) -> u32 {
+        (self.request.prompt.len() + self.delivered.len()) as u32
+    }
+
+    /// A draw's noise depends on its seed and its position alone. The seed is part of the request,
+    /// and the position follows from the number of tokens: the shards cannot tell a sequence that
+    /// goes on from one that never stopped.
+    fn join(&self, sequence: SequenceId, context_tokens: u32) -> Join {
+        let Request {
+            prompt,
+            sampling,
+            max_tokens,
+            stop_tokens,
+        } = &self.request;
+        let left = max_tokens.saturating_sub(self.delivered.len() as u32);
+        let room = context_tokens.saturating_sub(self.positions());
+        Join {
+            sequence,
+            prompt: [&prompt[..], &self.delivered].concat(),
+            sampling: sampling.clone(),
+            max_tokens: left.min(room).max(1),
+            stop_tokens: stop_tokens.clone(),
+        }
+    }
+}
