@@ -129,6 +129,7 @@ impl Cluster {
         assert_eq!(answer.status().as_u16(), 200);
         Events {
             lines: BufReader::new(Box::new(answer)),
+            comments: Vec::new(),
         }
     }
 
@@ -171,6 +172,33 @@ impl Drop for Cluster {
 /// The events of a stream.
 pub struct Events {
     lines: BufReader<Box<dyn Read + Send>>,
+    /// What was said so far that is no event.
+    pub comments: Vec<String>,
+}
+
+impl Events {
+    /// Reads until this many tokens more have come, and returns them.
+    pub fn tokens(&mut self, count: usize) -> Vec<u64> {
+        let mut tokens = Vec::new();
+        while tokens.len() < count {
+            let event = self.next().expect("the stream goes on");
+            assert!(event["error"].is_null(), "{event}");
+            tokens.extend(token_ids(&event));
+        }
+        tokens
+    }
+
+    /// Reads to the end of a stream that has to be complete, and returns the tokens that came.
+    pub fn rest(&mut self) -> Vec<u64> {
+        let mut events: Vec<Value> = self.collect();
+        assert_eq!(events.pop(), Some(json!("[DONE]")), "{:?}", events.last());
+        let finish = events
+            .iter()
+            .rev()
+            .find_map(|event| event["choices"][0]["finish_reason"].as_str());
+        assert_eq!(finish, Some("length"));
+        events.iter().flat_map(token_ids).collect()
+    }
 }
 
 impl Iterator for Events {
@@ -185,6 +213,9 @@ impl Iterator for Events {
             }
             if let Some(data) = line.trim_end().strip_prefix("data: ") {
                 return Some(serde_json::from_str(data).unwrap_or_else(|_| json!(data)));
+            }
+            if let Some(comment) = line.trim_end().strip_prefix(": ") {
+                self.comments.push(comment.to_owned());
             }
         }
     }
