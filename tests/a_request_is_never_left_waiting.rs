@@ -1,0 +1,134 @@
+//! An answer that cannot be completed ends in an error that names the reason: one event in a stream,
+//! and never HTTP 200 with half an answer. A request that its shards do not survive is given up, and
+//! others are served again.
+
+mod support;
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use support::{Cluster, Events, fixture, long_completion, send_signal};
+
+#[test]
+fn beyond_its_deadline() {
+    let cluster = Cluster::up(&["--nodes", "1", "--sequences", "1", "--request-timeout", "2"]);
+    // The shard stands still, so that both are late: the one that runs, and the one behind it.
+    let mut running = cluster.stream("/v1/completions", &long_completion(1900));
+    running.tokens(1);
+    send_signal(cluster.shard_pid(0), "STOP");
+    let (status, late) = cluster.post("/v1/completions", &whole(1900));
+    send_signal(cluster.shard_pid(0), "CONT");
+    assert_eq!((status, code(&late)), (504, "deadline_exceeded"), "{late}");
+    assert_eq!(code(&last_of(running)), "deadline_exceeded");
+    let (status, answer) = cluster.post("/v1/completions", &whole(4));
+    assert_eq!(status, 200, "{answer}");
+}
+
+#[test]
+fn for_a_model_that_cannot_be_held_again() {
+    let model = tempfile::tempdir().expect("there is room");
+    for file in fs::read_dir(fixture("bf16-5bit")).expect("it is there") {
+        let file = file.expect("it can be read");
+        fs::copy(file.path(), model.path().join(file.file_name())).expect("there is room");
+    }
+    let model = model.path();
+    let cluster = Cluster::up(&[
+        "--nodes",
+        "2",
+        "--model",
+        model.to_str().expect("it is text"),
+    ]);
+    let lose = |cluster: &Cluster| {
+        fs::remove_file(model.join("model.safetensors")).expect("it is there");
+        send_signal(cluster.shard_pid(1), "KILL");
+    };
+    let refused = lost_for_good(&cluster, lose, "cluster_failed");
+    assert_eq!(refused["phase"], "failed");
+}
+
+#[test]
+fn for_a_shard_that_is_given_up() {
+    let folder = tempfile::tempdir().expect("there is room");
+    let folder = folder.path();
+    let arguments = [
+        "--nodes",
+        "2",
+        "--data-dir",
+        folder.to_str().expect("it is text"),
+    ];
+    let cluster = Cluster::up(&arguments);
+    let lose = |cluster: &Cluster| {
+        // No shard starts without its node's key.
+        fs::remove_file(Path::new(folder).join("node-2/identity.pem")).expect("it is there");
+        send_signal(cluster.shard_pid(1), "KILL");
+    };
+    let refused = lost_for_good(&cluster, lose, "shard_lost");
+    assert_eq!(refused["shards"][1]["alive"], false);
+}
+
+/// Loses a shard that does not come back: one that streams, one that does not and one that comes
+/// later are all told.
+fn lost_for_good(cluster: &Cluster, lose: impl FnOnce(&Cluster), reason: &str) -> Value {
+    let (stream, (status, answer)) = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| cluster.post("/v1/completions", &whole(400)));
+        cluster.wait_for("the first to run", |report| report["requests_running"] == 1);
+        let mut stream = cluster.stream("/v1/completions", &long_completion(400));
+        stream.tokens(1);
+        lose(cluster);
+        (last_of(stream), asked.join().expect("it is answered"))
+    });
+    assert_eq!(code(&stream), reason, "{stream}");
+    assert_eq!((status, code(&answer)), (503, reason), "{answer}");
+    let (status, refused) = cluster.post("/v1/completions", &whole(4));
+    assert_eq!((status, code(&refused)), (503, "not_ready"), "{refused}");
+    let report = cluster.get("/v1/cluster").1;
+    assert_eq!(report["requests_queued"], 0, "{report}");
+    report
+}
+
+#[test]
+fn when_its_shards_are_lost_each_time() {
+    let cluster = Cluster::up(&["--nodes", "2"]);
+    let mut request = whole(4);
+    request["prompt"] = json!((0..1900).map(|i| i % 500 + 4).collect::<Vec<u32>>());
+    let (status, answer) = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| cluster.post("/v1/completions", &request));
+        for _ in 0..3 {
+            // The prompt is long enough for a shard to be lost while it is read.
+            let report = cluster.wait_for("the request to run", |report| {
+                report["phase"] == "ready" && report["requests_running"] == 1
+            });
+            let pid = report["shards"][1]["pid"].as_u64().expect("a pid");
+            send_signal(pid as u32, "KILL");
+            cluster.wait_for("the loss to be seen", |now| now["requests_running"] == 0);
+        }
+        asked.join().expect("it is answered")
+    });
+    assert_eq!(
+        (status, code(&answer)),
+        (503, "request_lost_repeatedly"),
+        "{answer}"
+    );
+    cluster.wait_for("the group", |report| report["phase"] == "ready");
+    let (status, answer) = cluster.post("/v1/completions", &whole(4));
+    assert_eq!(status, 200, "{answer}");
+}
+
+fn whole(max_tokens: u32) -> Value {
+    let mut request = long_completion(max_tokens);
+    request["stream"] = json!(false);
+    request
+}
+
+fn code(answer: &Value) -> &str {
+    answer["error"]["code"].as_str().unwrap_or_default()
+}
+
+/// The last event of a stream that did not come to its end.
+fn last_of(stream: Events) -> Value {
+    let events: Vec<Value> = stream.collect();
+    let finished = |event: &&Value| event["choices"][0]["finish_reason"].is_string();
+    assert_eq!(events.iter().find(finished), None);
+    events.last().expect("there is one").clone()
+}
