@@ -2,6 +2,7 @@
 
 mod collective;
 mod decode;
+mod loss;
 mod step;
 pub(crate) mod ranks;
 pub(crate) mod rank;
@@ -17,6 +18,7 @@ pub(crate) async fn run(command: BenchCommand) -> Result<()> {
     match command {
         BenchCommand::Collective(options) => collective::run(options).await,
         BenchCommand::Decode(options) => decode::run(options).await,
+        BenchCommand::Loss(options) => loss::run(options).await,
         BenchCommand::Step(options) => step::run(options).await,
     }
 }

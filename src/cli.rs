@@ -108,8 +108,8 @@ pub(crate) struct LocalOptions {
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) sequences: u32,
     /// How long a request may take from its arrival to its last token, waits included
-    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) request_timeout: u32,
+    #[arg(long, value_name = "TIME", default_value = "10min", value_parser = duration)]
+    pub(crate) request_timeout: Duration,
 }
 
 #[derive(Debug, Args)]
@@ -293,6 +293,12 @@ pub(crate) enum BenchCommand {
     Step(BenchStep),
     /// Decode speed of one node, of several, and of mlx-lm if Python has it
     Decode(BenchDecode),
+    /// How long an answer pauses when a shard is killed
+    ///
+    /// One answer after the other is streamed; in the middle of each, the shard of the next rank is
+    /// killed with -9. Printed: the longest time between two tokens from then on, as the client sees
+    /// it. It fails if an answer differs from the undisturbed one in any token.
+    Loss(BenchLoss),
 }
 
 #[derive(Debug, Args)]
@@ -495,6 +501,18 @@ pub(crate) struct BenchDecode {
     #[arg(long, value_name = "FILE")]
     pub(crate) python: Option<PathBuf>,
     /// Print JSON instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchLoss {
+    #[command(flatten)]
+    pub(crate) local: LocalOptions,
+    /// Shards killed; a node gives up a shard that ends six times within a minute
+    #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) runs: u32,
+    /// Print one JSON object instead of text
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -117,6 +117,15 @@ pub(crate) async fn stream_completion(
     cluster: &LocalCluster,
     request: &Value,
 ) -> Result<Generated> {
+    watch_completion(cluster, request, |_| Ok(())).await
+}
+
+/// The same; `watch` sees what there is after each event.
+pub(crate) async fn watch_completion(
+    cluster: &LocalCluster,
+    request: &Value,
+    mut watch: impl FnMut(&Generated) -> Result<()>,
+) -> Result<Generated> {
     let sent = Instant::now();
     let url = format!("{}/v1/completions", cluster.api());
     let answer = cluster.client().post(url).json(request).send().await?;
@@ -144,6 +153,7 @@ pub(crate) async fn stream_completion(
                 return Ok(generated);
             }
             generated.take(&serde_json::from_str(data)?, sent.elapsed())?;
+            watch(&generated)?;
         }
     }
     bail!("the stream ended before the answer did")

@@ -51,7 +51,7 @@ impl LocalCluster {
                 ..Limits::default()
             };
             limits.sequences_max = options.sequences;
-            limits.request_deadline_seconds = options.request_timeout.into();
+            limits.request_deadline_seconds = options.request_timeout.as_secs_f64();
             ClusterFile {
                 cluster: format!("local-{}", std::process::id()),
                 model: model.clone(),

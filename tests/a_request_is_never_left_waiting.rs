@@ -12,7 +12,14 @@ use support::{Cluster, Events, fixture, long_completion, send_signal};
 
 #[test]
 fn beyond_its_deadline() {
-    let cluster = Cluster::up(&["--nodes", "1", "--sequences", "1", "--request-timeout", "2"]);
+    let cluster = Cluster::up(&[
+        "--nodes",
+        "1",
+        "--sequences",
+        "1",
+        "--request-timeout",
+        "2s",
+    ]);
     // The shard stands still, so that both are late: the one that runs, and the one behind it.
     let mut running = cluster.stream("/v1/completions", &long_completion(1900));
     running.tokens(1);

@@ -1,7 +1,7 @@
 //! `offbook bench decode`: tokens per second of whole clusters on this machine.
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use offbook_protocol::{Layout, Transport};
@@ -80,7 +80,7 @@ async fn one_cluster(options: &BenchDecode, model: &Path, nodes: u32) -> Result<
         gpus: None,
         data_dir: None,
         sequences: 1,
-        request_timeout: 600,
+        request_timeout: Duration::from_secs(600),
     };
     let cluster = LocalCluster::start(&local, ([127, 0, 0, 1], 0).into())?;
     let measured = async {
