@@ -10,7 +10,13 @@ use mlx_rs::{
     transforms::async_eval,
 };
 
-use crate::{error::CollectiveError, group::Group, handle::GroupHandle, operation::Operation};
+use crate::{
+    error::CollectiveError,
+    group::Group,
+    handle::GroupHandle,
+    operation::Operation,
+    transport::{Exchange, Transport, Wait},
+};
 
 /// The device that computes in this process unless told otherwise.
 pub fn device() -> &'static str {
@@ -175,6 +181,44 @@ impl Products {
             collective: waited().saturating_sub(waited_before),
         })
     }
+}
+
+/// A transport to a peer that answers with what it is sent, at once: what an operation costs over it
+/// is the way between the device and the host, and nothing else.
+pub struct Echo;
+
+impl Echo {
+    /// This rank, and the one that it hears.
+    pub const SIZE: usize = 2;
+}
+
+impl Transport for Echo {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn size(&self) -> usize {
+        Self::SIZE
+    }
+
+    /// # Errors
+    /// [`CollectiveError::Unsupported`] where as much does not come as goes: an echo changes nothing.
+    fn exchange(&mut self, exchange: Exchange<'_, '_>, _: Wait<'_>) -> Result<(), CollectiveError> {
+        let ways = exchange.outgoing.iter().zip(exchange.incoming.iter_mut());
+        for (outgoing, incoming) in ways {
+            match (outgoing, incoming) {
+                (Some(out), Some(back)) if out.len() == back.len() => back.copy_from_slice(out),
+                (None, None) => {}
+                _ => {
+                    let why = "an echo answers with as many bytes as it hears".to_owned();
+                    return Err(CollectiveError::unsupported(exchange.operation, why));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn abandon(&mut self, _: &CollectiveError) {}
 }
 
 /// How products are summed.

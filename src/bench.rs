@@ -5,6 +5,7 @@ mod decode;
 mod loss;
 mod step;
 pub(crate) mod ranks;
+pub(crate) mod wire;
 pub(crate) mod rank;
 mod form;
 

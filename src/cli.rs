@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use offbook_protocol::{FastSynch, Layout, Transport};
 
 use crate::bench::ranks::Collectives;
+use crate::bench::wire::Wire;
 
 /// Runs one large language model over a few machines.
 #[derive(Debug, Parser)]
@@ -385,9 +386,15 @@ pub(crate) struct BenchStep {
         default_value = "none,cpu-stream"
     )]
     pub(crate) collectives: Vec<Collectives>,
-    /// What carries the operands: quic or shm (ours), ring or nccl (MLX's own)
-    #[arg(long, default_value_t = Transport::SharedMemory)]
-    pub(crate) transport: Transport,
+    /// What carries the operands: quic or shm (ours), ring or nccl (MLX's own), or echo, where each
+    /// rank hears itself at once; several take turns, step by step
+    #[arg(
+        long,
+        value_name = "T,T,…",
+        value_delimiter = ',',
+        default_value = "shm"
+    )]
+    pub(crate) transport: Vec<Wire>,
     /// Steps that are timed
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) steps: u32,

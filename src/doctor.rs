@@ -219,7 +219,7 @@ impl Examination {
     }
 
     fn start(&self, transport: Transport, job: Job, deadline: Duration) -> Result<Ranks> {
-        let groups = [(transport, Some(self.fast_synch))];
+        let groups = [(transport.into(), Some(self.fast_synch))];
         let limits = Limits {
             deadline,
             gpus: self.gpus,

@@ -107,6 +107,40 @@ fn a_step_is_measured_on_every_rank() {
 }
 
 #[test]
+fn several_transports_take_turns_in_the_same_steps() {
+    let _alone = alone();
+    let output = offbook()
+        .args(["bench", "step", "--json", "--width", "64", "--depth", "8"])
+        .args(["--steps", "3", "--transport", "shm,quic,ring,echo"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let rows = rows(&String::from_utf8(output.stdout).unwrap());
+    let of = |rank: u64| {
+        let rows = rows.iter().filter(|row| row["rank"] == rank);
+        rows.map(|row| row["transport"].as_str().unwrap_or("none"))
+            .collect::<Vec<_>>()
+    };
+    for rank in [0, 1] {
+        assert_eq!(of(rank), ["none", "shm", "quic", "ring", "echo"]);
+    }
+}
+
+#[test]
+fn a_rank_alone_can_hear_itself() {
+    let _alone = alone();
+    let output = offbook()
+        .args(["bench", "step", "--json", "--ranks", "1", "--width", "64"])
+        .args(["--depth", "8", "--steps", "3", "--transport", "echo"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let rows = rows(&String::from_utf8(output.stdout).unwrap());
+    assert_eq!(rows.len(), 2, "without collectives, and with its echo");
+    assert!(rows[1]["collective_ms"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
 fn the_doctor_finds_the_values_right_and_the_late_rank_named() {
     let _alone = alone();
     let output = offbook().args(["doctor", "--json"]).output().unwrap();

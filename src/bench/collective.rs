@@ -41,7 +41,7 @@ async fn measure(options: &BenchCollective, ranks: usize) -> Result<()> {
     let groups: Vec<_> = options
         .transport
         .iter()
-        .map(|&transport| (transport, Some(fast_synch)))
+        .map(|&transport| (transport.into(), Some(fast_synch)))
         .collect();
     let job = Job::Latency {
         bytes: options.bytes.clone(),

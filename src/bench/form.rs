@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use offbook_collectives::measure::Echo;
 use offbook_collectives::{
     FastSynch, Group, JoinSpec, NcclSpec, OneHost, QuicEndpoint, QuicOptions, QuicTransport,
     RingSpec, SharedMemoryOptions, SharedMemorySpec, TensorTls,
@@ -11,6 +12,7 @@ use offbook_protocol::Transport;
 use offbook_runtime::{Identity, Trust, TrustedNode};
 
 use super::ranks::{Assignment, GroupPlan, rank_name};
+use super::wire::Wire;
 
 /// Meets all ranks of one group. Blocks until they are there.
 pub(super) fn form(
@@ -27,7 +29,11 @@ pub(super) fn form(
     let addresses = plan.addresses.clone();
     let first = *addresses.first().context("a group has ranks")?;
     let size = addresses.len();
-    Ok(match plan.transport {
+    let transport = match plan.wire {
+        Wire::Over(transport) => transport,
+        Wire::Echo => return Ok(Group::over(Box::new(Echo), deadline, fast_synch)?),
+    };
+    Ok(match transport {
         Transport::Quic => {
             let transport = join_quic(addresses, assignment, rank, identity)?;
             Group::over(Box::new(transport), deadline, fast_synch)?

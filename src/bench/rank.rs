@@ -26,7 +26,7 @@ pub(crate) fn run(options: &Rank) -> Result<()> {
     // MLX's own transports write the environment, so they are formed before threads of ours are
     // there.
     let mut order: Vec<usize> = (0..assignment.groups.len()).collect();
-    order.sort_by_key(|&group| !assignment.groups[group].transport.is_of_mlx());
+    order.sort_by_key(|&group| !assignment.groups[group].wire.is_of_mlx());
     let mut groups: Vec<Option<Group>> = order.iter().map(|_| None).collect();
     for group in order {
         match form(
@@ -152,7 +152,7 @@ impl Member<'_> {
 
     fn conformance(&self, elements: &[usize]) {
         for (group, formed) in self.groups.iter().enumerate() {
-            let (exactness, elements) = match self.assignment.groups[group].transport.is_of_mlx() {
+            let (exactness, elements) = match self.assignment.groups[group].wire.is_of_mlx() {
                 false => (Exactness::Bits, elements.to_vec()),
                 // They have no empty operands.
                 true => {
@@ -201,7 +201,12 @@ impl Member<'_> {
     }
 
     fn products(&self, (width, depth): (i32, usize), steps: u32) -> Outcome<()> {
-        let ranks = self.assignment.ranks;
+        let sizes = self
+            .assignment
+            .groups
+            .iter()
+            .map(|plan| plan.wire.size(self.assignment.ranks));
+        let ranks = sizes.max().unwrap_or(1);
         let products = Products::new(width, depth, ranks)
             .map_err(|why| Box::new(failed(None, &why.to_string(), None, Duration::ZERO)))?;
         let mut timings = vec![Vec::new(); self.groups.len()];
@@ -308,7 +313,7 @@ impl Member<'_> {
         operation: impl FnOnce() -> Result<T, CollectiveError>,
     ) -> Outcome<T> {
         let start = Instant::now();
-        let bounded = !self.assignment.groups[group].transport.is_of_mlx();
+        let bounded = !self.assignment.groups[group].wire.is_of_mlx();
         if !bounded {
             self.watchdog.enter(group, limit);
         }

@@ -17,6 +17,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 
+use super::wire::Wire;
 use crate::local_cluster::{reserve_tcp, reserve_udp};
 
 /// Where the sums of a step happen.
@@ -44,7 +45,7 @@ impl Collectives {
 
 /// A group that the ranks are to form: what carries it, and where its operations happen. Without the
 /// latter each rank is alone in it.
-pub(crate) type Wish = (Transport, Option<FastSynch>);
+pub(crate) type Wish = (Wire, Option<FastSynch>);
 
 /// What every rank of a run is told.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -62,7 +63,7 @@ pub(crate) struct Assignment {
 /// How the ranks meet in one group.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct GroupPlan {
-    pub(crate) transport: Transport,
+    pub(crate) wire: Wire,
     /// Without it each rank is alone.
     pub(crate) fast_synch: Option<FastSynch>,
     /// Where each rank listens, by rank; for `shm` numbers that nobody else on the host has.
@@ -462,15 +463,13 @@ fn key_file(folder: &Path, rank: usize) -> PathBuf {
     folder.join(format!("{}.pem", rank_name(rank)))
 }
 
-fn plan((transport, fast_synch): Wish, ranks: usize) -> Result<GroupPlan> {
-    let address = |_| match transport {
-        Transport::Quic => reserve_udp(),
-        Transport::SharedMemory | Transport::Ring | Transport::Nccl => {
-            reserve_tcp(([127, 0, 0, 1], 0).into())
-        }
+fn plan((wire, fast_synch): Wish, ranks: usize) -> Result<GroupPlan> {
+    let address = |_| match wire {
+        Wire::Over(Transport::Quic) => reserve_udp(),
+        Wire::Over(_) | Wire::Echo => reserve_tcp(([127, 0, 0, 1], 0).into()),
     };
     Ok(GroupPlan {
-        transport,
+        wire,
         fast_synch,
         addresses: (0..ranks).map(address).collect::<Result<_>>()?,
     })

@@ -5,7 +5,10 @@ use offbook_protocol::Layout;
 use serde_json::json;
 
 use super::collective::{RANKS_MAX, cores};
-use super::ranks::{Collectives, Event, Job, Limits, ModelJob, Ranks, StepTimes, Wanted};
+use super::ranks::{
+    Collectives, Event, Failure, Job, Limits, ModelJob, Ranks, RunFailed, StepTimes, Wanted,
+};
+use super::wire::Wire;
 use crate::cli::{BenchStep, Workload};
 
 pub(super) async fn run(options: BenchStep) -> Result<()> {
@@ -13,35 +16,31 @@ pub(super) async fn run(options: BenchStep) -> Result<()> {
         (1..=RANKS_MAX).contains(&options.ranks),
         "--ranks must be from 1 to {RANKS_MAX}"
     );
-    if options.ranks == 1 && options.collectives != [Collectives::None] {
-        bail!("one rank has no one to sum with: add --collectives none");
-    }
-    if options.transport.is_of_mlx()
-        && options
-            .collectives
-            .iter()
-            .filter(|&&kind| kind != Collectives::None)
-            .count()
-            > 1
-    {
-        bail!(
-            "a process can have one group of MLX's own: measure one kind of --collectives at a time"
-        );
-    }
-    let kinds = options.collectives.len();
-    // MLX's own groups are formed once; of ours, each part of the steps has its own, in turns.
-    let turns = match options.workload {
-        Workload::Model if !options.transport.is_of_mlx() => TURNS,
-        Workload::Model | Workload::Products => 1,
-    };
-    let groups: Vec<_> = (0..turns)
-        .flat_map(|_| &options.collectives)
-        .map(|&collectives| (options.transport, collectives.fast_synch()))
-        .collect();
     ensure!(
         options.parallel != Layout::Pipeline,
         "--parallel is tensor or expert here: the stages of a pipeline do not step together"
     );
+    let modes = modes(&options);
+    let alone = modes
+        .iter()
+        .any(|mode| mode.collectives != Collectives::None && mode.wire != Wire::Echo);
+    if options.ranks == 1 && alone {
+        bail!("one rank has no one to sum with: add --collectives none, or --transport echo");
+    }
+    if options.workload == Workload::Model && options.transport.contains(&Wire::Echo) {
+        bail!(
+            "--transport echo is for --workload products: ranks that hear themselves draw no token"
+        );
+    }
+    // MLX's own groups are formed once; of ours, each part of the steps has its own, in turns.
+    let turns = match options.workload {
+        Workload::Model if !modes.iter().any(|mode| mode.wire.is_of_mlx()) => TURNS,
+        Workload::Model | Workload::Products => 1,
+    };
+    let groups: Vec<_> = (0..turns)
+        .flat_map(|_| &modes)
+        .map(|mode| (mode.wire, mode.collectives.fast_synch()))
+        .collect();
     let job = match options.workload {
         Workload::Products => Job::Products {
             width: options.width,
@@ -55,7 +54,7 @@ pub(super) async fn run(options: BenchStep) -> Result<()> {
             batch: options.batch,
             context: options.context,
             steps: options.steps,
-            kinds,
+            kinds: modes.len(),
         }),
     };
     let limits = Limits {
@@ -64,28 +63,70 @@ pub(super) async fn run(options: BenchStep) -> Result<()> {
     };
     if !options.json {
         println!(
-            "{}, {} ranks over {}, {} cores, ms",
+            "{}, {} ranks, {} cores, ms",
             what(&options),
             options.ranks,
-            options.transport,
             cores()
         );
         println!(
-            "{:<11} {:>4} {:>9} {:>9} {:>9} {:>9} {:>10}  path",
-            "collectives", "rank", "total", "model", "gpu_eval", "eval", "collective"
+            "{:<9} {:<11} {:>4} {:>9} {:>9} {:>9} {:>9} {:>10}  path",
+            "transport", "collectives", "rank", "total", "model", "gpu_eval", "eval", "collective"
         );
     }
     let mut ranks = Ranks::start(options.ranks, &groups, job, limits)?;
-    let kinds = &options.collectives;
-    ranks
+    let result = ranks
         .run(Wanted::Done, |rank, event| {
             if let Event::Step(times) = event
-                && let Some(&kind) = kinds.get(times.group)
+                && let Some(&mode) = modes.get(times.group)
             {
-                print(&options, rank, kind, times);
+                print(&options, rank, mode, times);
             }
         })
-        .await
+        .await;
+    if let Err(error) = &result
+        && let Some(RunFailed(failures)) = error.downcast_ref()
+        && options.json
+    {
+        for Failure { rank, failed } in failures {
+            let row = json!({
+                "ranks": options.ranks, "rank": rank,
+                "transport": failed.group.and_then(|group| modes.get(group % modes.len()))
+                    .map(|mode| mode.wire),
+                "error": failed.error,
+            });
+            println!("{row}");
+        }
+    }
+    result
+}
+
+/// One way of making a step.
+#[derive(Clone, Copy)]
+struct Mode {
+    wire: Wire,
+    collectives: Collectives,
+}
+
+/// What is measured, in turns: steps without sums once, and every kind of sums over every transport.
+/// MLX's own transports have but one way to go, whatever is asked for.
+fn modes(options: &BenchStep) -> Vec<Mode> {
+    let mut modes = Vec::new();
+    for &collectives in &options.collectives {
+        for &wire in &options.transport {
+            let known = |mode: &Mode| match collectives {
+                Collectives::None => mode.collectives == Collectives::None,
+                _ => {
+                    mode.wire == wire
+                        && mode.collectives != Collectives::None
+                        && (wire.is_of_mlx() || mode.collectives == collectives)
+                }
+            };
+            if !modes.iter().any(known) {
+                modes.push(Mode { wire, collectives });
+            }
+        }
+    }
+    modes
 }
 
 /// What a step computes, in words.
@@ -112,7 +153,7 @@ fn what(options: &BenchStep) -> String {
     }
 }
 
-fn print(options: &BenchStep, rank: usize, kind: Collectives, times: &StepTimes) {
+fn print(options: &BenchStep, rank: usize, mode: Mode, times: &StepTimes) {
     let StepTimes {
         path,
         total_ms,
@@ -122,21 +163,25 @@ fn print(options: &BenchStep, rank: usize, kind: Collectives, times: &StepTimes)
         collective_ms,
         ..
     } = times;
+    let Mode { wire, collectives } = mode;
+    let wire = (collectives != Collectives::None).then_some(wire);
     if options.json {
         let row = json!({
             "workload": options.workload.to_string(), "layers": options.layers,
-            "parallel": options.parallel, "batch": options.batch, "collectives": kind, "transport": options.transport,
-            "ranks": options.ranks, "rank": rank, "steps": options.steps, "path": path,
-            "cores": cores(), "total_ms": total_ms, "model_ms": model_ms,
+            "parallel": options.parallel, "batch": options.batch, "collectives": collectives,
+            "transport": wire, "ranks": options.ranks, "rank": rank, "steps": options.steps,
+            "path": path, "cores": cores(), "total_ms": total_ms, "model_ms": model_ms,
             "gpu_eval_ms": gpu_eval_ms, "eval_ms": eval_ms, "collective_ms": collective_ms,
         });
         println!("{row}");
         return;
     }
-    let kind = kind.to_string();
+    let wire = wire.map_or("-".to_owned(), |wire| wire.to_string());
+    let collectives = collectives.to_string();
     let gpu_eval = gpu_eval_ms.map_or("-".to_owned(), |ms| format!("{ms:.2}"));
     println!(
-        "{kind:<11} {rank:>4} {total_ms:>9.2} {model_ms:>9.2} {gpu_eval:>9} {eval_ms:>9.2} {collective_ms:>10.2}  {path}"
+        "{wire:<9} {collectives:<11} {rank:>4} {total_ms:>9.2} {model_ms:>9.2} {gpu_eval:>9} \
+         {eval_ms:>9.2} {collective_ms:>10.2}  {path}"
     );
 }
 
