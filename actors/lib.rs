@@ -16,7 +16,7 @@ mod shard_worker;
 mod collective;
 mod throttle;
 
-pub use membership::{ClusterSettings, Membership, ReportCluster, SchedulerLinks};
+pub use membership::{ClusterSettings, Membership, ReportCluster, ReportSteps, SchedulerLinks};
 pub use node_agent::{NodeAgent, ShardLaunch, StopShard};
 pub use scheduler::{Scheduler, SchedulerLimits, Submit};
 pub use shard_worker::{ShardWorker, ShardWorkerConfig};

@@ -17,7 +17,7 @@ use actix::{
 };
 use offbook_protocol::{
     ClusterReport, Epoch, FastSynch, GroupMember, GroupSpec, Layout, LoadProgress, NodeReport,
-    NodeWeight, Rank, RequestFailure, ShardReport, ShardSpec, Transport,
+    NodeWeight, Rank, RequestFailure, ShardReport, ShardSpec, ShardSteps, Transport,
 };
 use offbook_runtime::{ActorPath, AskError, ProcessName, RemoteMessage, System};
 use serde::{Deserialize, Serialize};
@@ -26,7 +26,7 @@ use self::epoch_file::EpochFile;
 use self::formation::{Action, Formation, Shard};
 use crate::names;
 use crate::scheduler::{BeginEpoch, CountRequests, EndEpoch, GiveUp};
-use crate::shard_worker::{JoinGroup, LeaveGroup, LoadRefusal, LoadShard, Loaded};
+use crate::shard_worker::{JoinGroup, LeaveGroup, LoadRefusal, LoadShard, Loaded, ReadSteps};
 
 /// What all shards of the cluster are told.
 #[derive(Clone, Debug)]
@@ -481,6 +481,30 @@ impl Handler<ReportCluster> for Membership {
     }
 }
 
+/// What the steps of every shard have taken, in rank order; without those that do not answer.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Vec<ShardSteps>")]
+pub struct ReportSteps;
+
+impl Handler<ReportSteps> for Membership {
+    type Result = ResponseFuture<Vec<ShardSteps>>;
+
+    fn handle(&mut self, _: ReportSteps, _: &mut Context<Self>) -> Self::Result {
+        let shards = self.formation.members().iter().filter_map(|member| {
+            let process = ProcessName::new(&*member.shard.as_ref()?.process).ok()?;
+            let path = ActorPath::new(process, names::SHARD_WORKER);
+            Some(self.system.remote::<ReadSteps>(&path))
+        });
+        let asked: Vec<_> = shards
+            .map(|shard| async move { shard.ask(ReadSteps, STEPS_DEADLINE).await })
+            .collect();
+        Box::pin(async move {
+            let answers = futures::future::join_all(asked).await;
+            answers.into_iter().flatten().flatten().collect()
+        })
+    }
+}
+
 /// The first pause lets the news of one failure arrive together; a group that cannot form is tried
 /// less and less often.
 fn begin_pause(fruitless: u32) -> Duration {
@@ -491,6 +515,9 @@ fn begin_pause(fruitless: u32) -> Duration {
 
 const BEGIN_PAUSE_MIN: Duration = Duration::from_millis(20);
 const BEGIN_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// A shard that is busy loading answers all the same; one that stands still shall not hold up the
+/// others' figures.
+const STEPS_DEADLINE: Duration = Duration::from_millis(500);
 /// Meeting takes a round trip; the rest is for processes that the system has not scheduled yet.
 const JOIN_DEADLINE: Duration = Duration::from_secs(30);
 /// Three announcements, and one to spare.

@@ -6,6 +6,7 @@
 
 mod engine_thread;
 mod memory;
+mod step_record;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -18,7 +19,9 @@ use actix::{
 };
 use futures::FutureExt;
 use offbook_engine::Command;
-use offbook_protocol::{Epoch, GroupSpec, Plan, Rank, ShardSpec, StepOutcome, Transport};
+use offbook_protocol::{
+    Epoch, GroupSpec, Plan, Rank, ShardSpec, ShardSteps, StepOutcome, Transport,
+};
 use offbook_runtime::{
     ActorPath, Identity, Open, ProcessName, Remote, RemoteMessage, StreamMessage, System, Trust,
 };
@@ -27,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use self::engine_thread::{EngineThread, News, Run};
+use self::step_record::{StepRecord, Steps};
 use crate::collective::{Abort, Bind, Collective, Hold, Meet};
 use crate::membership::{NoteProgress, RegisterShard, StepFailed};
 use crate::names;
@@ -55,6 +59,7 @@ pub struct ShardWorker {
     collective: Addr<Collective>,
     throttle: Addr<Throttle>,
     epoch: Option<Running>,
+    steps: StepRecord,
     register: Remote<RegisterShard>,
     progress: Remote<NoteProgress>,
     step_failed: Remote<StepFailed>,
@@ -83,7 +88,8 @@ impl ShardWorker {
         )
         .start();
         let (throttle, window) = Throttle::new(config.window);
-        let (engine, news) = EngineThread::start(config.node.clone(), window)?;
+        let steps = StepRecord::default();
+        let (engine, news) = EngineThread::start(config.node.clone(), window, steps.clone())?;
         let head = ActorPath::new(config.head.clone(), names::MEMBERSHIP);
         Ok(Self {
             engine,
@@ -91,6 +97,7 @@ impl ShardWorker {
             collective,
             throttle: throttle.start(),
             epoch: None,
+            steps,
             register: system.remote(&head),
             progress: system.remote(&head),
             step_failed: system.remote(&head),
@@ -197,6 +204,7 @@ impl Actor for ShardWorker {
         system.register::<JoinGroup>(names::SHARD_WORKER, ctx.address().recipient());
         system.register::<ApplyPlan>(names::SHARD_WORKER, ctx.address().recipient());
         system.register::<LeaveGroup>(names::SHARD_WORKER, ctx.address().recipient());
+        system.register::<ReadSteps>(names::SHARD_WORKER, ctx.address().recipient());
         system.register_stream::<WatchOutcomes>(names::SHARD_WORKER, ctx.address().recipient());
         if let Some(news) = self.news.take() {
             let news = futures::stream::unfold(news, |mut news| async {
@@ -449,6 +457,31 @@ impl Handler<LeaveGroup> for ShardWorker {
 
     fn handle(&mut self, leave: LeaveGroup, ctx: &mut Context<Self>) {
         self.leave(leave.epoch, leave.why, ctx);
+    }
+}
+
+/// Say what your steps have taken; nothing while you are in no group.
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "Option<ShardSteps>")]
+pub struct ReadSteps;
+
+impl RemoteMessage for ReadSteps {
+    const NAME: &'static str = "read-steps";
+    type Reply = Option<ShardSteps>;
+}
+
+impl Handler<ReadSteps> for ShardWorker {
+    type Result = Option<ShardSteps>;
+
+    fn handle(&mut self, _: ReadSteps, _: &mut Context<Self>) -> Self::Result {
+        let rank = self.epoch.as_ref()?.rank;
+        let Steps { decode, prefill } = self.steps.read();
+        Some(ShardSteps {
+            rank,
+            node: self.config.node.clone(),
+            decode,
+            prefill,
+        })
     }
 }
 

@@ -4,7 +4,9 @@ use std::pin::Pin;
 
 use futures::Stream;
 use futures::future::BoxFuture;
-use offbook_protocol::{ClusterReport, Rejection, Request, RequestFailure, SampledToken};
+use offbook_protocol::{
+    ClusterReport, Rejection, Request, RequestFailure, SampledToken, ShardSteps,
+};
 use thiserror::Error;
 
 /// The cluster, as the API sees it.
@@ -15,6 +17,9 @@ pub trait Backend: Send + Sync + 'static {
 
     /// How the cluster is. The error says, for an operator, why nobody can tell.
     fn cluster(&self) -> BoxFuture<'_, Result<ClusterReport, String>>;
+
+    /// What the steps of the shards have taken, in rank order; without those that do not answer now.
+    fn steps(&self) -> BoxFuture<'_, Vec<ShardSteps>>;
 }
 
 /// What becomes of one request: its tokens in order, each of them once, the last one with a finish

@@ -20,6 +20,7 @@ mod completions;
 mod models;
 mod health;
 mod cluster;
+mod metrics;
 
 use std::io;
 use std::sync::Arc;
@@ -36,6 +37,7 @@ use tokio_util::sync::CancellationToken;
 use crate::Backend;
 use crate::text::{Defaults, Text};
 use error::ApiError;
+use metrics::Metrics;
 
 /// What is served, and to whom requests are handed on.
 pub struct Service {
@@ -64,6 +66,7 @@ pub async fn serve(
     let asked_to_stop = CancellationToken::new();
     let router = router(Api {
         service,
+        metrics: Arc::new(Metrics::new()),
         stopping: stopping.clone(),
     });
     let asked = asked_to_stop.clone();
@@ -87,6 +90,7 @@ pub async fn serve(
 #[derive(Clone)]
 struct Api {
     service: Arc<Service>,
+    metrics: Arc<Metrics>,
     /// Cancelled when answers under way have to end.
     stopping: CancellationToken,
 }
@@ -112,6 +116,7 @@ fn router(api: Api) -> Router {
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/v1/cluster", get(cluster::report))
         .route("/health", get(health::health))
+        .route("/metrics", get(metrics::scrape))
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(not_found)
         .layer(DefaultBodyLimit::max(body::BODY_BYTES_MAX))

@@ -3,7 +3,7 @@
 //! Read in the order of a request's life: who is meant (`ids`), how a token is drawn
 //! (`sampling`), what the scheduler asks of every shard (`plan`), what a step answers
 //! (`outcome`), how a shard comes to hold its share of a model (`shard`), what becomes of a request
-//! (`request`), and what an operator sees of it all (`cluster`).
+//! (`request`), and what an operator sees of it all (`cluster`, `steps`).
 
 mod ids;
 mod sampling;
@@ -12,6 +12,7 @@ mod outcome;
 mod shard;
 mod request;
 mod cluster;
+mod steps;
 
 pub use cluster::{ClusterReport, NodeReport, Phase, ShardReport};
 pub use ids::{Epoch, PlanNumber, Rank, SequenceId, Step};
@@ -23,3 +24,4 @@ pub use shard::{
     FastSynch, GroupMember, GroupSpec, Layout, LoadProgress, NodeWeight, ShardSpec, Transport,
     UnknownName,
 };
+pub use steps::{Histogram, ShardSteps, StepHistograms};

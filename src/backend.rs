@@ -8,11 +8,11 @@ use actix::{Addr, MailboxError};
 use anyhow::{Context, Result};
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
-use offbook_actors::{Membership, ReportCluster, Submit, names};
+use offbook_actors::{Membership, ReportCluster, ReportSteps, Submit, names};
 use offbook_api::text::Text;
 use offbook_api::{Backend, Progress, Service, StreamError, Tokens};
 use offbook_engine::ModelConfig;
-use offbook_protocol::{ClusterReport, Rejection, Request, RequestEvent};
+use offbook_protocol::{ClusterReport, Rejection, Request, RequestEvent, ShardSteps};
 use offbook_runtime::{ActorPath, RemoteStream, Subscription, System};
 
 use crate::cluster_file::ClusterFile;
@@ -77,6 +77,13 @@ impl Backend for ClusterBackend {
         Box::pin(async move {
             let report = self.membership.send(ReportCluster).await;
             report.map_err(|error: MailboxError| format!("the membership does not answer: {error}"))
+        })
+    }
+
+    fn steps(&self) -> BoxFuture<'_, Vec<ShardSteps>> {
+        Box::pin(async move {
+            let steps = self.membership.send(ReportSteps).await;
+            steps.unwrap_or_default()
         })
     }
 }

@@ -387,7 +387,7 @@ pub(crate) struct BenchStep {
     )]
     pub(crate) collectives: Vec<Collectives>,
     /// What carries the operands: quic or shm (ours), ring or nccl (MLX's own), or echo, where each
-    /// rank hears itself at once; several take turns, step by step
+    /// rank hears itself at once; several take turns in one run
     #[arg(
         long,
         value_name = "T,T,…",
@@ -395,7 +395,7 @@ pub(crate) struct BenchStep {
         default_value = "shm"
     )]
     pub(crate) transport: Vec<Wire>,
-    /// Steps that are timed
+    /// Steps of each kind that are timed
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) steps: u32,
     /// How long one sum may take, as in 500ms or 5s

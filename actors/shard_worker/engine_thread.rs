@@ -12,6 +12,7 @@ use offbook_engine::{
 use offbook_protocol::{Epoch, LoadProgress, Rank, ShardSpec, StepOutcome, Transport};
 use tokio::sync::{mpsc, oneshot};
 
+use super::step_record::StepRecord;
 use super::{LoadRefusal, Work, memory};
 use crate::collective::GroupSeed;
 
@@ -64,6 +65,7 @@ impl EngineThread {
     pub(super) fn start(
         node: String,
         window: Arc<AtomicU32>,
+        steps: StepRecord,
     ) -> std::io::Result<(Self, mpsc::Receiver<News>)> {
         let (orders, ordered) = blocking::sync_channel(ORDERS_MAX);
         let (news, told) = mpsc::channel(NEWS_MAX);
@@ -71,6 +73,7 @@ impl EngineThread {
             node,
             news,
             window,
+            steps,
             held: None,
         };
         std::thread::Builder::new()
@@ -115,6 +118,7 @@ struct Thread {
     node: String,
     news: mpsc::Sender<News>,
     window: Arc<AtomicU32>,
+    steps: StepRecord,
     /// What is loaded, and for what: another epoch of the same share needs no reading.
     held: Option<(ShardSpec, Engine)>,
 }
@@ -208,6 +212,7 @@ impl Thread {
         let report = Reporter {
             outcomes: Some(outcomes),
             news: self.news.clone(),
+            steps: self.steps.clone(),
             work: None,
         };
         let options = LoopOptions {
@@ -231,6 +236,7 @@ struct Reporter {
     /// None once one was not taken.
     outcomes: Option<mpsc::Sender<StepOutcome>>,
     news: mpsc::Sender<News>,
+    steps: StepRecord,
     work: Option<Work>,
 }
 
@@ -243,6 +249,7 @@ impl Report for Reporter {
     }
 
     fn timing(&mut self, timing: StepTiming) {
+        self.steps.note(&timing);
         let work = if timing.prefill_tokens > 0 {
             Work::Prefill
         } else {

@@ -3,6 +3,7 @@
 use futures::StreamExt;
 use offbook_protocol::{FinishReason, SampledToken};
 
+use super::metrics::AnswerClock;
 use crate::text::{AnswerParser, Detokenizer, Piece, StopFinder};
 use crate::{Progress, StreamError, Tokens};
 
@@ -12,6 +13,7 @@ pub(super) struct Answer {
     /// None once the answer has ended.
     tokens: Option<Tokens>,
     reading: Reading,
+    clock: AnswerClock,
 }
 
 /// How tokens are read.
@@ -60,10 +62,11 @@ impl Finish {
 }
 
 impl Answer {
-    pub(super) fn new(tokens: Tokens, reading: Reading) -> Self {
+    pub(super) fn new(tokens: Tokens, reading: Reading, clock: AnswerClock) -> Self {
         Self {
             tokens: Some(tokens),
             reading,
+            clock,
         }
     }
 
@@ -74,12 +77,23 @@ impl Answer {
             None => interrupted("it ended without a finish reason"),
         };
         let delta = match progress {
-            Ok(Progress::Token(token)) => self.reading.read(token),
-            Ok(Progress::Paused) => return Some(Ok(Change::Paused)),
+            Ok(Progress::Token(token)) => {
+                self.clock.token();
+                self.reading.read(token)
+            }
+            Ok(Progress::Paused) => {
+                self.clock.pause();
+                return Some(Ok(Change::Paused));
+            }
             Err(error) => Err(error),
         };
-        if delta.as_ref().map_or(true, |delta| delta.finish.is_some()) {
+        let end = match &delta {
+            Ok(delta) => delta.finish.map(Finish::name),
+            Err(_) => Some("failed"),
+        };
+        if let Some(end) = end {
             self.tokens = None;
+            self.clock.end(end);
         }
         Some(delta.map(Change::Delta))
     }

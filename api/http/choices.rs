@@ -6,10 +6,12 @@ use futures::future::try_join_all;
 use futures::stream::{self, BoxStream, SelectAll};
 use futures::{FutureExt, StreamExt};
 use offbook_protocol::{Request, SampledToken};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::answer::{Answer, Change, Finish, Reading};
 use super::error::ApiError;
+use super::metrics::AnswerClock;
 use super::{Api, Service};
 use crate::StreamError;
 use crate::text::Piece;
@@ -29,20 +31,25 @@ impl Choices {
         reading: impl Fn(&Arc<Service>) -> Reading,
     ) -> Result<Self, ApiError> {
         let backend = &api.service.backend;
-        let tokens = try_join_all(requests.into_iter().map(|request| backend.submit(request)));
-        let answers = tokens
-            .await?
-            .into_iter()
-            .enumerate()
-            .map(|(choice, tokens)| {
-                let answer = Answer::new(tokens, reading(&api.service));
+        let arrived = Instant::now();
+        let submitted = requests.into_iter().map(|request| async {
+            let prompt_tokens = request.prompt.len();
+            let tokens = backend.submit(request).await;
+            let tokens = tokens.inspect_err(|_| api.metrics.note_rejected())?;
+            let clock = AnswerClock::start(Arc::clone(&api.metrics), arrived, prompt_tokens);
+            Ok::<_, ApiError>((tokens, clock))
+        });
+        let answers = try_join_all(submitted).await?.into_iter().enumerate().map(
+            |(choice, (tokens, clock))| {
+                let answer = Answer::new(tokens, reading(&api.service), clock);
                 let next = |mut answer: Answer| async move {
                     answer.next().await.map(|change| (change, answer))
                 };
                 stream::unfold(answer, next)
                     .map(move |change| (choice, change))
                     .boxed()
-            });
+            },
+        );
         Ok(Self {
             running: answers.collect(),
             stopping: api.stopping.clone(),

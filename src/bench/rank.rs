@@ -210,15 +210,20 @@ impl Member<'_> {
         let products = Products::new(width, depth, ranks)
             .map_err(|why| Box::new(failed(None, &why.to_string(), None, Duration::ZERO)))?;
         let mut timings = vec![Vec::new(); self.groups.len()];
-        for step in 0..WARM_UP_STEPS + steps {
+        // Several steps of a kind at a time, as in decode; the first ones after the other kinds pay
+        // for a machine that these left cold.
+        let per_turn = steps.div_ceil(TURNS);
+        for _ in 0..TURNS {
             for (group, formed) in self.groups.iter().enumerate() {
                 let summation = match self.assignment.groups[group].fast_synch {
                     None => Summation::None(ranks),
                     Some(_) => Summation::Over(formed),
                 };
-                let timing = self.timed(group, || products.step(summation))?;
-                if step >= WARM_UP_STEPS {
-                    timings[group].push(timing);
+                for step in 0..WARM_UP_STEPS + per_turn {
+                    let timing = self.timed(group, || products.step(summation))?;
+                    if step >= WARM_UP_STEPS {
+                        timings[group].push(timing);
+                    }
                 }
             }
         }

@@ -105,6 +105,12 @@ impl Cluster {
         )
     }
 
+    pub fn get_text(&self, path: &str) -> String {
+        let answer = self.client.get(self.url(path)).send();
+        let answer = answer.and_then(reqwest::blocking::Response::text);
+        answer.expect("the API answers")
+    }
+
     pub fn post(&self, path: &str, body: &Value) -> (u16, Value) {
         let answer = self
             .client

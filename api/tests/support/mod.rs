@@ -14,8 +14,8 @@ use futures::{FutureExt, StreamExt, stream};
 use offbook_api::text::{Defaults, Text};
 use offbook_api::{Backend, Progress, Service, StreamError, Tokens};
 use offbook_protocol::{
-    Candidate, ClusterReport, Epoch, FinishReason, Layout, Phase, Rejection, Request, SampledToken,
-    SequenceId, Transport,
+    Candidate, ClusterReport, Epoch, FinishReason, Layout, Phase, Rank, Rejection, Request,
+    SampledToken, SequenceId, ShardSteps, StepHistograms, Transport,
 };
 use reqwest::{Client, Response};
 use serde_json::{Map, Value, json};
@@ -151,6 +151,17 @@ impl Backend for Scripted {
     fn cluster(&self) -> BoxFuture<'_, Result<ClusterReport, String>> {
         let report = self.report.lock().unwrap().clone();
         async { report }.boxed()
+    }
+
+    fn steps(&self) -> BoxFuture<'_, Vec<ShardSteps>> {
+        let mut steps = ShardSteps {
+            rank: Rank(0),
+            node: "node-1".into(),
+            decode: StepHistograms::default(),
+            prefill: StepHistograms::default(),
+        };
+        steps.decode.total.observe(Duration::from_millis(3));
+        async { vec![steps] }.boxed()
     }
 }
 

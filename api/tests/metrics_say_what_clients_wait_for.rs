@@ -1,0 +1,81 @@
+//! What an operator's Prometheus reads.
+
+mod support;
+
+use futures::StreamExt;
+use offbook_protocol::{Phase, Rejection};
+use serde_json::json;
+use support::{Script, Server, Step, report};
+
+/// The value of the one line that begins like this.
+fn value(text: &str, line: &str) -> f64 {
+    let mut found = text.lines().filter_map(|one| one.strip_prefix(line));
+    let value = found
+        .next()
+        .unwrap_or_else(|| panic!("no {line} in\n{text}"));
+    assert_eq!(found.next(), None, "{line} is there twice");
+    value.trim().parse().unwrap()
+}
+
+#[tokio::test]
+async fn answers_are_counted_by_their_end_and_timed() {
+    let full = Rejection::Overloaded { queued: 1 };
+    let mut server = Server::start([
+        Script::says("</think>Hi"),
+        Script::says_until_cut("</think>Hello"),
+        Script::Reject(full),
+        Script::says_then("</think>Hi", Step::Hang),
+    ])
+    .await;
+    server.answer(json!({})).await;
+    server.stream(json!({"stream": true})).await;
+    server.ask(json!({})).await;
+    let mut left = server.ask(json!({"stream": true})).await.bytes_stream();
+    left.next().await.unwrap().unwrap();
+    drop(left);
+    while server.seen.recv().await != Some(support::Seen::Dropped) {}
+
+    let response = server.get("/metrics").await;
+    let form = response.headers()["content-type"]
+        .to_str()
+        .unwrap()
+        .to_owned();
+    assert!(form.starts_with("application/openmetrics-text"), "{form}");
+    let text = response.text().await.unwrap();
+    for (end, count) in [
+        ("stop", 1),
+        ("length", 1),
+        ("rejected", 1),
+        ("cancelled", 1),
+    ] {
+        let line = format!("offbook_answers_total{{end=\"{end}\"}}");
+        assert_eq!(value(&text, &line), f64::from(count), "{end}");
+    }
+    // Three answers began. Their tokens: 10 and the end, 13, and at least one.
+    assert_eq!(
+        value(&text, "offbook_time_to_first_token_seconds_count"),
+        3.0
+    );
+    assert!(value(&text, "offbook_generated_tokens_total") >= 25.0);
+    assert_eq!(value(&text, "offbook_answer_duration_seconds_count"), 3.0);
+    assert!(value(&text, "offbook_prompt_tokens_total") > 0.0);
+    assert!(text.ends_with("# EOF\n"));
+    assert!(!text.contains("Hello"), "answers are nobody's business");
+}
+
+#[tokio::test]
+async fn a_cluster_that_is_not_ready_says_so_and_its_shards_still_count() {
+    let server = Server::start([]).await;
+    server.set_cluster(Ok(report(Phase::Loading, "shards load")));
+    let text = server.get("/metrics").await.text().await.unwrap();
+    assert_eq!(value(&text, "offbook_ready "), 0.0);
+    let step =
+        "offbook_step_seconds_count{rank=\"0\",node=\"node-1\",kind=\"decode\",part=\"total\"}";
+    assert_eq!(value(&text, step), 1.0);
+    server.set_cluster(Err("the head is away".into()));
+    let text = server.get("/metrics").await.text().await.unwrap();
+    assert_eq!(value(&text, "offbook_ready "), 0.0);
+    server.set_cluster(Ok(report(Phase::Ready, "")));
+    let text = server.get("/metrics").await.text().await.unwrap();
+    assert_eq!(value(&text, "offbook_ready "), 1.0);
+}
