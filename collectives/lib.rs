@@ -24,6 +24,8 @@ mod operation;
 mod reduce;
 
 pub mod conformance;
+#[cfg(target_os = "linux")]
+mod graphs;
 pub mod measure;
 
 pub use self::delegate::can_delegate;

@@ -28,6 +28,15 @@ pub fn device() -> &'static str {
     }
 }
 
+/// Graphs that the device of this process has instantiated since this was asked first. `None` where
+/// that cannot be known: without CUDA, without CUPTI's library, or while another profiler uses it.
+pub fn graphs_instantiated() -> Option<u64> {
+    #[cfg(target_os = "linux")]
+    return crate::graphs::instantiated();
+    #[cfg(not(target_os = "linux"))]
+    None
+}
+
 /// Sums of one size, to be timed one by one. The operand is of f32.
 pub struct Probe<'a> {
     group: &'a Group,

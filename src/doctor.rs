@@ -113,6 +113,13 @@ impl Examination {
         self.note("values", transport, values.map(Seen::well));
         let latency = self.latency(transport).await;
         self.note("latency", transport, latency);
+        // Graphs are CUDA's, and a run on another device would only take time.
+        if transport != Transport::Ring
+            && self.report.device.contains("cuda")
+            && let Some(graphs) = self.graphs(transport).await.transpose()
+        {
+            self.note("graphs", transport, graphs.map(Seen::well));
+        }
         // MLX's ring waits for ever, and promises nothing else.
         if transport != Transport::Ring {
             let late = self.late_rank(transport).await;
@@ -179,6 +186,32 @@ impl Examination {
             .await?;
         let latency = seen.context("no rank said how long it took")?;
         Ok(judge(transport, &latency))
+    }
+
+    /// Whether the device goes on with the graphs that it has. `None` where that cannot be seen.
+    async fn graphs(&mut self, transport: Transport) -> Result<Option<String>> {
+        let job = Job::Products {
+            width: STEP_WIDTH,
+            depth: STEP_SUMS,
+            steps: GRAPH_STEPS,
+            count_graphs: true,
+        };
+        let mut ranks = self.start(transport, job, PATIENCE)?;
+        let mut seen = None;
+        ranks
+            .run(Wanted::Done, |_, event| {
+                if let Event::Step(times) = event {
+                    seen = seen.max(times.graphs_instantiated);
+                }
+            })
+            .await?;
+        match seen {
+            None => Ok(None),
+            Some(0) => Ok(Some(format!(
+                "{GRAPH_STEPS} steps of {STEP_SUMS} sums instantiated no graph anew"
+            ))),
+            Some(graphs) => bail!("{GRAPH_STEPS} steps instantiated {graphs} graphs anew"),
+        }
     }
 
     /// A rank that stops is named by all others, in time.
@@ -300,6 +333,7 @@ fn what_to_do(check: &str) -> &'static str {
     match check {
         "values" => "do not use this transport here, and report this line",
         "late rank" => "end other programs and try again; if it stays, report this line",
+        "graphs" => "decode is slower than it could be; report this line",
         _ => "see the other checks",
     }
 }
@@ -309,6 +343,10 @@ const ELEMENTS: [usize; 5] = [0, 1, 1237, 1536, 1 << 18];
 /// What a decode step of MiniMax-M2.5 sums, 3072 values, in bf16.
 const STEP_BYTES: usize = 6144;
 const ROUNDS: u32 = 200;
+const STEP_WIDTH: i32 = 3072;
+/// Two for each of its layers.
+const STEP_SUMS: usize = 124;
+const GRAPH_STEPS: u32 = 60;
 const RANKS_MAX: usize = 64;
 /// For a rank that is late on purpose: more than ranks that start differ by.
 const DEADLINE: Duration = Duration::from_secs(3);

@@ -103,7 +103,8 @@ impl Member<'_> {
                 width,
                 depth,
                 steps,
-            } => self.products((*width, *depth), *steps),
+                count_graphs,
+            } => self.products((*width, *depth), *steps, *count_graphs),
         }
     }
 
@@ -200,7 +201,13 @@ impl Member<'_> {
         }
     }
 
-    fn products(&self, (width, depth): (i32, usize), steps: u32) -> Outcome<()> {
+    fn products(
+        &self,
+        (width, depth): (i32, usize),
+        steps: u32,
+        count_graphs: bool,
+    ) -> Outcome<()> {
+        let instantiated = || count_graphs.then(measure::graphs_instantiated).flatten();
         let sizes = self
             .assignment
             .groups
@@ -210,6 +217,7 @@ impl Member<'_> {
         let products = Products::new(width, depth, ranks)
             .map_err(|why| Box::new(failed(None, &why.to_string(), None, Duration::ZERO)))?;
         let mut timings = vec![Vec::new(); self.groups.len()];
+        let mut graphs = vec![0; self.groups.len()];
         // Several steps of a kind at a time, as in decode; the first ones after the other kinds pay
         // for a machine that these left cold.
         let per_turn = steps.div_ceil(TURNS);
@@ -220,9 +228,11 @@ impl Member<'_> {
                     Some(_) => Summation::Over(formed),
                 };
                 for step in 0..WARM_UP_STEPS + per_turn {
+                    let before = instantiated();
                     let timing = self.timed(group, || products.step(summation))?;
                     if step >= WARM_UP_STEPS {
                         timings[group].push(timing);
+                        graphs[group] += instantiated().unwrap_or(0) - before.unwrap_or(0);
                     }
                 }
             }
@@ -239,6 +249,7 @@ impl Member<'_> {
                 gpu_eval_ms: None,
                 eval_ms: median(|timing| timing.eval),
                 collective_ms: median(|timing| timing.collective),
+                graphs_instantiated: instantiated().map(|_| graphs[group]),
             }));
         }
         Ok(())
@@ -291,6 +302,7 @@ impl Member<'_> {
                 gpu_eval_ms: Some(median(|timing| timing.gpu_eval)),
                 eval_ms: median(|timing| timing.eval),
                 collective_ms: median(|timing| timing.collective),
+                graphs_instantiated: None,
             }));
         }
         Ok(())

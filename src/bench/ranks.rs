@@ -84,6 +84,8 @@ pub(crate) enum Job {
         width: i32,
         depth: usize,
         steps: u32,
+        /// Counts the graphs that the device instantiates, which slows every step down.
+        count_graphs: bool,
     },
     /// Decode steps of a model with random weights, see [`offbook_engine::Trial`].
     Model(ModelJob),
@@ -152,6 +154,9 @@ pub(crate) struct StepTimes {
     pub(crate) gpu_eval_ms: Option<f64>,
     pub(crate) eval_ms: f64,
     pub(crate) collective_ms: f64,
+    /// Graphs that the device instantiated in all of these steps, where that was to be counted and
+    /// can be.
+    pub(crate) graphs_instantiated: Option<u64>,
 }
 
 /// The end of a rank's work.

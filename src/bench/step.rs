@@ -46,6 +46,7 @@ pub(super) async fn run(options: BenchStep) -> Result<()> {
             width: options.width,
             depth: options.depth,
             steps: options.steps,
+            count_graphs: false,
         },
         Workload::Model => Job::Model(ModelJob {
             model: options.model.clone(),
