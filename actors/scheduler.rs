@@ -129,7 +129,7 @@ pub struct Submit(pub Request);
 
 impl StreamMessage for Submit {
     const NAME: &'static str = "submit";
-    const VERSION: u16 = 2;
+    const VERSION: u16 = 3;
     type Item = RequestEvent;
 }
 

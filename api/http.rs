@@ -13,6 +13,7 @@ mod options;
 mod messages;
 mod answer;
 mod choices;
+mod resumed;
 mod logprobs;
 mod sse;
 mod chat;
@@ -35,9 +36,11 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::Backend;
+use crate::journal::{Asked, Journal, Record};
 use crate::text::{Defaults, Text};
 use error::ApiError;
 use metrics::Metrics;
+use resumed::Resumed;
 
 /// What is served, and to whom requests are handed on.
 pub struct Service {
@@ -53,6 +56,8 @@ pub struct Service {
     pub vocabulary: u32,
     /// When the model was made available, in seconds since 1970.
     pub created: u64,
+    /// Where streams are kept that a restart of this process is to survive, if anywhere.
+    pub journal: Option<Journal>,
 }
 
 /// Serves until `shutdown` resolves. Answers under way then have five seconds to end; those that
@@ -64,11 +69,14 @@ pub async fn serve(
 ) -> io::Result<()> {
     let stopping = CancellationToken::new();
     let asked_to_stop = CancellationToken::new();
-    let router = router(Api {
+    let api = Api {
         service,
         metrics: Arc::new(Metrics::new()),
+        resumed: Arc::default(),
         stopping: stopping.clone(),
-    });
+    };
+    resumed::begin(&api);
+    let router = router(api);
     let asked = asked_to_stop.clone();
     let graceful = axum::serve(listener, router).with_graceful_shutdown(async move {
         shutdown.await;
@@ -91,6 +99,7 @@ pub async fn serve(
 struct Api {
     service: Arc<Service>,
     metrics: Arc<Metrics>,
+    resumed: Arc<Resumed>,
     /// Cancelled when answers under way have to end.
     stopping: CancellationToken,
 }
@@ -108,10 +117,29 @@ impl Api {
     }
 }
 
+impl Api {
+    /// Begins the record of a stream, where streams are recorded. A disk that refuses costs the
+    /// record, not the answer.
+    async fn record(&self, asked: impl FnOnce() -> Asked) -> Option<Record> {
+        let journal = self.service.journal.clone()?;
+        let asked = asked();
+        let begun = tokio::task::spawn_blocking(move || journal.begin(&asked)).await;
+        match begun.ok()? {
+            Ok(record) => Some(record),
+            Err(error) => {
+                tracing::warn!(%error, "an answer is not recorded: is the disk full?");
+                None
+            }
+        }
+    }
+}
+
 fn router(api: Api) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/chat/completions/{id}", get(resumed::events))
         .route("/v1/completions", post(completions::create))
+        .route("/v1/completions/{id}", get(resumed::events))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/v1/cluster", get(cluster::report))
@@ -135,6 +163,12 @@ async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
     }
 }
 
+/// A request's parameters with its seed among them: asked again, it draws the same.
+fn seeded(mut body: Value, seed: u64) -> Value {
+    body["seed"] = json!(seed);
+    body
+}
+
 /// Seconds since 1970.
 fn now() -> u64 {
     SystemTime::now()
@@ -146,6 +180,12 @@ fn now() -> u64 {
 /// An id that nobody else has.
 fn id(prefix: &str) -> String {
     format!("{prefix}{:032x}", rand::random::<u128>())
+}
+
+/// The id of a tool call: the same whenever the same answer is written.
+fn call_id(answer: &str, choice: usize, index: usize) -> String {
+    let answer = answer.rsplit('-').next().unwrap_or(answer);
+    format!("call_{answer}{choice:02}{index:02}")
 }
 
 /// What OpenAI's API calls usage.

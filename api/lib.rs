@@ -7,9 +7,11 @@
 //! What is deliberately absent: actors, tensors, scheduling. Prompts and answers are never logged.
 
 pub mod text;
+mod journal;
 mod backend;
 pub mod http;
 pub mod chat_client;
 
 pub use backend::{Backend, Progress, StreamError, Tokens};
 pub use http::{Service, serve};
+pub use journal::Journal;

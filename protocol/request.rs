@@ -15,6 +15,9 @@ pub struct Request {
     pub max_tokens: u32,
     /// Tokens that end the answer; empty to go on until `max_tokens`.
     pub stop_tokens: Vec<u32>,
+    /// The answer's first tokens, when it was begun before: it goes on behind them. They count among
+    /// `max_tokens`, and are fewer.
+    pub delivered: Vec<u32>,
 }
 
 /// What becomes of a request, in this order: one `Accepted` or `Rejected`, then every token once,

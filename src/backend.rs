@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
 use offbook_actors::{Membership, ReportCluster, ReportSteps, Submit, names};
 use offbook_api::text::Text;
-use offbook_api::{Backend, Progress, Service, StreamError, Tokens};
+use offbook_api::{Backend, Journal, Progress, Service, StreamError, Tokens};
 use offbook_engine::ModelConfig;
 use offbook_protocol::{ClusterReport, Rejection, Request, RequestEvent, ShardSteps};
 use offbook_runtime::{ActorPath, RemoteStream, Subscription, System};
@@ -23,6 +23,7 @@ pub(crate) fn service(
     membership: Addr<Membership>,
     cluster: &ClusterFile,
     config: &ModelConfig,
+    journal: Journal,
 ) -> Result<Service> {
     let model = &cluster.model;
     let text = Text::find(model)
@@ -46,6 +47,7 @@ pub(crate) fn service(
         context_tokens: cluster.context_tokens(config.context_tokens as u32),
         vocabulary: config.vocabulary_size as u32,
         created: created.as_secs(),
+        journal: Some(journal),
     })
 }
 

@@ -143,10 +143,10 @@ pub(crate) async fn watch_completion(
     let mut buffer = Vec::new();
     while let Some(piece) = bytes.next().await {
         buffer.extend_from_slice(&piece.context("the stream broke off")?);
-        while let Some(end) = buffer.windows(2).position(|pair| pair == b"\n\n") {
-            let event: Vec<u8> = buffer.drain(..end + 2).collect();
-            let event = String::from_utf8_lossy(&event);
-            let Some(data) = event.trim().strip_prefix("data:").map(str::trim) else {
+        while let Some(end) = buffer.iter().position(|&byte| byte == b'\n') {
+            let line: Vec<u8> = buffer.drain(..=end).collect();
+            let line = String::from_utf8_lossy(&line);
+            let Some(data) = line.strip_prefix("data:").map(str::trim) else {
                 continue;
             };
             if data == "[DONE]" {

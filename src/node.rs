@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use actix::{Actor, Addr};
 use anyhow::{Context, Result, ensure};
 use offbook_actors::{Membership, NodeAgent, Scheduler, SchedulerLinks, ShardLaunch, StopShard};
+use offbook_api::Journal;
 use offbook_engine::ModelConfig;
 use offbook_runtime::supervise::{RestartPolicy, lifeline};
 use offbook_runtime::{Identity, ProcessName, System, SystemConfig};
@@ -91,7 +92,10 @@ async fn start_head(system: &System, cluster: &ClusterFile, options: &Node) -> R
     let epochs = options.data_dir.join("epoch");
     let settings = cluster.settings(config.context_tokens as u32, listener.local_addr()?);
     let membership = Membership::new(system.clone(), settings, epochs, links)?.start();
-    let service = backend::service(system, membership, cluster, &config)?;
+    let answers = options.data_dir.join("answers");
+    let journal = Journal::open(answers.clone())
+        .with_context(|| format!("cannot keep answers in {}", answers.display()))?;
+    let service = backend::service(system, membership, cluster, &config, journal)?;
     actix::spawn(async move {
         let served = offbook_api::serve(listener, Arc::new(service), std::future::pending()).await;
         if let Err(error) = served {

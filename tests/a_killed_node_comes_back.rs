@@ -1,11 +1,11 @@
 //! A node that dies takes its shard with it; both are started again and the group forms anew. Answers
-//! go on where they stopped, unless it was the head: API and journal live there, and its streams end
-//! without a last word. The next request is answered as before.
+//! go on where they stopped. The connections of the head's clients die with it: they read on where
+//! they stopped, by the id of their answer and of the event that they had last.
 
 mod support;
 
 use serde_json::{Value, json};
-use support::{Cluster, long_completion, send_signal};
+use support::{Cluster, long_completion, send_signal, token_ids};
 
 #[test]
 fn and_the_stream_goes_on() {
@@ -24,19 +24,89 @@ fn and_the_stream_goes_on() {
 }
 
 #[test]
-fn the_head_too_but_its_streams_end() {
+fn the_head_too_and_its_streams_can_be_read_on() {
     let cluster = Cluster::up(&["--nodes", "2"]);
-    let request = long_completion(12);
-    let before = cluster.stream("/v1/completions", &request).rest();
     let epoch = cluster.get("/v1/cluster").1["epoch"].as_u64();
-    let mut stream = cluster.stream("/v1/completions", &long_completion(1900));
-    stream.tokens(5);
+    let mut request = long_completion(300);
+    request["temperature"] = json!(0.8);
+    request["n"] = json!(2);
+    let undisturbed = cluster.stream("/v1/completions", &{
+        let mut request = request.clone();
+        request["seed"] = json!(11);
+        request
+    });
+    let undisturbed: Vec<Value> = undisturbed.collect();
+    let mut stream = cluster.stream("/v1/completions", &{
+        request["seed"] = json!(11);
+        request
+    });
+    let mut read: Vec<Value> = (&mut stream).take(40).collect();
     send_signal(cluster.node_pid(0), "KILL");
-    let unfinished = |event: &Value| event["choices"][0]["finish_reason"].is_null();
-    assert!(stream.all(|event| event != "[DONE]" && unfinished(&event)));
+    // What was on its way still comes; then the connection is gone, without a last word.
+    read.extend(&mut stream);
+    assert_ne!(read.last(), Some(&json!("[DONE]")));
+    let (id, last) = (
+        read[0]["id"].as_str().unwrap().to_owned(),
+        stream.last_id.unwrap(),
+    );
+    assert_eq!(last, read.len() as u64 - 1);
+
     cluster.wait_for("the next epoch", |report| {
         report["phase"] == "ready" && report["epoch"].as_u64() > epoch
     });
-    let after = cluster.stream("/v1/completions", &request).rest();
-    assert_eq!(after, before);
+    let mut resumed = cluster.resume(&format!("/v1/completions/{id}"), last);
+    read.extend(&mut resumed);
+    assert_eq!(read.pop(), Some(json!("[DONE]")));
+    // Which choice's token comes first is chance; each choice has its own, once and in order.
+    for choice in 0..2 {
+        let tokens = |events: &[Value]| -> Vec<u64> {
+            let of = events
+                .iter()
+                .filter(|event| event["choices"][0]["index"] == choice);
+            of.flat_map(token_ids).collect()
+        };
+        assert_eq!(tokens(&read).len(), 300);
+        assert_eq!(tokens(&read), tokens(&undisturbed));
+    }
+    // Its beginning can be read again too, and is the same, event by event.
+    let whole = cluster.resume_from_start(&format!("/v1/completions/{id}"));
+    let mut whole: Vec<Value> = whole.collect();
+    assert_eq!(whole.pop(), Some(json!("[DONE]")));
+    assert_eq!(whole, read);
+    assert_eq!(cluster.get("/v1/completions/cmpl-of-nobody").0, 404);
+}
+
+#[test]
+fn a_chat_is_read_on_word_for_word() {
+    let cluster = Cluster::up(&["--nodes", "1"]);
+    let epoch = cluster.get("/v1/cluster").1["epoch"].as_u64();
+    let request = json!({
+        "messages": [{"role": "user", "content": "Tell me a long story about a fox."}],
+        "stream": true, "stream_options": {"include_usage": true}, "temperature": 0, "seed": 3,
+    });
+    let undisturbed: Vec<Value> = cluster.stream("/v1/chat/completions", &request).collect();
+    let mut stream = cluster.stream("/v1/chat/completions", &request);
+    let mut read: Vec<Value> = (&mut stream).take(10).collect();
+    send_signal(cluster.node_pid(0), "KILL");
+    read.extend(&mut stream);
+    let (id, last) = (
+        read[0]["id"].as_str().unwrap().to_owned(),
+        stream.last_id.unwrap(),
+    );
+    cluster.wait_for("the next epoch", |report| {
+        report["phase"] == "ready" && report["epoch"].as_u64() > epoch
+    });
+    read.extend(cluster.resume(&format!("/v1/chat/completions/{id}"), last));
+    let said = |events: &[Value]| -> Vec<Value> {
+        let nameless = |event: &Value| {
+            let mut event = event.clone();
+            if let Some(fields) = event.as_object_mut() {
+                fields.remove("id");
+                fields.remove("created");
+            }
+            event
+        };
+        events.iter().map(nameless).collect()
+    };
+    assert_eq!(said(&read), said(&undisturbed));
 }

@@ -91,11 +91,15 @@ impl<C> Admission<C> {
         if request.prompt.is_empty() || request.max_tokens == 0 {
             return invalid("a request needs a prompt and at least one token to generate".into());
         }
+        if request.delivered.len() >= request.max_tokens as usize {
+            return invalid("an answer that is complete cannot go on".into());
+        }
         if let Err(error) = request.sampling.validate() {
             return invalid(error.to_string());
         }
         if let Some(serving) = &self.serving {
-            check_size(request.prompt.len() as u32, request, serving)?;
+            let positions = request.prompt.len() + request.delivered.len();
+            check_size(positions as u32, request, serving)?;
         }
         let queued = self.journal.waiting().filter(|(_, e)| e.is_new()).count() as u32;
         if queued >= self.limits.queue_max {
@@ -244,7 +248,8 @@ fn check_size(positions: u32, request: &Request, serving: &Serving) -> Result<()
         });
     }
     let vocabulary = serving.vocabulary;
-    match request.prompt.iter().find(|token| **token >= vocabulary) {
+    let mut tokens = request.prompt.iter().chain(&request.delivered);
+    match tokens.find(|token| **token >= vocabulary) {
         None => Ok(()),
         Some(token) => Err(Rejection::Invalid {
             detail: format!("token {token} is not in the vocabulary of {vocabulary}"),

@@ -43,12 +43,13 @@ impl<C> Journal<C> {
     }
 
     /// A request begins its life; it waits.
-    pub(super) fn open(&mut self, request: Request, client: C) -> SequenceId {
+    pub(super) fn open(&mut self, mut request: Request, client: C) -> SequenceId {
         self.last = self.last.next();
+        let delivered = std::mem::take(&mut request.delivered);
         let entry = Entry {
             request,
             client,
-            delivered: Vec::new(),
+            delivered,
             standing: Standing::Waiting,
             losses: 0,
         };
@@ -155,6 +156,7 @@ impl<C> Entry<C> {
             sampling,
             max_tokens,
             stop_tokens,
+            delivered: _,
         } = &self.request;
         let left = max_tokens.saturating_sub(self.delivered.len() as u32);
         let room = context_tokens.saturating_sub(self.positions());

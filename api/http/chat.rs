@@ -14,7 +14,11 @@ use super::answer::Reading;
 use super::body::Body;
 use super::choices::{Choices, Collected};
 use super::error::ApiError;
-use super::{Api, Service, id, logprobs, now, sse, usage};
+use super::fields::Fields;
+use super::resumed::Teller;
+use super::sse::Script;
+use super::{Api, Service, call_id, id, logprobs, now, seeded, sse, usage};
+use crate::journal::{Asked, Endpoint, Unfinished};
 use crate::text::{AnswerParser, Conversation, Piece, StopFinder, Text, ToolSchemas};
 use chunks::ChatChunks;
 use request::ChatRequest;
@@ -24,6 +28,7 @@ pub(super) async fn create(
     State(api): State<Api>,
     Body(fields): Body,
 ) -> Result<Response, ApiError> {
+    let body = fields.value();
     let request = ChatRequest::read(fields, &api)?;
     let prompt = Prompt::of(&api.service, request.conversation.clone()).await?;
     let context = api.service.context_tokens;
@@ -37,16 +42,24 @@ pub(super) async fn create(
         "a chat completion"
     );
     let reading = |service: &Arc<Service>| prompt.reading(service, &request);
-    let choices = Choices::start(&api, requests, reading).await?;
-    let answer = ChatAnswer {
-        id: id("chatcmpl-"),
-        created: now(),
-        logprobs: request.options.sampling.logprobs.is_some(),
-        token_ids: request.options.return_token_ids,
-        prompt: prompt.tokens,
-        service: api.service.clone(),
-    };
+    let mut choices = Choices::start(&api, requests, reading).await?;
+    let answer = ChatAnswer::new(
+        &api,
+        id("chatcmpl-"),
+        now(),
+        &request,
+        prompt.tokens.clone(),
+    );
     if request.options.stream {
+        let asked = || Asked {
+            id: answer.id.clone(),
+            created: answer.created,
+            endpoint: Endpoint::Chat,
+            body: seeded(body, request.options.sampling.seed),
+            prompts: vec![prompt.tokens.clone()],
+            rendered: Some(prompt.rendered.clone()),
+        };
+        choices.record(api.record(asked).await);
         return Ok(sse::respond(
             choices,
             ChatChunks::new(answer, count, &request.options),
@@ -54,6 +67,41 @@ pub(super) async fn create(
     }
     let collected = choices.collect(count).await?;
     Ok(Json(answer.whole(&collected)).into_response())
+}
+
+/// Finishes an answer that a former process of this node has begun.
+pub(super) async fn resume(
+    api: &Api,
+    unfinished: Unfinished,
+    teller: Teller,
+) -> Result<(), ApiError> {
+    let Unfinished {
+        asked,
+        tokens,
+        record,
+    } = unfinished;
+    let request = ChatRequest::read(Fields::of(asked.body, String::new())?, api)?;
+    let prompt = Prompt {
+        rendered: asked.rendered.unwrap_or_default(),
+        tokens: asked.prompts.concat(),
+    };
+    let context = api.service.context_tokens;
+    let requests = request
+        .options
+        .requests(&prompt.tokens, "messages", context)?;
+    let count = requests.len();
+    let reading = |service: &Arc<Service>| prompt.reading(service, &request);
+    let choices = Choices::resume(api, requests, reading, tokens, record).await;
+    let answer = ChatAnswer::new(
+        api,
+        asked.id,
+        asked.created,
+        &request,
+        prompt.tokens.clone(),
+    );
+    let chunks = ChatChunks::new(answer, count, &request.options);
+    teller.tell_all(Script::new(choices, chunks)).await;
+    Ok(())
 }
 
 /// A conversation as the model reads it.
@@ -109,6 +157,17 @@ struct ChatAnswer {
 }
 
 impl ChatAnswer {
+    fn new(api: &Api, id: String, created: u64, request: &ChatRequest, prompt: Vec<u32>) -> Self {
+        Self {
+            id,
+            created,
+            logprobs: request.options.sampling.logprobs.is_some(),
+            token_ids: request.options.return_token_ids,
+            prompt,
+            service: api.service.clone(),
+        }
+    }
+
     fn object(&self, object: &str, choices: Vec<Value>) -> Value {
         json!({
             "id": self.id,
@@ -123,7 +182,7 @@ impl ChatAnswer {
         let choices = collected.iter().enumerate().map(|(index, choice)| {
             let mut object = json!({
                 "index": index,
-                "message": message(&choice.pieces),
+                "message": message(&choice.pieces, |call| call_id(&self.id, index, call)),
                 "logprobs": self.logprobs.then(|| logprobs::for_chat(&self.service, &choice.tokens)),
                 "finish_reason": choice.finish_reason(),
             });
@@ -143,7 +202,7 @@ impl ChatAnswer {
 }
 
 /// The pieces of an answer put together.
-fn message(pieces: &[Piece]) -> Value {
+fn message(pieces: &[Piece], call_id: impl Fn(usize) -> String) -> Value {
     let (mut thought, mut content) = (String::new(), String::new());
     let mut calls: Vec<(&str, String)> = Vec::new();
     for piece in pieces {
@@ -166,10 +225,13 @@ fn message(pieces: &[Piece]) -> Value {
         message.insert("reasoning_content".into(), thought.into());
     }
     if !calls.is_empty() {
-        let calls = calls.into_iter().map(|(tool, arguments)| {
-            let function = json!({ "name": tool, "arguments": arguments });
-            json!({ "id": id("call_"), "type": "function", "function": function })
-        });
+        let calls = calls
+            .into_iter()
+            .enumerate()
+            .map(|(call, (tool, arguments))| {
+                let function = json!({ "name": tool, "arguments": arguments });
+                json!({ "id": call_id(call), "type": "function", "function": function })
+            });
         message.insert("tool_calls".into(), calls.collect());
     }
     Value::Object(message)

@@ -1,11 +1,13 @@
 //! The answers to one request of a client, run side by side.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::future::try_join_all;
 use futures::stream::{self, BoxStream, SelectAll};
-use futures::{FutureExt, StreamExt};
-use offbook_protocol::{Request, SampledToken};
+use futures::{FutureExt, StreamExt, TryStreamExt};
+use offbook_protocol::{Rejection, Request, SampledToken};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -13,13 +15,18 @@ use super::answer::{Answer, Change, Finish, Reading};
 use super::error::ApiError;
 use super::metrics::AnswerClock;
 use super::{Api, Service};
-use crate::StreamError;
+use crate::journal::Record;
 use crate::text::Piece;
+use crate::{Backend, Progress, StreamError, Tokens};
 
 /// Answers under way, told apart by their places in the client's request. Dropping them cancels
 /// them all.
 pub(super) struct Choices {
     running: SelectAll<BoxStream<'static, (usize, Result<Change, StreamError>)>>,
+    /// What a former process of this node has told the client already.
+    replayed: VecDeque<(usize, Change)>,
+    /// Where the tokens are noted before the client has them.
+    record: Option<Record>,
     stopping: CancellationToken,
 }
 
@@ -39,25 +46,78 @@ impl Choices {
             let clock = AnswerClock::start(Arc::clone(&api.metrics), arrived, prompt_tokens);
             Ok::<_, ApiError>((tokens, clock))
         });
-        let answers = try_join_all(submitted).await?.into_iter().enumerate().map(
-            |(choice, (tokens, clock))| {
-                let answer = Answer::new(tokens, reading(&api.service), clock);
-                let next = |mut answer: Answer| async move {
-                    answer.next().await.map(|change| (change, answer))
-                };
-                stream::unfold(answer, next)
-                    .map(move |change| (choice, change))
-                    .boxed()
-            },
-        );
-        Ok(Self {
-            running: answers.collect(),
+        let answers = try_join_all(submitted).await?;
+        let answers = answers
+            .into_iter()
+            .map(|(tokens, clock)| Answer::new(tokens, reading(&api.service), clock));
+        Ok(Self::of(api, answers.collect(), VecDeque::new(), None))
+    }
+
+    /// Goes on with answers that another process has begun: first with what it had told, in the same
+    /// order; then the rest is asked for, as soon as the cluster is ready.
+    pub(super) async fn resume(
+        api: &Api,
+        requests: Vec<Request>,
+        reading: impl Fn(&Arc<Service>) -> Reading,
+        tokens: Vec<(usize, SampledToken)>,
+        record: Record,
+    ) -> Self {
+        let (count, arrived) = (requests.len(), Instant::now());
+        let of = |choice| {
+            let told = tokens.iter().filter(move |(of, _)| *of == choice);
+            told.map(|(_, token)| token.clone()).collect::<Vec<_>>()
+        };
+        let mut answers: Vec<Answer> = requests
+            .into_iter()
+            .enumerate()
+            .map(|(choice, request)| {
+                let clock =
+                    AnswerClock::start(Arc::clone(&api.metrics), arrived, request.prompt.len());
+                let tokens = continued(Arc::clone(&api.service.backend), request, of(choice));
+                Answer::new(tokens, reading(&api.service), clock)
+            })
+            .collect();
+        let mut replayed = VecDeque::new();
+        for (choice, _) in tokens.iter().filter(|(choice, _)| *choice < count) {
+            if let Some(Ok(change)) = answers[*choice].next().await {
+                replayed.push_back((*choice, change));
+            }
+        }
+        Self::of(api, answers, replayed, Some(record))
+    }
+
+    fn of(
+        api: &Api,
+        answers: Vec<Answer>,
+        replayed: VecDeque<(usize, Change)>,
+        record: Option<Record>,
+    ) -> Self {
+        let running = answers.into_iter().enumerate().map(|(choice, answer)| {
+            let next = |mut answer: Answer| async move {
+                answer.next().await.map(|change| (change, answer))
+            };
+            stream::unfold(answer, next)
+                .map(move |change| (choice, change))
+                .boxed()
+        });
+        Self {
+            running: running.collect(),
+            replayed,
+            record,
             stopping: api.stopping.clone(),
-        })
+        }
+    }
+
+    /// Has every token noted there from now on.
+    pub(super) fn record(&mut self, record: Option<Record>) {
+        self.record = record;
     }
 
     /// What happens next, and to which choice; `None` when all have ended.
     pub(super) async fn next(&mut self) -> Option<Result<(usize, Change), ApiError>> {
+        if let Some(replayed) = self.replayed.pop_front() {
+            return Some(Ok(replayed));
+        }
         let next = tokio::select! {
             next = self.running.next() => next,
             () = self.stopping.cancelled() => {
@@ -65,7 +125,20 @@ impl Choices {
                 return Some(Err(StreamError::Interrupted { detail }.into()));
             }
         };
-        next.map(|(choice, change)| Ok((choice, change?)))
+        let Some((choice, change)) = next else {
+            if let Some(record) = self.record.take() {
+                record.finish();
+            }
+            return None;
+        };
+        if let (Ok(Change::Delta(delta)), Some(record)) = (&change, &mut self.record) {
+            record.token(choice, &delta.token);
+        }
+        Some(
+            change
+                .map(|change| (choice, change))
+                .map_err(ApiError::from),
+        )
     }
 
     /// Waits for all of them. Half an answer is none.
@@ -101,3 +174,31 @@ impl Collected {
         self.tokens.iter().map(|token| token.token).collect()
     }
 }
+
+/// The tokens that are there already, then those that the cluster adds to them.
+fn continued(backend: Arc<dyn Backend>, request: Request, told: Vec<SampledToken>) -> Tokens {
+    let request = Request {
+        delivered: told.iter().map(|token| token.token).collect(),
+        ..request
+    };
+    let rest = async move {
+        loop {
+            match backend.submit(request.clone()).await {
+                Ok(tokens) => return Ok(tokens),
+                // The group is forming, or others came first.
+                Err(Rejection::NotReady { .. } | Rejection::Overloaded { .. }) => {
+                    tokio::time::sleep(RESUME_PAUSE).await;
+                }
+                Err(rejection) => {
+                    let detail = format!("it cannot go on: {rejection}");
+                    return Err(StreamError::Interrupted { detail });
+                }
+            }
+        }
+    };
+    let told = stream::iter(told.into_iter().map(|token| Ok(Progress::Token(token))));
+    told.chain(stream::once(rest).try_flatten()).boxed()
+}
+
+/// Before a cluster that is not ready is asked again.
+const RESUME_PAUSE: Duration = Duration::from_millis(200);

@@ -8,13 +8,19 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use offbook_protocol::Request;
 use serde_json::{Value, json};
 
 use super::answer::Reading;
 use super::body::Body;
 use super::choices::{Choices, Collected};
 use super::error::ApiError;
-use super::{Api, Service, id, logprobs, now, sse, usage};
+use super::fields::Fields;
+use super::options::Options;
+use super::resumed::Teller;
+use super::sse::Script;
+use super::{Api, Service, id, logprobs, now, seeded, sse, usage};
+use crate::journal::{Asked, Endpoint, Unfinished};
 use crate::text::{AnswerParser, Piece, StopFinder, Text};
 use chunks::CompletionChunks;
 use request::{CompletionRequest, Prompt};
@@ -24,32 +30,26 @@ pub(super) async fn create(
     State(api): State<Api>,
     Body(fields): Body,
 ) -> Result<Response, ApiError> {
+    let body = fields.value();
     let request = CompletionRequest::read(fields, &api)?;
     let prompts = encode(&api.service, request.prompts).await?;
     let options = &request.options;
-    let mut requests = Vec::new();
-    for prompt in &prompts {
-        requests.extend(options.requests(prompt, "prompt", api.service.context_tokens)?);
-    }
+    let requests = requests(&api, options, &prompts)?;
     let count = requests.len();
     let prompt_tokens: usize = prompts.iter().map(Vec::len).sum();
     tracing::debug!(prompt = prompt_tokens, choices = count, "a completion");
-    let reading = |service: &Arc<Service>| Reading {
-        detokenizer: service.text.as_ref().map(Text::detokenizer),
-        parser: AnswerParser::plain(),
-        stop: StopFinder::new(options.stop.clone()),
-    };
-    let choices = Choices::start(&api, requests, reading).await?;
-    let completion = Completion {
-        id: id("cmpl-"),
-        created: now(),
-        logprobs: options.sampling.logprobs.is_some(),
-        token_ids: options.return_token_ids,
-        prompts,
-        answers_per_prompt: options.choices as usize,
-        service: api.service.clone(),
-    };
+    let mut choices = Choices::start(&api, requests, |service| reading(service, options)).await?;
+    let completion = Completion::new(&api, id("cmpl-"), now(), options, prompts);
     if options.stream {
+        let asked = || Asked {
+            id: completion.id.clone(),
+            created: completion.created,
+            endpoint: Endpoint::Completions,
+            body: seeded(body, options.sampling.seed),
+            prompts: completion.prompts.clone(),
+            rendered: None,
+        };
+        choices.record(api.record(asked).await);
         return Ok(sse::respond(
             choices,
             CompletionChunks::new(completion, count, options),
@@ -57,6 +57,46 @@ pub(super) async fn create(
     }
     let collected = choices.collect(count).await?;
     Ok(Json(completion.whole(&collected)).into_response())
+}
+
+/// Finishes an answer that a former process of this node has begun.
+pub(super) async fn resume(
+    api: &Api,
+    unfinished: Unfinished,
+    teller: Teller,
+) -> Result<(), ApiError> {
+    let Unfinished {
+        asked,
+        tokens,
+        record,
+    } = unfinished;
+    let request = CompletionRequest::read(Fields::of(asked.body, String::new())?, api)?;
+    let options = &request.options;
+    let requests = requests(api, options, &asked.prompts)?;
+    let count = requests.len();
+    let reading = |service: &Arc<Service>| reading(service, options);
+    let choices = Choices::resume(api, requests, reading, tokens, record).await;
+    let completion = Completion::new(api, asked.id, asked.created, options, asked.prompts);
+    let chunks = CompletionChunks::new(completion, count, options);
+    teller.tell_all(Script::new(choices, chunks)).await;
+    Ok(())
+}
+
+/// One request for each choice of each prompt.
+fn requests(api: &Api, options: &Options, prompts: &[Vec<u32>]) -> Result<Vec<Request>, ApiError> {
+    let mut requests = Vec::new();
+    for prompt in prompts {
+        requests.extend(options.requests(prompt, "prompt", api.service.context_tokens)?);
+    }
+    Ok(requests)
+}
+
+fn reading(service: &Service, options: &Options) -> Reading {
+    Reading {
+        detokenizer: service.text.as_ref().map(Text::detokenizer),
+        parser: AnswerParser::plain(),
+        stop: StopFinder::new(options.stop.clone()),
+    }
 }
 
 /// Long prompts take a while: that is not done where others wait.
@@ -93,6 +133,18 @@ struct Completion {
 }
 
 impl Completion {
+    fn new(api: &Api, id: String, created: u64, options: &Options, prompts: Vec<Vec<u32>>) -> Self {
+        Self {
+            id,
+            created,
+            logprobs: options.sampling.logprobs.is_some(),
+            token_ids: options.return_token_ids,
+            prompts,
+            answers_per_prompt: options.choices as usize,
+            service: api.service.clone(),
+        }
+    }
+
     fn object(&self, choices: Vec<Value>) -> Value {
         json!({
             "id": self.id,

@@ -29,6 +29,11 @@ impl Fields {
         }
     }
 
+    /// All fields that are left, as they came.
+    pub(super) fn value(&self) -> Value {
+        Value::Object(self.fields.clone())
+    }
+
     /// The field's full name.
     pub(super) fn name(&self, field: &str) -> String {
         format!("{}{field}", self.path)

@@ -73,6 +73,7 @@ impl Options {
             },
             max_tokens,
             stop_tokens: self.stop_tokens.clone(),
+            delivered: Vec::new(),
         };
         Ok((0..self.choices).map(request).collect())
     }

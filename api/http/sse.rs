@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::http::HeaderName;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use futures::stream;
+use futures::{Stream, StreamExt, stream};
 use serde_json::Value;
 
 use super::answer::{Change, Delta};
@@ -25,42 +25,73 @@ pub(super) trait Chunks: Send + 'static {
 
 /// Streams the answers. After an error comes one event that says so, and neither a finish reason nor
 /// `[DONE]`: nobody can take half an answer for a whole one.
-pub(super) fn respond(choices: Choices, mut chunks: impl Chunks) -> Response {
-    let ready = chunks.first().iter().map(data).collect();
-    let state = Stream {
-        choices: Some(choices),
-        chunks,
-        ready,
-        paused: false,
-    };
-    let events = stream::unfold(state, |mut state| async move {
-        let event = state.next().await?;
-        Some((Ok::<_, Infallible>(event), state))
+pub(super) fn respond(choices: Choices, chunks: impl Chunks) -> Response {
+    let script = Script::new(choices, chunks);
+    let said = stream::unfold((script, 0), |(mut script, number)| async move {
+        let said = script.next().await?;
+        let next = number + usize::from(matches!(said, Said::Data(_)));
+        Some((said.event(number), (script, next)))
     });
+    events(said)
+}
+
+/// A response of events as they come.
+pub(super) fn events(events: impl Stream<Item = Event> + Send + 'static) -> Response {
     let keep_alive = KeepAlive::new().interval(KEEP_ALIVE);
     // Proxies that collect a response before they pass it on are asked not to.
     let unbuffered = [(HeaderName::from_static("x-accel-buffering"), "no")];
+    let events = events.map(Ok::<_, Infallible>);
     (unbuffered, Sse::new(events).keep_alive(keep_alive)).into_response()
 }
 
-fn data(chunk: &Value) -> Event {
-    Event::default().data(chunk.to_string())
+/// One thing that a client is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Said {
+    Data(String),
+    /// Every client of such streams passes it over.
+    Comment(&'static str),
 }
 
-struct Stream<C> {
+impl Said {
+    /// Events are numbered from 0, so that a client can say which one it had last.
+    pub(super) fn event(&self, number: usize) -> Event {
+        match self {
+            Self::Data(text) => Event::default().id(number.to_string()).data(text),
+            Self::Comment(text) => Event::default().comment(text),
+        }
+    }
+
+    fn data(chunk: &Value) -> Self {
+        Self::Data(chunk.to_string())
+    }
+}
+
+/// All that is said in one stream. The same tokens make the same events, whichever process writes
+/// them.
+pub(super) struct Script<C> {
     /// None once the end was written.
     choices: Option<Choices>,
     chunks: C,
-    ready: VecDeque<Event>,
+    ready: VecDeque<Said>,
     /// A shard was lost, and no token has come since.
     paused: bool,
 }
 
-impl<C: Chunks> Stream<C> {
-    async fn next(&mut self) -> Option<Event> {
+impl<C: Chunks> Script<C> {
+    pub(super) fn new(choices: Choices, mut chunks: C) -> Self {
+        let ready = chunks.first().iter().map(Said::data).collect();
+        Self {
+            choices: Some(choices),
+            chunks,
+            ready,
+            paused: false,
+        }
+    }
+
+    pub(super) async fn next(&mut self) -> Option<Said> {
         loop {
-            if let Some(event) = self.ready.pop_front() {
-                return Some(event);
+            if let Some(said) = self.ready.pop_front() {
+                return Some(said);
             }
             let choices = self.choices.as_mut()?;
             let patience = if self.paused {
@@ -69,36 +100,35 @@ impl<C: Chunks> Stream<C> {
                 Duration::MAX
             };
             let Ok(change) = tokio::time::timeout(patience, choices.next()).await else {
-                return Some(Event::default().comment(STILL_PAUSED));
+                return Some(Said::Comment(STILL_PAUSED));
             };
             match change {
                 Some(Ok((choice, Change::Delta(delta)))) => {
                     self.paused = false;
                     let chunks = self.chunks.delta(choice, delta);
-                    self.ready.extend(chunks.iter().map(data));
+                    self.ready.extend(chunks.iter().map(Said::data));
                 }
                 Some(Ok((_, Change::Paused))) => {
                     // All choices pause together: one comment says it.
                     if !std::mem::replace(&mut self.paused, true) {
-                        return Some(Event::default().comment(PAUSED));
+                        return Some(Said::Comment(PAUSED));
                     }
                 }
                 Some(Err(error)) => {
                     self.choices = None;
                     tracing::warn!(%error, "an answer ended before its end");
-                    return Some(data(&error.body()));
+                    return Some(Said::data(&error.body()));
                 }
                 None => {
                     self.choices = None;
-                    self.ready.extend(self.chunks.last().iter().map(data));
-                    self.ready.push_back(Event::default().data(DONE));
+                    self.ready.extend(self.chunks.last().iter().map(Said::data));
+                    self.ready.push_back(Said::Data(DONE.into()));
                 }
             }
         }
     }
 }
 
-/// Comments, which every client of such streams passes over.
 const PAUSED: &str = "a shard was lost, the answer goes on when its successor is ready";
 const STILL_PAUSED: &str = "the answer is still paused";
 /// Often enough that a person who watches the stream sees that it lives.

@@ -133,10 +133,24 @@ impl Cluster {
             .send()
             .expect("the API answers");
         assert_eq!(answer.status().as_u16(), 200);
-        Events {
-            lines: BufReader::new(Box::new(answer)),
-            comments: Vec::new(),
-        }
+        Events::of(answer)
+    }
+
+    /// The events of an answer after the one that the client had last.
+    pub fn resume(&self, path: &str, last_event: u64) -> Events {
+        let asked = self.client.get(self.url(path));
+        let asked = asked.header("Last-Event-ID", last_event.to_string());
+        let answer = asked.send().expect("the API answers");
+        assert_eq!(answer.status().as_u16(), 200);
+        Events::of(answer)
+    }
+
+    /// All events of an answer.
+    pub fn resume_from_start(&self, path: &str) -> Events {
+        let answer = self.client.get(self.url(path)).send();
+        let answer = answer.expect("the API answers");
+        assert_eq!(answer.status().as_u16(), 200);
+        Events::of(answer)
     }
 
     /// Waits until the cluster's report satisfies `wanted`.
@@ -180,9 +194,19 @@ pub struct Events {
     lines: BufReader<Box<dyn Read + Send>>,
     /// What was said so far that is no event.
     pub comments: Vec<String>,
+    /// Of the event that came last.
+    pub last_id: Option<u64>,
 }
 
 impl Events {
+    fn of(answer: reqwest::blocking::Response) -> Self {
+        Self {
+            lines: BufReader::new(Box::new(answer)),
+            comments: Vec::new(),
+            last_id: None,
+        }
+    }
+
     /// Reads until this many tokens more have come, and returns them.
     pub fn tokens(&mut self, count: usize) -> Vec<u64> {
         let mut tokens = Vec::new();
@@ -219,6 +243,9 @@ impl Iterator for Events {
             }
             if let Some(data) = line.trim_end().strip_prefix("data: ") {
                 return Some(serde_json::from_str(data).unwrap_or_else(|_| json!(data)));
+            }
+            if let Some(id) = line.trim_end().strip_prefix("id: ") {
+                self.last_id = id.parse().ok();
             }
             if let Some(comment) = line.trim_end().strip_prefix(": ") {
                 self.comments.push(comment.to_owned());

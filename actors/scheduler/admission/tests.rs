@@ -18,6 +18,7 @@ fn request(prompt_tokens: usize) -> Request {
         sampling: Sampling::greedy(),
         max_tokens: 100,
         stop_tokens: Vec::new(),
+        delivered: Vec::new(),
     }
 }
 
@@ -37,6 +38,33 @@ fn token(sequence: SequenceId, token: u32) -> SampledToken {
         top: Vec::new(),
         finish: None,
     }
+}
+
+#[test]
+fn an_answer_that_was_begun_before_goes_on_behind_its_tokens() {
+    let mut admission = Admission::new(LIMITS);
+    admission.begin(serving(1));
+    let begun = Request {
+        max_tokens: 10,
+        delivered: vec![2, 3, 4],
+        ..request(5)
+    };
+    let sequence = admission.submit(begun.clone(), 'a').unwrap();
+    let plan = admission.next_plan().unwrap();
+    assert_eq!(plan.joins[0].prompt, [1, 1, 1, 1, 1, 2, 3, 4]);
+    assert_eq!(plan.joins[0].max_tokens, 7);
+    // And what comes now is added to them when an epoch is lost.
+    admission.note(Epoch(1), &token(sequence, 5));
+    admission.end(Epoch(1));
+    admission.begin(serving(2));
+    let plan = admission.next_plan().unwrap();
+    assert_eq!(plan.joins[0].prompt, [1, 1, 1, 1, 1, 2, 3, 4, 5]);
+    let complete = Request {
+        max_tokens: 3,
+        ..begun
+    };
+    let refused = admission.submit(complete, 'b').unwrap_err();
+    assert!(matches!(refused, (Rejection::Invalid { .. }, 'b')));
 }
 
 #[test]

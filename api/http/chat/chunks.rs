@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::super::answer::Delta;
 use super::super::options::Options;
 use super::super::sse::Chunks;
-use super::super::{id, logprobs, usage};
+use super::super::{call_id, logprobs, usage};
 use super::ChatAnswer;
 use crate::text::Piece;
 
@@ -47,6 +47,23 @@ impl ChatChunks {
         self.object(vec![object])
     }
 
+    fn part(&self, choice: usize, piece: &Piece) -> Value {
+        match piece {
+            Piece::Thought(text) => json!({ "reasoning_content": text }),
+            Piece::Content(text) => json!({ "content": text }),
+            Piece::ToolCall { index, tool } => json!({ "tool_calls": [{
+                "index": index,
+                "id": call_id(&self.answer.id, choice, *index),
+                "type": "function",
+                "function": { "name": tool, "arguments": "" },
+            }]}),
+            Piece::Arguments { index, json } => json!({ "tool_calls": [{
+                "index": index,
+                "function": { "arguments": json },
+            }]}),
+        }
+    }
+
     fn object(&self, choices: Vec<Value>) -> Value {
         let mut object = self.answer.object("chat.completion.chunk", choices);
         if self.include_usage {
@@ -74,7 +91,7 @@ impl Chunks for ChatChunks {
         let mut chunks: Vec<Value> = delta
             .pieces
             .iter()
-            .map(|piece| self.chunk(choice, part(piece), None))
+            .map(|piece| self.chunk(choice, self.part(choice, piece), None))
             .collect();
         if let Some(finish) = delta.finish {
             chunks.push(self.chunk(choice, json!({}), Some(finish.name())));
@@ -89,22 +106,5 @@ impl Chunks for ChatChunks {
         let mut object = self.object(Vec::new());
         object["usage"] = usage(self.answer.prompt.len(), self.generated);
         vec![object]
-    }
-}
-
-fn part(piece: &Piece) -> Value {
-    match piece {
-        Piece::Thought(text) => json!({ "reasoning_content": text }),
-        Piece::Content(text) => json!({ "content": text }),
-        Piece::ToolCall { index, tool } => json!({ "tool_calls": [{
-            "index": index,
-            "id": id("call_"),
-            "type": "function",
-            "function": { "name": tool, "arguments": "" },
-        }]}),
-        Piece::Arguments { index, json } => json!({ "tool_calls": [{
-            "index": index,
-            "function": { "arguments": json },
-        }]}),
     }
 }

@@ -219,6 +219,7 @@ impl Server {
             context_tokens: CONTEXT,
             vocabulary: VOCABULARY,
             created: 1_700_000_000,
+            journal: None,
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -311,9 +312,15 @@ pub(crate) async fn events(response: Response) -> Vec<Value> {
         .to_owned();
     assert!(kind.starts_with("text/event-stream"), "{kind}");
     let body = response.text().await.unwrap();
-    let data = body
-        .split("\n\n")
-        .filter_map(|event| event.strip_prefix("data: "));
+    let mut ids = body.lines().filter_map(|line| line.strip_prefix("id: "));
+    let data: Vec<&str> = body
+        .lines()
+        .filter_map(|line| line.strip_prefix("data: "))
+        .collect();
+    for number in 0..data.len() {
+        assert_eq!(ids.next(), Some(number.to_string().as_str()));
+    }
+    let data = data.into_iter();
     data.map(|data| serde_json::from_str(data).unwrap_or_else(|_| json!(data)))
         .collect()
 }
