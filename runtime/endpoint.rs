@@ -421,7 +421,8 @@ fn transport(limits: &Limits) -> TransportConfig {
         // One more: the ordered stream.
         .max_concurrent_bidi_streams(VarInt::from_u32(limits.subscriptions_max.saturating_add(1)))
         .stream_receive_window(VarInt::from_u32(limits.items_bytes_max))
-        .datagram_receive_buffer_size(None);
+        // Heartbeats; of more than these, none is worth keeping.
+        .datagram_receive_buffer_size(Some(HEARTBEATS_BYTES_MAX));
     transport
 }
 
@@ -449,6 +450,9 @@ const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 
 /// Handshakes that nobody has looked at yet. A cluster has tens of processes.
 const INCOMING_MAX: usize = 64;
+
+/// What a stalled process finds in front of it: heartbeats of a few minutes, hardly a byte each.
+const HEARTBEATS_BYTES_MAX: usize = 16 * 1024;
 
 /// How long a refused dial waits for the connection that the other side prefers.
 const CROSSING_TIMEOUT: Duration = Duration::from_millis(200);

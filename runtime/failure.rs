@@ -2,6 +2,7 @@
 //! caller sees it.
 
 use std::fmt;
+use std::time::Duration;
 
 use crate::hello::HandshakeError;
 use crate::name::{ActorPath, ProcessName};
@@ -174,6 +175,9 @@ pub enum LostReason {
     /// Nothing came from it for the idle time: cut off, asleep, or killed.
     #[error("nothing came for too long")]
     TimedOut,
+    /// It sent no heartbeat for so long: frozen, cut off, or killed.
+    #[error("it was silent for {} ms", .0.as_millis())]
+    Silent(Duration),
     /// It does not know this link any more: it was killed and started again.
     #[error("the other side does not know the link any more")]
     Reset,
@@ -205,6 +209,7 @@ impl LostReason {
                 let text = String::from_utf8_lossy(&close.reason);
                 Self::PeerMisbehaved(format!("it says so of us: {text}"))
             }
+            ConnectionError::ApplicationClosed(close) if close.error_code == SILENT => Self::Reset,
             ConnectionError::ApplicationClosed(_) => Self::Closed,
             ConnectionError::LocallyClosed => Self::ShutDown,
             ConnectionError::TimedOut => Self::TimedOut,
@@ -219,6 +224,10 @@ pub(crate) const MISBEHAVED: quinn::VarInt = quinn::VarInt::from_u32(0x20);
 
 /// A link that is no longer wanted: its process shuts down, or it was replaced.
 pub(crate) const CLOSED: quinn::VarInt = quinn::VarInt::from_u32(0x01);
+
+/// Closes a link whose other end was silent for too long: should it be there after all, it learns that
+/// the link is gone.
+pub(crate) const SILENT: quinn::VarInt = quinn::VarInt::from_u32(0x02);
 
 /// Why the callee did not answer, as it says on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -38,6 +38,7 @@ mod failure;
 mod registry;
 mod peer;
 mod link;
+mod detector;
 mod outbox;
 mod endpoint;
 mod hello;
@@ -46,6 +47,7 @@ mod codec;
 mod sync;
 pub mod supervise;
 
+pub use detector::{Detector, OwnTimer, Patience, Pulse, Standing};
 pub use failure::{AskError, Lost, LostReason, TellError};
 pub use hello::HandshakeError;
 pub use identity::{Identity, IdentityError, NodeKey};

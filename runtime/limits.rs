@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::codec::FRAME_BYTES_LIMIT;
+use crate::detector::Patience;
 
 /// The bounds of one system. Both ends of a link hold to their own; `frame_bytes_max` should agree.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,9 +24,11 @@ pub struct Limits {
     pub items_bytes_max: u32,
     /// How many subscriptions one link may carry in each direction.
     pub subscriptions_max: u32,
+    /// How long the other process may send no heartbeat before the link counts as lost.
+    pub patience: Patience,
     /// How often a silent link is probed.
     pub keep_alive: Duration,
-    /// How long a link may be silent before it counts as lost.
+    /// How long a link may carry nothing at all before it counts as lost, heartbeats or not.
     pub idle_timeout: Duration,
     /// How long a connection may take until both sides have said hello.
     pub connect_timeout: Duration,
@@ -51,6 +54,7 @@ impl Default for Limits {
             // item would need several rounds of credit.
             items_bytes_max: 4 << 20,
             subscriptions_max: 1024,
+            patience: Patience::default(),
             keep_alive: Duration::from_millis(100),
             idle_timeout: Duration::from_secs(1),
             connect_timeout: Duration::from_secs(2),
@@ -75,6 +79,12 @@ impl Limits {
         }
         if self.keep_alive * 2 > self.idle_timeout {
             return Some("idle_timeout is below two keep-alive intervals");
+        }
+        if self.patience.heartbeat.is_zero()
+            || self.patience.heartbeat * 4 > self.patience.lose_min
+            || self.patience.lose_min > self.patience.lose_max
+        {
+            return Some("patience.lose_min is not between four heartbeats and patience.lose_max");
         }
         let bounds = [
             self.asks_in_flight_max,

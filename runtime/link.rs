@@ -7,6 +7,7 @@
 //! the links' thread and end with the connection.
 
 mod serve;
+mod heartbeat;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -18,7 +19,7 @@ use quinn::{Connection, SendStream};
 use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
 
-use crate::failure::{CLOSED, Failure, Lost, LostReason, MISBEHAVED};
+use crate::failure::{CLOSED, Failure, Lost, LostReason, MISBEHAVED, SILENT};
 use crate::frame::FrameReader;
 use crate::limits::Limits;
 use crate::name::ProcessName;
@@ -190,6 +191,7 @@ impl Link {
         if let Some(connection) = connection {
             match &lost.reason {
                 LostReason::PeerMisbehaved(what) => connection.close(MISBEHAVED, what.as_bytes()),
+                LostReason::Silent(_) => connection.close(SILENT, b""),
                 _ => connection.close(CLOSED, b""),
             }
         }
@@ -228,6 +230,7 @@ impl Link {
             let reason = tokio::select! {
                 reason = link.read(&shared, receiving) => reason,
                 error = connection.closed() => LostReason::of_connection(&error),
+                reason = heartbeat::keep(&connection, &link.peer, &shared.limits.patience) => reason,
             };
             shared.link_ended(&link, reason);
         });

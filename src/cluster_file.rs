@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use offbook_actors::{ClusterSettings, SchedulerLimits};
 use offbook_protocol::{FastSynch, Layout, NodeWeight, Transport};
-use offbook_runtime::{Identity, NodeKey, ProcessName, Trust, TrustedNode};
+use offbook_runtime::{Identity, NodeKey, Patience, ProcessName, Trust, TrustedNode};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -62,7 +62,9 @@ pub(crate) struct Limits {
     pub(crate) prefill_chunk_tokens: u32,
     pub(crate) collective_deadline_seconds: f64,
     pub(crate) load_deadline_seconds: f64,
-    /// How long a process may be silent before it counts as lost.
+    /// How long a process may be silent, at the least and at the most, before it counts as lost: in
+    /// between, whoever was late before is given more time.
+    pub(crate) silence_min_seconds: f64,
     pub(crate) silence_seconds: f64,
     /// How long a request may take from its arrival to its last token, waits included.
     pub(crate) request_deadline_seconds: f64,
@@ -80,6 +82,7 @@ impl Default for Limits {
             prefill_chunk_tokens: 256,
             collective_deadline_seconds: 10.0,
             load_deadline_seconds: 1800.0,
+            silence_min_seconds: 0.28,
             silence_seconds: 10.0,
             request_deadline_seconds: 600.0,
             request_losses_max: 3,
@@ -140,6 +143,7 @@ impl ClusterFile {
                 limits.collective_deadline_seconds,
             ),
             ("load_deadline_seconds", limits.load_deadline_seconds),
+            ("silence_min_seconds", limits.silence_min_seconds),
             ("silence_seconds", limits.silence_seconds),
             ("request_deadline_seconds", limits.request_deadline_seconds),
         ] {
@@ -148,6 +152,11 @@ impl ClusterFile {
                 "limits.{key} must be above 0"
             );
         }
+        ensure!(
+            limits.silence_min_seconds >= 0.1
+                && limits.silence_min_seconds <= limits.silence_seconds,
+            "limits.silence_min_seconds must be from 0.1 to silence_seconds"
+        );
         Ok(())
     }
 
@@ -223,7 +232,14 @@ impl ClusterFile {
 
     pub(crate) fn runtime_limits(&self) -> offbook_runtime::Limits {
         let silence = Duration::from_secs_f64(self.limits.silence_seconds);
+        let silence_min = Duration::from_secs_f64(self.limits.silence_min_seconds);
         offbook_runtime::Limits {
+            patience: Patience {
+                suspect_min: silence_min.mul_f64(SUSPECT_SHARE),
+                lose_min: silence_min,
+                lose_max: silence,
+                ..Patience::default()
+            },
             idle_timeout: silence,
             keep_alive: (silence / 5).min(KEEP_ALIVE_MAX),
             items_queued_max: TOKENS_QUEUED_MAX,
@@ -325,6 +341,8 @@ fn parse_node(text: &str) -> Result<(String, SocketAddr)> {
 
 /// A silent link is probed at least this often, so that a peer that restarted is noticed.
 const KEEP_ALIVE_MAX: Duration = Duration::from_millis(500);
+/// Of the least silence that counts as a loss, how much is worth a line in the log.
+const SUSPECT_SHARE: f64 = 0.45;
 /// A client that reads slowly may fall this many tokens behind before it is dropped.
 const TOKENS_QUEUED_MAX: usize = 64 * 1024;
 
@@ -376,6 +394,11 @@ mod tests {
                 "silence_seconds = 10.0",
                 "silence_seconds = 0.0",
                 "silence_seconds",
+            ),
+            (
+                "silence_min_seconds = 0.28",
+                "silence_min_seconds = 11.0",
+                "silence_min_seconds",
             ),
         ] {
             fs::write(&path, good.replace(from, to)).unwrap();

@@ -253,6 +253,46 @@ async fn when_its_process_is_killed() {
     .await;
 }
 
+/// The figure is for a machine that has a core to spare; a crowded one may only be slower.
+#[actix::test]
+async fn when_its_process_is_frozen() {
+    within(async {
+        let other = Other::new();
+        let a = other.system().await;
+        let (mut child, port) = other.start(0, 1);
+        a.learn(name("b"), ([127, 0, 0, 1], port).into());
+        let echo = a.remote::<Echo>(&path("b#subject"));
+        echo.ask(Echo(vec![]), LONG).await.unwrap();
+        let mut took = Vec::new();
+        for _ in 0..5 {
+            // Something must be known of its heartbeats first.
+            tokio::time::sleep(Duration::from_millis(800)).await;
+            let watching = a.watch(&name("b"));
+            signal(&child, "STOP");
+            let frozen = Instant::now();
+            let lost = watching.await;
+            took.push(frozen.elapsed());
+            assert!(matches!(lost.reason, LostReason::Silent(_)), "{lost}");
+            signal(&child, "CONT");
+            // It was there after all: it learns that the link is gone, and the next call makes one.
+            while echo.ask(Echo(vec![1]), LONG).await.is_err() {}
+        }
+        println!("freezes were noticed after {took:?}");
+        took.sort();
+        assert!(took[2] <= Duration::from_millis(300), "{took:?}");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    })
+    .await;
+}
+
+fn signal(child: &Child, signal: &str) {
+    let sent = Command::new("kill")
+        .args([format!("-{signal}"), child.id().to_string()])
+        .status();
+    assert!(sent.unwrap().success());
+}
+
 #[actix::test]
 async fn when_its_process_is_killed_and_started_again() {
     within(async {
