@@ -17,14 +17,15 @@ mod collective;
 mod throttle;
 
 pub use membership::{ClusterSettings, Membership, ReportCluster, ReportSteps, SchedulerLinks};
-pub use node_agent::{NodeAgent, ShardLaunch, StopShard};
+pub use node_agent::{NodeAgent, ShardKeeping, ShardLaunch, StopShard};
 pub use scheduler::{Scheduler, SchedulerLimits, Submit};
-pub use shard_worker::{ShardWorker, ShardWorkerConfig};
+pub use shard_worker::{ShardWorker, ShardWorkerConfig, StallLimits};
 pub use throttle::WindowSettings;
 
 /// Under which names the actors are registered with their process.
 pub mod names {
     pub const SCHEDULER: &str = "scheduler";
     pub const MEMBERSHIP: &str = "membership";
+    pub const NODE_AGENT: &str = "node-agent";
     pub const SHARD_WORKER: &str = "shard-worker";
 }

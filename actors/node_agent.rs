@@ -4,12 +4,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use actix::{
-    Actor, ActorFutureExt, AsyncContext, Context, ResponseFuture, StreamHandler, WrapFuture,
+    Actor, ActorFutureExt, AsyncContext, Context, Handler, Message, ResponseFuture, StreamHandler,
+    WrapFuture,
 };
 use offbook_runtime::supervise::{
     ChildSpec, ChildState, Event, Exit, Restart, RestartPolicy, Supervisor, SupervisorError,
 };
-use offbook_runtime::{ActorPath, ProcessName, Remote, System};
+use offbook_runtime::{ActorPath, ProcessName, Remote, RemoteMessage, System};
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::membership::Announce;
@@ -22,9 +24,22 @@ pub struct ShardLaunch {
     pub arguments: Vec<String>,
 }
 
+/// How a node keeps its shard process running.
+#[derive(Clone, Debug)]
+pub struct ShardKeeping {
+    pub restarts: RestartPolicy,
+    /// How long a shard process whose link to its node was lost may take to come back before it
+    /// counts as frozen and is killed. A lost link costs a pause, a killed process its weights.
+    pub frozen_grace: Duration,
+}
+
 /// See the module's own words.
 pub struct NodeAgent {
+    system: System,
     node: String,
+    frozen_grace: Duration,
+    /// Counts how often a shard process has attached.
+    attachments: u64,
     supervisor: Supervisor,
     launch: ShardLaunch,
     /// Taken when the actor starts.
@@ -39,10 +54,13 @@ impl NodeAgent {
         system: &System,
         head: ProcessName,
         launch: ShardLaunch,
-        restarts: RestartPolicy,
+        keeping: ShardKeeping,
     ) -> Self {
-        let (supervisor, events) = Supervisor::new(restarts);
+        let (supervisor, events) = Supervisor::new(keeping.restarts);
         Self {
+            frozen_grace: keeping.frozen_grace,
+            attachments: 0,
+            system: system.clone(),
             node: system.process().node().to_owned(),
             supervisor,
             launch,
@@ -58,6 +76,28 @@ impl NodeAgent {
             spec = spec.arg(argument);
         }
         self.supervisor.start(spec)
+    }
+
+    /// Kills the shard process unless it has attached within `grace`, again or for the first time.
+    fn expect_attachment(&self, grace: Duration, why: String, ctx: &mut Context<Self>) {
+        let (attachments, expected) = (self.attachments, self.running_pid);
+        ctx.run_later(grace, move |this, _| {
+            let Some(pid) = this.running_pid.filter(|pid| Some(*pid) == expected) else {
+                return;
+            };
+            if this.attachments != attachments {
+                return;
+            }
+            tracing::error!(
+                node = this.node,
+                pid,
+                why,
+                "the shard is frozen and is killed"
+            );
+            if let Err(error) = this.supervisor.kill_child(SHARD, pid, why) {
+                tracing::debug!(%error, "there is no shard to kill");
+            }
+        });
     }
 
     fn announce(&self, ended_pid: Option<u32>, ctx: &mut Context<Self>) {
@@ -99,6 +139,8 @@ impl Actor for NodeAgent {
         if let Err(error) = self.start_shard() {
             tracing::error!(%error, "cannot start the shard");
         }
+        self.system
+            .register::<Attach>(names::NODE_AGENT, ctx.address().recipient());
         ctx.run_interval(ANNOUNCE_EVERY, |this, ctx| this.announce(None, ctx));
     }
 }
@@ -110,6 +152,8 @@ impl StreamHandler<Event> for NodeAgent {
             Event::Started { pid, .. } => {
                 tracing::info!(node = self.node, pid, "the shard process started");
                 self.running_pid = Some(pid);
+                let why = format!("it was not heard of within {ATTACH_DEADLINE:?} of its start");
+                self.expect_attachment(ATTACH_DEADLINE, why, ctx);
             }
             Event::Exited { restart, pause, .. } => {
                 let cause = describe(&restart);
@@ -130,12 +174,52 @@ impl StreamHandler<Event> for NodeAgent {
     fn finished(&mut self, _: &mut Context<Self>) {}
 }
 
+/// A shard process is there: as long as its link holds, it is not frozen. The reply says whether the
+/// node knows the process as its shard; it may not have noted the start yet.
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "bool")]
+pub struct Attach {
+    pub process: String,
+    pub pid: u32,
+}
+
+impl RemoteMessage for Attach {
+    const NAME: &'static str = "attach";
+    type Reply = bool;
+}
+
+impl Handler<Attach> for NodeAgent {
+    type Result = bool;
+
+    fn handle(&mut self, attach: Attach, ctx: &mut Context<Self>) -> bool {
+        let Attach { process, pid } = attach;
+        let Ok(process) = ProcessName::new(&*process) else {
+            return false;
+        };
+        if self.running_pid != Some(pid) {
+            tracing::debug!(pid, "a process calls itself the shard of this node");
+            return false;
+        }
+        self.attachments += 1;
+        let attachments = self.attachments;
+        let watch = self.system.watch(&process).into_actor(self);
+        ctx.spawn(watch.map(move |lost, this, ctx| {
+            if this.attachments == attachments && this.running_pid == Some(pid) {
+                let grace = this.frozen_grace;
+                tracing::warn!(node = this.node, pid, reason = %lost.reason, ?grace, "the shard does not answer");
+                this.expect_attachment(grace, format!("frozen: {}", lost.reason), ctx);
+            }
+        }));
+        true
+    }
+}
+
 /// Stops the shard in order, and resolves when its process is gone.
-#[derive(Debug, actix::Message)]
+#[derive(Debug, Message)]
 #[rtype(result = "()")]
 pub struct StopShard;
 
-impl actix::Handler<StopShard> for NodeAgent {
+impl Handler<StopShard> for NodeAgent {
     type Result = ResponseFuture<()>;
 
     fn handle(&mut self, _: StopShard, _: &mut Context<Self>) -> Self::Result {
@@ -153,6 +237,9 @@ fn describe(restart: &Restart) -> String {
         Exit::NotStarted(why) => format!("not started: {why}"),
         Exit::Unknown(why) => why.clone(),
     };
+    if !restart.why.is_empty() {
+        return format!("{how}, for it was {}", restart.why);
+    }
     match restart.last_lines.last() {
         Some(line) => format!("{how}, after: {line}"),
         None => how,
@@ -163,5 +250,7 @@ fn describe(restart: &Restart) -> String {
 const SHARD: &str = "shard-0";
 /// Often enough that an operator sees a dead node at once; nothing else depends on it.
 const ANNOUNCE_EVERY: Duration = Duration::from_secs(1);
+/// A process says that it is there before it does anything that takes long.
+const ATTACH_DEADLINE: Duration = Duration::from_secs(60);
 /// A shard ends within a step; the rest is for a device that does not answer.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);

@@ -7,6 +7,7 @@
 mod engine_thread;
 mod memory;
 mod step_record;
+mod watchdog;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -31,9 +32,11 @@ use tokio::sync::mpsc;
 
 use self::engine_thread::{EngineThread, News, Run};
 use self::step_record::{StepRecord, Steps};
+use self::watchdog::Progress;
 use crate::collective::{Abort, Bind, Collective, Hold, Meet};
 use crate::membership::{NoteProgress, RegisterShard, StepFailed};
 use crate::names;
+use crate::node_agent::Attach;
 use crate::throttle::{Throttle, WindowSettings, Work};
 
 /// What a shard process knows from the start.
@@ -48,7 +51,10 @@ pub struct ShardWorkerConfig {
     /// Where the model is on this machine, if not where the cluster says.
     pub model: Option<PathBuf>,
     pub window: WindowSettings,
+    pub stalls: StallLimits,
 }
+
+pub use self::watchdog::StallLimits;
 
 /// See the module's own words.
 pub struct ShardWorker {
@@ -60,6 +66,7 @@ pub struct ShardWorker {
     throttle: Addr<Throttle>,
     epoch: Option<Running>,
     steps: StepRecord,
+    attach: Remote<Attach>,
     register: Remote<RegisterShard>,
     progress: Remote<NoteProgress>,
     step_failed: Remote<StepFailed>,
@@ -81,6 +88,7 @@ impl ShardWorker {
     /// # Errors
     /// When the system gives no thread.
     pub fn new(system: System, config: ShardWorkerConfig) -> std::io::Result<Self> {
+        let node = ProcessName::new(&*config.node).map_err(std::io::Error::other)?;
         let collective = Collective::new(
             Arc::clone(&config.identity),
             config.trust.clone(),
@@ -88,8 +96,10 @@ impl ShardWorker {
         )
         .start();
         let (throttle, window) = Throttle::new(config.window);
-        let steps = StepRecord::default();
-        let (engine, news) = EngineThread::start(config.node.clone(), window, steps.clone())?;
+        let (steps, progress) = (StepRecord::default(), Progress::default());
+        let (engine, news) =
+            EngineThread::start(config.node.clone(), window, steps.clone(), progress.clone())?;
+        watchdog::start(progress, config.stalls)?;
         let head = ActorPath::new(config.head.clone(), names::MEMBERSHIP);
         Ok(Self {
             engine,
@@ -98,6 +108,7 @@ impl ShardWorker {
             throttle: throttle.start(),
             epoch: None,
             steps,
+            attach: system.remote(&ActorPath::new(node, names::NODE_AGENT)),
             register: system.remote(&head),
             progress: system.remote(&head),
             step_failed: system.remote(&head),
@@ -129,6 +140,30 @@ impl ShardWorker {
             }
             this.register(ctx);
         }));
+    }
+
+    /// Keeps a link to this shard's own node, by which the node sees that it is not frozen.
+    fn attach(&self, ctx: &mut Context<Self>) {
+        let attach = self.attach.clone();
+        let message = Attach {
+            process: self.system.process().to_string(),
+            pid: std::process::id(),
+        };
+        let (system, node) = (self.system.clone(), attach.path().process.clone());
+        let attached = async move {
+            loop {
+                match attach.ask(message.clone(), REGISTER_DEADLINE).await {
+                    Ok(true) => {
+                        system.watch(&node).await;
+                        continue;
+                    }
+                    Ok(false) => tracing::debug!("the node does not know this process yet"),
+                    Err(error) => tracing::debug!(%error, "the node does not answer"),
+                }
+                tokio::time::sleep(REGISTER_PAUSE).await;
+            }
+        };
+        ctx.spawn(attached.into_actor(self));
     }
 
     /// Ends the work of an epoch and of those before it. The engine's thread follows as soon as the
@@ -212,6 +247,7 @@ impl Actor for ShardWorker {
             });
             ctx.add_message_stream(futures::StreamExt::map(news, NoteNews));
         }
+        self.attach(ctx);
         self.register(ctx);
     }
 }

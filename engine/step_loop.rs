@@ -38,6 +38,12 @@ pub enum Command {
 /// Who hears of the steps. Called on the engine's thread, between steps: whatever takes long there
 /// makes the device wait.
 pub trait Report {
+    /// A step is about to be built, which reads so many tokens of prompts.
+    fn begins(&mut self, _prefill_tokens: usize) {}
+
+    /// Nothing runs: the loop waits for the next plan. Called again and again while it waits.
+    fn idles(&mut self) {}
+
     /// The tokens of one step, in order. Called on the sampling rank alone.
     fn outcome(&mut self, outcome: StepOutcome);
 
@@ -156,20 +162,21 @@ impl<'a> Loop<'a> {
             if self.inbox.shutdown {
                 return Ok(());
             }
-            while self.ahead.len() < STEPS_AHEAD_MAX && self.submit()? {}
+            while self.ahead.len() < STEPS_AHEAD_MAX && self.submit(report)? {}
             match self.ahead.pop_front() {
                 Some((step, submitted)) => self.read(step, submitted, report)?,
-                None if !self.begin()? => return Ok(()),
+                None if !self.begin(report)? => return Ok(()),
                 None => (),
             }
         }
     }
 
     /// Builds the next step, if there is one to build.
-    fn submit(&mut self) -> Result<bool, StepError> {
+    fn submit(&mut self, report: &mut impl Report) -> Result<bool, StepError> {
         let Some(batch) = self.batch.next_batch() else {
             return Ok(false);
         };
+        report.begins(batch.prefill_tokens());
         let step = self.next;
         self.next = step.next();
         let orders = Orders {
@@ -220,8 +227,9 @@ impl<'a> Loop<'a> {
     }
 
     /// Nothing runs: waits for the next plan, and applies it. `false` when there will be none.
-    fn begin(&mut self) -> Result<bool, StepError> {
+    fn begin(&mut self, report: &mut impl Report) -> Result<bool, StepError> {
         loop {
+            report.idles();
             if let Some(plan) = self.inbox.next() {
                 self.batch.apply(&plan).map_err(StepError::Plan)?;
                 self.clock.restart(self.handle.waited());

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use offbook_actors::{ClusterSettings, SchedulerLimits};
+use offbook_actors::{ClusterSettings, SchedulerLimits, ShardKeeping, StallLimits};
 use offbook_protocol::{FastSynch, Layout, NodeWeight, Transport};
+use offbook_runtime::supervise::RestartPolicy;
 use offbook_runtime::{Identity, NodeKey, Patience, ProcessName, Trust, TrustedNode};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -66,6 +67,16 @@ pub(crate) struct Limits {
     /// between, whoever was late before is given more time.
     pub(crate) silence_min_seconds: f64,
     pub(crate) silence_seconds: f64,
+    /// How long a shard process that its node cannot reach may take to come back before it counts as
+    /// frozen and is killed.
+    pub(crate) frozen_grace_seconds: f64,
+    /// How long a shard's engine may make no progress, between two tensors that it loads, in a step
+    /// that reads prompts, and in one that does not, before its process is replaced.
+    pub(crate) load_stall_seconds: f64,
+    pub(crate) prefill_stall_seconds: f64,
+    pub(crate) decode_stall_seconds: f64,
+    /// A process that ends so often within a minute, and once more, is given up.
+    pub(crate) restarts_max: u32,
     /// How long a request may take from its arrival to its last token, waits included.
     pub(crate) request_deadline_seconds: f64,
     /// A request that runs while so many epochs in a row are lost, without a token in between, is
@@ -84,6 +95,11 @@ impl Default for Limits {
             load_deadline_seconds: 1800.0,
             silence_min_seconds: 0.28,
             silence_seconds: 10.0,
+            frozen_grace_seconds: 1.0,
+            load_stall_seconds: 600.0,
+            prefill_stall_seconds: 120.0,
+            decode_stall_seconds: 60.0,
+            restarts_max: RestartPolicy::default().intensity,
             request_deadline_seconds: 600.0,
             request_losses_max: 3,
         }
@@ -145,6 +161,10 @@ impl ClusterFile {
             ("load_deadline_seconds", limits.load_deadline_seconds),
             ("silence_min_seconds", limits.silence_min_seconds),
             ("silence_seconds", limits.silence_seconds),
+            ("frozen_grace_seconds", limits.frozen_grace_seconds),
+            ("load_stall_seconds", limits.load_stall_seconds),
+            ("prefill_stall_seconds", limits.prefill_stall_seconds),
+            ("decode_stall_seconds", limits.decode_stall_seconds),
             ("request_deadline_seconds", limits.request_deadline_seconds),
         ] {
             ensure!(
@@ -227,6 +247,29 @@ impl ClusterFile {
             sequences_max: self.limits.sequences_max,
             request_deadline: Duration::from_secs_f64(self.limits.request_deadline_seconds),
             losses_max: self.limits.request_losses_max,
+        }
+    }
+
+    pub(crate) fn shard_keeping(&self) -> ShardKeeping {
+        ShardKeeping {
+            restarts: self.restarts(),
+            frozen_grace: Duration::from_secs_f64(self.limits.frozen_grace_seconds),
+        }
+    }
+
+    /// For a node's shard, and for the nodes of a cluster on one machine.
+    pub(crate) fn restarts(&self) -> RestartPolicy {
+        RestartPolicy {
+            intensity: self.limits.restarts_max,
+            ..RestartPolicy::default()
+        }
+    }
+
+    pub(crate) fn stall_limits(&self) -> StallLimits {
+        StallLimits {
+            load: Duration::from_secs_f64(self.limits.load_stall_seconds),
+            prefill: Duration::from_secs_f64(self.limits.prefill_stall_seconds),
+            decode: Duration::from_secs_f64(self.limits.decode_stall_seconds),
         }
     }
 

@@ -1,14 +1,17 @@
 //! A whole cluster on this machine: every node is a process of its own, as it would be elsewhere.
 //! `up`, `generate` and `bench` start one of these.
 
+use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use offbook_protocol::{ClusterReport, FastSynch, LoadProgress, Phase};
 use offbook_runtime::supervise::{ChildSpec, RestartPolicy, Supervisor};
 use tempfile::TempDir;
+use tokio::task::JoinSet;
 
 use crate::cli::LocalOptions;
 use crate::cluster_file::{ClusterFile, Limits, found};
@@ -16,7 +19,9 @@ use crate::{demo_model, fast_synch};
 
 /// A running cluster. Its processes end with this value, and with this process.
 pub(crate) struct LocalCluster {
-    supervisor: Supervisor,
+    supervisor: Arc<Supervisor>,
+    /// Ends with this value.
+    _tending: JoinSet<()>,
     /// Removed at the end, unless the user named a folder.
     _scratch: Option<TempDir>,
     pub(crate) model: PathBuf,
@@ -82,8 +87,17 @@ impl LocalCluster {
             }
             supervisor.start(spec)?;
         }
+        let supervisor = Arc::new(supervisor);
+        let mut tending = JoinSet::new();
+        let head = nodes[0].0.clone();
+        tending.spawn(tend(
+            Arc::clone(&supervisor),
+            head,
+            format!("http://{http}"),
+        ));
         Ok(Self {
             supervisor,
+            _tending: tending,
             _scratch: scratch,
             model,
             api: format!("http://{http}"),
@@ -144,6 +158,51 @@ impl LocalCluster {
     /// Stops every process, in order.
     pub(crate) async fn stop(self) {
         self.supervisor.stop(STOP_DEADLINE).await;
+    }
+}
+
+/// Kills nodes that are frozen, so that they are started again: those that the head has not heard of
+/// for too long, and the head itself when it takes connections and does not answer.
+async fn tend(supervisor: Arc<Supervisor>, head: String, api: String) {
+    let client = reqwest::Client::builder().timeout(ANSWER_MAX).build();
+    let Ok(client) = client else { return };
+    let mut unanswered = 0;
+    let mut silent: HashMap<(String, u32), u32> = HashMap::new();
+    loop {
+        tokio::time::sleep(TEND_EVERY).await;
+        let asked = client.get(format!("{api}/v1/cluster")).send().await;
+        let report = match asked {
+            Ok(answer) => answer.json::<ClusterReport>().await,
+            Err(error) => Err(error),
+        };
+        let frozen: Vec<(String, u32)> = match report {
+            Ok(report) => {
+                unanswered = 0;
+                let now = report.nodes.into_iter().filter(|node| !node.alive);
+                let now: Vec<_> = now.map(|node| (node.name, node.pid)).collect();
+                silent.retain(|node, _| now.contains(node));
+                for node in now {
+                    *silent.entry(node).or_default() += 1;
+                }
+                let often = silent.iter().filter(|(_, looks)| **looks >= SILENT_MAX);
+                often.map(|(node, _)| node.clone()).collect()
+            }
+            Err(error) if error.is_timeout() => {
+                unanswered += 1;
+                let all = supervisor.status().into_iter();
+                let head = all.filter(|node| unanswered >= UNANSWERED_MAX && node.name == head);
+                head.filter_map(|node| Some((node.name, node.pid?)))
+                    .collect()
+            }
+            // It is being started.
+            Err(_) => Vec::new(),
+        };
+        for (name, pid) in frozen {
+            // A node that was started again meanwhile has another process.
+            if let Err(error) = supervisor.kill_child(&name, pid, "frozen: it does not answer") {
+                tracing::debug!(%error, "there is no such node to kill");
+            }
+        }
     }
 }
 
@@ -236,6 +295,14 @@ pub(crate) fn reserve_tcp(wanted: SocketAddr) -> Result<SocketAddr> {
     Ok(listener.local_addr()?)
 }
 
+/// How often the nodes' standing is looked at.
+const TEND_EVERY: Duration = Duration::from_secs(1);
+/// The head answers in milliseconds; so many times in a row it does not, and it is frozen.
+const ANSWER_MAX: Duration = Duration::from_secs(2);
+const UNANSWERED_MAX: u32 = 5;
+/// A node whose link was lost and that is there announces itself within a second; whoever the head has
+/// not heard of at so many looks in a row is frozen.
+const SILENT_MAX: u32 = 3;
 const POLL_EVERY: Duration = Duration::from_millis(50);
 /// A process starts in milliseconds; a machine that is short of memory takes longer.
 const HEAD_START_MAX: Duration = Duration::from_secs(30);

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use offbook_actors::{Membership, NodeAgent, Scheduler, SchedulerLinks, ShardLaunch, StopShard};
 use offbook_api::Journal;
 use offbook_engine::ModelConfig;
-use offbook_runtime::supervise::{RestartPolicy, lifeline};
+use offbook_runtime::supervise::lifeline;
 use offbook_runtime::{Identity, ProcessName, System, SystemConfig};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -60,7 +60,7 @@ pub(crate) async fn run(options: Node) -> Result<()> {
         start_head(&system, &cluster, &options).await?;
     }
     let head = ProcessName::new(&*cluster.head().name)?;
-    let agent = NodeAgent::new(&system, head, launch(&options)?, RestartPolicy::default()).start();
+    let agent = NodeAgent::new(&system, head, launch(&options)?, cluster.shard_keeping()).start();
 
     loop {
         tokio::select! {

@@ -32,6 +32,7 @@ pub(crate) async fn run(options: Shard) -> Result<()> {
         limits: cluster.runtime_limits(),
     })
     .await?;
+    system.learn(ProcessName::new(&*own.name)?, own.address);
     let head = ProcessName::new(&*cluster.head().name)?;
     system.learn(head.clone(), cluster.head().address);
     let config = ShardWorkerConfig {
@@ -42,6 +43,7 @@ pub(crate) async fn run(options: Shard) -> Result<()> {
         tensors: own.address.ip(),
         model: options.model,
         window: WindowSettings::default(),
+        stalls: cluster.stall_limits(),
     };
     ShardWorker::new(system, config)?.start();
     terminate.recv().await;

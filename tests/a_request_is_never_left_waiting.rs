@@ -18,16 +18,19 @@ fn beyond_its_deadline() {
         "--sequences",
         "1",
         "--request-timeout",
-        "2s",
+        "1s",
     ]);
-    // The shard stands still, so that both are late: the one that runs, and the one behind it.
+    // The shard stands still, so that both are late before it is replaced: the one that runs, and the
+    // one behind it.
     let mut running = cluster.stream("/v1/completions", &long_completion(1900));
     running.tokens(1);
     send_signal(cluster.shard_pid(0), "STOP");
     let (status, late) = cluster.post("/v1/completions", &whole(1900));
-    send_signal(cluster.shard_pid(0), "CONT");
     assert_eq!((status, code(&late)), (504, "deadline_exceeded"), "{late}");
     assert_eq!(code(&last_of(running)), "deadline_exceeded");
+    cluster.wait_for("another shard", |report| {
+        report["phase"] == "ready" && report["shards"][0]["restarts"] == 1
+    });
     let (status, answer) = cluster.post("/v1/completions", &whole(4));
     assert_eq!(status, 200, "{answer}");
 }

@@ -13,6 +13,7 @@ use offbook_protocol::{Epoch, LoadProgress, Rank, ShardSpec, StepOutcome, Transp
 use tokio::sync::{mpsc, oneshot};
 
 use super::step_record::StepRecord;
+use super::watchdog::{Phase, Progress};
 use super::{LoadRefusal, Work, memory};
 use crate::collective::GroupSeed;
 
@@ -66,6 +67,7 @@ impl EngineThread {
         node: String,
         window: Arc<AtomicU32>,
         steps: StepRecord,
+        progress: Progress,
     ) -> std::io::Result<(Self, mpsc::Receiver<News>)> {
         let (orders, ordered) = blocking::sync_channel(ORDERS_MAX);
         let (news, told) = mpsc::channel(NEWS_MAX);
@@ -74,6 +76,7 @@ impl EngineThread {
             news,
             window,
             steps,
+            progress,
             held: None,
         };
         std::thread::Builder::new()
@@ -119,6 +122,7 @@ struct Thread {
     news: mpsc::Sender<News>,
     window: Arc<AtomicU32>,
     steps: StepRecord,
+    progress: Progress,
     /// What is loaded, and for what: another epoch of the same share needs no reading.
     held: Option<(ShardSpec, Engine)>,
 }
@@ -132,6 +136,7 @@ impl Thread {
                 }
                 Order::Run(run, reply) => self.run(*run, reply),
             }
+            self.progress.note(Phase::Idle);
         }
     }
 
@@ -154,9 +159,11 @@ impl Thread {
             // Two shares at once might not fit.
             self.held = None;
             memory::check(&spec, &self.node).map_err(lasting)?;
-            let news = self.news.clone();
-            let engine = Engine::load(&spec, &mut |progress| {
-                let _ = news.try_send(News::Progress(progress));
+            let (news, progress) = (self.news.clone(), self.progress.clone());
+            progress.note(Phase::Load);
+            let engine = Engine::load(&spec, &mut |load| {
+                progress.note(Phase::Load);
+                let _ = news.try_send(News::Progress(load));
             });
             let engine = engine.map_err(|error| lasting(error.to_string()))?;
             self.held = Some((spec.clone(), engine));
@@ -213,6 +220,7 @@ impl Thread {
             outcomes: Some(outcomes),
             news: self.news.clone(),
             steps: self.steps.clone(),
+            progress: self.progress.clone(),
             work: None,
         };
         let options = LoopOptions {
@@ -237,10 +245,22 @@ struct Reporter {
     outcomes: Option<mpsc::Sender<StepOutcome>>,
     news: mpsc::Sender<News>,
     steps: StepRecord,
+    progress: Progress,
     work: Option<Work>,
 }
 
 impl Report for Reporter {
+    fn begins(&mut self, prefill_tokens: usize) {
+        self.progress.note(match prefill_tokens {
+            0 => Phase::Decode,
+            _ => Phase::Prefill,
+        });
+    }
+
+    fn idles(&mut self) {
+        self.progress.note(Phase::Idle);
+    }
+
     fn outcome(&mut self, outcome: StepOutcome) {
         // A full queue means that the head has not listened for tens of thousands of steps. A token
         // left out would be a gap in an answer: the outcomes end instead, and with them the epoch.

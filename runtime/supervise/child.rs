@@ -142,6 +142,11 @@ impl Running {
         lock(&self.last_lines).drain(..).collect()
     }
 
+    /// SIGKILL: its end is seen by [`exited`](Self::exited).
+    pub(super) fn kill(&mut self) {
+        let _ = self.child.start_kill();
+    }
+
     /// SIGTERM, then SIGKILL when `deadline` has passed.
     pub(super) async fn stop(&mut self, deadline: Duration) -> Exit {
         if let Some(pid) = self.pid().and_then(|pid| i32::try_from(pid).ok())

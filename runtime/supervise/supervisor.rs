@@ -20,11 +20,19 @@ pub struct Supervisor {
     children: Mutex<Vec<Child>>,
 }
 
+/// An order to kill one process, for a reason.
+struct Kill {
+    pid: u32,
+    why: String,
+}
+
 struct Child {
     name: String,
     status: Arc<Mutex<ChildStatus>>,
     /// How long a stop may take, once one is wanted.
     stop: watch::Sender<Option<Duration>>,
+    /// Why its present process is to be killed.
+    kill: mpsc::Sender<Kill>,
     task: JoinHandle<()>,
 }
 
@@ -57,18 +65,21 @@ impl Supervisor {
         let name = spec.name.clone();
         let status = Arc::new(Mutex::new(ChildStatus::new(&name)));
         let (stop, stopping) = watch::channel(None);
+        let (kill, kills) = mpsc::channel(KILLS_MAX);
         let keeper = Keeper {
             spec,
             policy: self.policy.clone(),
             events: self.events.clone(),
             status: Arc::clone(&status),
             stopping,
+            kills,
         };
         let task = tokio::spawn(keeper.keep());
         children.push(Child {
             name,
             status,
             stop,
+            kill,
             task,
         });
         Ok(())
@@ -80,6 +91,26 @@ impl Supervisor {
             .iter()
             .map(|child| lock(&child.status).clone())
             .collect()
+    }
+
+    /// Kills a child's process that hangs, if it is still the one of that id. It counts as an end that
+    /// nobody asked for: the child is restarted, and the record says `why`.
+    ///
+    /// # Errors
+    /// [`SupervisorError::NoSuchChild`].
+    pub fn kill_child(
+        &self,
+        name: &str,
+        pid: u32,
+        why: impl Into<String>,
+    ) -> Result<(), SupervisorError> {
+        let children = lock(&self.children);
+        let child = children.iter().find(|child| child.name == name);
+        let child = child.ok_or_else(|| SupervisorError::NoSuchChild(name.to_owned()))?;
+        let why = why.into();
+        // Nobody takes it when the child is not running, and as many wait already when it is full.
+        let _ = child.kill.try_send(Kill { pid, why });
+        Ok(())
     }
 
     /// Stops one child: SIGTERM, and SIGKILL when it has not ended by the deadline. It is not
@@ -131,20 +162,27 @@ struct Keeper {
     events: mpsc::Sender<Event>,
     status: Arc<Mutex<ChildStatus>>,
     stopping: watch::Receiver<Option<Duration>>,
+    kills: mpsc::Receiver<Kill>,
 }
 
 impl Keeper {
     async fn keep(mut self) {
         let mut history = RestartHistory::default();
         loop {
-            let Some((exit, last_lines)) = self.run_once().await else {
+            let Some(End {
+                exit,
+                why,
+                last_lines,
+            }) = self.run_once().await
+            else {
                 return;
             };
-            tracing::warn!(child = %self.spec.name, %exit, "a child ended");
+            tracing::warn!(child = %self.spec.name, %exit, why, "a child ended");
             let verdict = history.failed(&self.policy, Instant::now(), rand::random());
             let restart = Restart {
                 when: SystemTime::now(),
                 exit,
+                why,
                 last_lines,
             };
             match verdict {
@@ -177,10 +215,16 @@ impl Keeper {
     }
 
     /// One life of the child; `None` when it ended because it was told to.
-    async fn run_once(&mut self) -> Option<(Exit, Vec<String>)> {
+    async fn run_once(&mut self) -> Option<End> {
         let mut running = match Running::start(&self.spec) {
             Ok(running) => running,
-            Err(error) => return Some((Exit::NotStarted(error.to_string()), Vec::new())),
+            Err(error) => {
+                return Some(End {
+                    exit: Exit::NotStarted(error.to_string()),
+                    why: String::new(),
+                    last_lines: Vec::new(),
+                });
+            }
         };
         let pid = running.pid();
         self.change(ChildState::Running, |status| status.pid = pid);
@@ -189,9 +233,19 @@ impl Keeper {
             child: self.spec.name.clone(),
             pid: pid.unwrap_or_default(),
         });
-        let deadline = tokio::select! {
-            exit = running.exited() => return Some((exit, running.last_lines().await)),
-            deadline = wanted(&mut self.stopping) => deadline,
+        let mut why = String::new();
+        let deadline = loop {
+            tokio::select! {
+                exit = running.exited() => {
+                    let last_lines = running.last_lines().await;
+                    return Some(End { exit, why, last_lines });
+                }
+                deadline = wanted(&mut self.stopping) => break deadline,
+                Some(kill) = self.kills.recv() => if Some(kill.pid) == pid {
+                    running.kill();
+                    why = kill.why;
+                }
+            }
         };
         let exit = running.stop(deadline).await;
         tracing::info!(child = %self.spec.name, %exit, "a child was stopped");
@@ -228,6 +282,13 @@ impl Keeper {
             tracing::debug!(child = %self.spec.name, "nobody reads the supervisor's news");
         }
     }
+}
+
+/// How one life of a child ended.
+struct End {
+    exit: Exit,
+    why: String,
+    last_lines: Vec<String>,
 }
 
 /// Resolves when a stop is wanted. A supervisor that is gone aborts the task instead.
@@ -302,6 +363,8 @@ pub struct Restart {
     pub when: SystemTime,
     /// How.
     pub exit: Exit,
+    /// Why it was killed, where its supervisor was told to; else empty.
+    pub why: String,
     /// The last 50 lines it wrote to standard error.
     pub last_lines: Vec<String>,
 }
@@ -352,6 +415,9 @@ pub enum SupervisorError {
 
 /// More than any operator reads; a crash loop escalates long before.
 const EVENTS_MAX: usize = 256;
+
+/// One is enough; a second one may come while the first is carried out.
+const KILLS_MAX: usize = 4;
 
 /// Enough to see a pattern; the log has the rest.
 const HISTORY_MAX: usize = 16;

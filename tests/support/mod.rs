@@ -126,14 +126,7 @@ impl Cluster {
 
     /// Sends a request that streams; its events are read one by one.
     pub fn stream(&self, path: &str, body: &Value) -> Events {
-        let answer = self
-            .client
-            .post(self.url(path))
-            .json(body)
-            .send()
-            .expect("the API answers");
-        assert_eq!(answer.status().as_u16(), 200);
-        Events::of(answer)
+        stream(&self.client, self.url(path), body)
     }
 
     /// The events of an answer after the one that the client had last.
@@ -155,22 +148,7 @@ impl Cluster {
 
     /// Waits until the cluster's report satisfies `wanted`.
     pub fn wait_for(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
-        let begun = Instant::now();
-        loop {
-            // The head itself may be away for a moment.
-            let answer = self.client.get(self.url("/v1/cluster")).send();
-            let report = answer
-                .and_then(|answer| answer.json())
-                .unwrap_or(Value::Null);
-            if wanted(&report) {
-                return report;
-            }
-            assert!(
-                begun.elapsed() < PATIENCE,
-                "waited in vain for {what}: {report}"
-            );
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        wait_for(&self.client, &self.url(""), what, wanted)
     }
 
     /// Sends a signal to the cluster's first process and waits for its end.
@@ -186,6 +164,143 @@ impl Drop for Cluster {
             send_signal(self.up.id(), "TERM");
             wait_for_exit(&mut self.up);
         }
+    }
+}
+
+/// Nodes that nobody starts again: each is a process of this test's own, on the f32 checkpoint.
+pub struct Nodes {
+    folder: tempfile::TempDir,
+    http: String,
+    nodes: Vec<Option<Child>>,
+    client: reqwest::blocking::Client,
+}
+
+impl Nodes {
+    /// Starts so many, with these lines among the limits of the cluster file.
+    pub fn start(count: usize, limits: &[(&str, &str)]) -> Self {
+        let folder = tempfile::tempdir().expect("there is room");
+        let free_udp = || {
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("a port is free");
+            socket.local_addr().expect("it is bound")
+        };
+        let mut init = offbook();
+        init.args(["cluster", "init"]).arg(folder.path());
+        init.arg("--model").arg(fixture("dense-f32"));
+        for node in 0..count {
+            let address = free_udp();
+            init.arg("--node")
+                .arg(format!("node-{}={address}", node + 1));
+        }
+        assert!(
+            init.stderr(Stdio::null())
+                .status()
+                .expect("it runs")
+                .success()
+        );
+        let file = folder.path().join("cluster.toml");
+        let mut text = std::fs::read_to_string(&file).expect("it is there");
+        for (key, value) in limits {
+            let (before, rest) = text
+                .split_once(&format!("\n{key} = "))
+                .unwrap_or_else(|| panic!("the cluster file has no {key}"));
+            let (_, after) = rest.split_once('\n').expect("lines end");
+            text = format!("{before}\n{key} = {value}\n{after}");
+        }
+        std::fs::write(&file, text).expect("there is room");
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port is free");
+        let client = reqwest::blocking::Client::builder().timeout(PATIENCE);
+        let mut nodes = Self {
+            http: listener.local_addr().expect("it is bound").to_string(),
+            folder,
+            nodes: (0..count).map(|_| None).collect(),
+            client: client.build().expect("a client can be made"),
+        };
+        drop(listener);
+        for node in 0..count {
+            nodes.start_node(node);
+        }
+        nodes
+    }
+
+    pub fn start_node(&mut self, node: usize) {
+        let name = format!("node-{}", node + 1);
+        let folder = self.folder.path();
+        let started = offbook()
+            .args([
+                "node",
+                "--supervised",
+                "--name",
+                &name,
+                "--http",
+                &self.http,
+            ])
+            .arg("--cluster")
+            .arg(folder.join("cluster.toml"))
+            .arg("--data-dir")
+            .arg(folder.join(&name))
+            // It ends with this pipe.
+            .stdin(Stdio::piped())
+            .spawn();
+        self.nodes[node] = Some(started.expect("offbook starts"));
+    }
+
+    /// Kills a node with -9, and waits for its end.
+    pub fn kill_node(&mut self, node: usize) {
+        let mut child = self.nodes[node].take().expect("it runs");
+        child.kill().expect("it is ours");
+        child.wait().expect("it is ours");
+    }
+
+    pub fn api(&self) -> String {
+        format!("http://{}", self.http)
+    }
+
+    pub fn stream(&self, path: &str, body: &Value) -> Events {
+        stream(&self.client, format!("{}{path}", self.api()), body)
+    }
+
+    pub fn wait_for(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        wait_for(&self.client, &self.api(), what, wanted)
+    }
+}
+
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        for child in self.nodes.iter_mut().flatten() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn stream(client: &reqwest::blocking::Client, url: String, body: &Value) -> Events {
+    let answer = client.post(url).json(body).send().expect("the API answers");
+    assert_eq!(answer.status().as_u16(), 200);
+    Events::of(answer)
+}
+
+/// Waits until the cluster's report satisfies `wanted`.
+fn wait_for(
+    client: &reqwest::blocking::Client,
+    api: &str,
+    what: &str,
+    wanted: impl Fn(&Value) -> bool,
+) -> Value {
+    let begun = Instant::now();
+    loop {
+        // The head itself may be away for a moment.
+        let answer = client.get(format!("{api}/v1/cluster")).send();
+        let report = answer
+            .and_then(|answer| answer.json())
+            .unwrap_or(Value::Null);
+        if wanted(&report) {
+            return report;
+        }
+        assert!(
+            begun.elapsed() < PATIENCE,
+            "waited in vain for {what}: {report}"
+        );
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
