@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use self::epoch_file::EpochFile;
 use self::formation::{Action, Formation, Shard};
 use crate::names;
-use crate::scheduler::{BeginEpoch, CountRequests, EndEpoch, GiveUp};
+use crate::scheduler::{BeginEpoch, CountRequests, EndEpoch, GiveUp, RequestCounts};
 use crate::shard_worker::{JoinGroup, LeaveGroup, LoadRefusal, LoadShard, Loaded, ReadSteps};
 
 /// What all shards of the cluster are told.
@@ -45,6 +45,8 @@ pub struct ClusterSettings {
     pub collective_deadline: Duration,
     /// How long reading the weights may take.
     pub load_deadline: Duration,
+    /// How long a node may be away before the others go on without it.
+    pub node_grace: Duration,
 }
 
 /// See the module's own words.
@@ -54,6 +56,8 @@ pub struct Membership {
     formation: Formation,
     epochs: EpochFile,
     heard_of_nodes: HashMap<String, Instant>,
+    /// Since when a node and its shard are away.
+    away: HashMap<String, Instant>,
     /// What rank 0 said of the model when it had loaded: the same on every rank.
     loaded: Option<Loaded>,
     begin_epoch: Recipient<BeginEpoch>,
@@ -89,6 +93,7 @@ impl Membership {
             system,
             epochs,
             heard_of_nodes: HashMap::new(),
+            away: HashMap::new(),
             loaded: None,
             begin_epoch: scheduler.begin_epoch,
             end_epoch: scheduler.end_epoch,
@@ -138,7 +143,7 @@ impl Membership {
             rank,
             model: settings.model.clone(),
             layout: settings.layout,
-            weights: settings.nodes.iter().map(|(_, weight)| *weight).collect(),
+            weights: self.weights(),
             transport: settings.transport,
             fast_synch: settings.fast_synch,
             prefill_chunk_tokens: settings.prefill_chunk_tokens,
@@ -176,7 +181,7 @@ impl Membership {
         addresses: Vec<std::net::SocketAddr>,
         ctx: &mut Context<Self>,
     ) {
-        let members = self.formation.members().iter().zip(addresses);
+        let members = self.formation.group().zip(addresses);
         let members = members
             .filter_map(|(member, address)| {
                 let process = member.shard.as_ref()?.process.clone();
@@ -210,7 +215,7 @@ impl Membership {
 
     fn serve(&self, epoch: Epoch) {
         let Some(loaded) = &self.loaded else { return };
-        let shards = self.formation.members().iter().filter_map(|member| {
+        let shards = self.formation.group().filter_map(|member| {
             member
                 .shard
                 .as_ref()
@@ -265,15 +270,15 @@ impl Membership {
     }
 
     fn shard_path(&self, rank: Rank) -> Option<ActorPath> {
-        let shard = self.formation.members().get(rank.index())?.shard.as_ref()?;
+        let shard = self.formation.ranked(rank)?.shard.as_ref()?;
         let process = ProcessName::new(&*shard.process).ok()?;
         Some(ActorPath::new(process, names::SHARD_WORKER))
     }
 
     fn report(&self, requests_running: u32, requests_queued: u32) -> ClusterReport {
         let members = self.formation.members();
-        let shard = |(rank, member): (usize, &formation::Member)| ShardReport {
-            rank: Rank(rank as u32),
+        let shard = |member: &formation::Member| ShardReport {
+            rank: self.formation.rank_of(&member.node),
             node: member.node.clone(),
             pid: member.shard.as_ref().map_or(0, |shard| shard.pid),
             alive: member.shard.is_some(),
@@ -286,7 +291,9 @@ impl Membership {
             name: member.node.clone(),
             pid: member.node_pid,
             alive: member.node_alive,
+            in_use: self.formation.rank_of(&member.node).is_some(),
         };
+        let apart = |member: &&formation::Member| self.formation.rank_of(&member.node).is_none();
         ClusterReport {
             api: self.settings.api.clone(),
             epoch: self.formation.epoch(),
@@ -299,8 +306,55 @@ impl Membership {
             requests_running,
             requests_queued,
             nodes: members.iter().map(node).collect(),
-            shards: members.iter().enumerate().map(shard).collect(),
+            shards: (self.formation.group())
+                .chain(members.iter().filter(apart))
+                .map(shard)
+                .collect(),
         }
+    }
+
+    /// The share of each rank of the epoch.
+    fn weights(&self) -> Vec<NodeWeight> {
+        let nodes = self.settings.nodes.iter();
+        let used = nodes.filter(|(node, _)| self.formation.rank_of(node).is_some());
+        used.map(|(_, weight)| *weight).collect()
+    }
+
+    /// Leaves nodes behind that have been away for too long.
+    fn note_absence(&mut self, ctx: &mut Context<Self>) {
+        let now = Instant::now();
+        let gone = self.formation.members().iter();
+        let gone = gone.filter(|member| !member.node_alive && member.shard.is_none());
+        let gone: Vec<_> = gone.map(|member| member.node.clone()).collect();
+        self.away.retain(|node, _| gone.contains(node));
+        for node in gone {
+            let since = *self.away.entry(node.clone()).or_insert(now);
+            if now.duration_since(since) < self.settings.node_grace {
+                continue;
+            }
+            let actions = self.formation.leave_behind(&node);
+            if !actions.is_empty() {
+                tracing::warn!(
+                    node,
+                    "a node does not come back: the others go on without it"
+                );
+            }
+            self.carry_out(actions, ctx);
+        }
+    }
+
+    /// Takes nodes in again that are back, at a moment in which nothing runs.
+    fn take_back(&mut self, ctx: &mut Context<Self>) {
+        if !self.formation.could_be_more() {
+            return;
+        }
+        let counted = self.count_requests.send(CountRequests).into_actor(self);
+        ctx.spawn(counted.map(|counted, this, ctx| {
+            if counted.is_ok_and(|counts| counts == RequestCounts::default()) {
+                let actions = this.formation.take_back();
+                this.carry_out(actions, ctx);
+            }
+        }));
     }
 
     /// Nodes that have been silent for too long count as away. Their shards are watched apart.
@@ -322,7 +376,11 @@ impl Actor for Membership {
 
     fn started(&mut self, ctx: &mut Context<Self>) {
         ctx.set_mailbox_capacity(MAILBOX_MAX);
-        ctx.run_interval(NODE_SILENCE_MAX / 4, |this, _| this.note_silence());
+        ctx.run_interval(STANDING_EVERY, |this, ctx| {
+            this.note_silence();
+            this.note_absence(ctx);
+            this.take_back(ctx);
+        });
         self.system
             .register::<Announce>(names::MEMBERSHIP, ctx.address().recipient());
         self.system
@@ -370,6 +428,9 @@ impl Handler<Announce> for Membership {
         member.last_failure.clone_from(&news.last_failure);
         self.heard_of_nodes
             .insert(news.node.clone(), Instant::now());
+        if member.node_pid != news.pid || !member.node_alive {
+            self.watch_node(&news.node, news.pid, ctx);
+        }
         let mut actions = self.formation.announced(&news.node, news.pid);
         if let Some(pid) = news.ended_pid {
             let why = format!("the shard of {} ended: {}", news.node, news.last_failure);
@@ -379,6 +440,30 @@ impl Handler<Announce> for Membership {
             actions.extend(self.formation.given_up(&news.node, &news.last_failure));
         }
         self.carry_out(actions, ctx);
+    }
+}
+
+impl Membership {
+    /// Notes at once when the link to a node's process is lost; its next announcement undoes that.
+    fn watch_node(&self, node: &str, pid: u32, ctx: &mut Context<Self>) {
+        let Ok(process) = ProcessName::new(node) else {
+            return;
+        };
+        if process == *self.system.process() {
+            return;
+        }
+        let watch = self.system.watch(&process).into_actor(self);
+        let node = node.to_owned();
+        ctx.spawn(watch.map(move |lost, this, _| {
+            let Some(member) = this.formation.member_mut(&node) else {
+                return;
+            };
+            if member.node_pid == pid {
+                tracing::warn!(node, reason = %lost.reason, "the link to a node was lost");
+                member.node_alive = false;
+                this.heard_of_nodes.remove(&node);
+            }
+        }));
     }
 }
 
@@ -490,7 +575,7 @@ impl Handler<ReportSteps> for Membership {
     type Result = ResponseFuture<Vec<ShardSteps>>;
 
     fn handle(&mut self, _: ReportSteps, _: &mut Context<Self>) -> Self::Result {
-        let shards = self.formation.members().iter().filter_map(|member| {
+        let shards = self.formation.group().filter_map(|member| {
             let process = ProcessName::new(&*member.shard.as_ref()?.process).ok()?;
             let path = ActorPath::new(process, names::SHARD_WORKER);
             Some(self.system.remote::<ReadSteps>(&path))
@@ -520,6 +605,8 @@ const BEGIN_PAUSE_MAX: Duration = Duration::from_secs(10);
 const STEPS_DEADLINE: Duration = Duration::from_millis(500);
 /// Meeting takes a round trip; the rest is for processes that the system has not scheduled yet.
 const JOIN_DEADLINE: Duration = Duration::from_secs(30);
+/// How often the nodes' standing is looked at.
+const STANDING_EVERY: Duration = Duration::from_millis(250);
 /// Three announcements, and one to spare.
 const NODE_SILENCE_MAX: Duration = Duration::from_secs(4);
 /// A cluster has a few nodes, each with a message a second and a few when its shard changes.

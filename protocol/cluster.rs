@@ -43,12 +43,15 @@ pub struct NodeReport {
     /// 0 until the node has been heard of.
     pub pid: u32,
     pub alive: bool,
+    /// Its shard has a share of the model in this epoch.
+    pub in_use: bool,
 }
 
 /// One shard process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ShardReport {
-    pub rank: Rank,
+    /// Nothing while its node is not in use. Those that have one come first, in its order.
+    pub rank: Option<Rank>,
     pub node: String,
     /// 0 until the shard has registered.
     pub pid: u32,

@@ -67,6 +67,8 @@ pub(crate) struct Limits {
     /// between, whoever was late before is given more time.
     pub(crate) silence_min_seconds: f64,
     pub(crate) silence_seconds: f64,
+    /// How long a node may be away before the model is divided among the others, if it fits them.
+    pub(crate) node_grace_seconds: f64,
     /// How long a shard process that its node cannot reach may take to come back before it counts as
     /// frozen and is killed.
     pub(crate) frozen_grace_seconds: f64,
@@ -95,6 +97,7 @@ impl Default for Limits {
             load_deadline_seconds: 1800.0,
             silence_min_seconds: 0.28,
             silence_seconds: 10.0,
+            node_grace_seconds: 5.0,
             frozen_grace_seconds: 1.0,
             load_stall_seconds: 600.0,
             prefill_stall_seconds: 120.0,
@@ -161,6 +164,7 @@ impl ClusterFile {
             ("load_deadline_seconds", limits.load_deadline_seconds),
             ("silence_min_seconds", limits.silence_min_seconds),
             ("silence_seconds", limits.silence_seconds),
+            ("node_grace_seconds", limits.node_grace_seconds),
             ("frozen_grace_seconds", limits.frozen_grace_seconds),
             ("load_stall_seconds", limits.load_stall_seconds),
             ("prefill_stall_seconds", limits.prefill_stall_seconds),
@@ -230,6 +234,7 @@ impl ClusterFile {
             sequences_max: self.limits.sequences_max,
             collective_deadline: Duration::from_secs_f64(self.limits.collective_deadline_seconds),
             load_deadline: Duration::from_secs_f64(self.limits.load_deadline_seconds),
+            node_grace: Duration::from_secs_f64(self.limits.node_grace_seconds),
         }
     }
 

@@ -228,7 +228,7 @@ impl LoadBars {
                 );
                 let bar = indicatif::ProgressBar::new(0);
                 let bar = bar.with_style(style.expect("the template is well formed"));
-                let bar = bar.with_prefix(format!("{} rank {}", shard.node, shard.rank));
+                let bar = bar.with_prefix(shard.node.clone());
                 self.shown.push(self.bars.add(bar));
             }
             if let Some(LoadProgress {

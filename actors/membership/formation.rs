@@ -2,17 +2,25 @@
 //!
 //! One epoch is one formation: every node and its shard present → all load → all join → serving,
 //! until one is lost or fails. What arrives from an earlier epoch changes nothing.
+//!
+//! A node that is away for too long is left behind: the next epoch is of the others, among whom the
+//! model is divided anew, if it fits them. Once back, it is taken in again when nothing runs.
 
 use std::net::SocketAddr;
 
 use offbook_protocol::{Epoch, LoadProgress, Phase, Rank, RequestFailure};
 
-/// The state of the group. Ranks are the nodes in the order of the cluster file.
+/// The state of the group. Ranks are those nodes of it that are not left behind, in the order of the
+/// cluster file.
 #[derive(Debug)]
 pub(super) struct Formation {
     epoch: Epoch,
     stage: Stage,
     members: Vec<Member>,
+    /// Of which members the epoch is or was, in rank order.
+    group: Vec<usize>,
+    /// Groups that could not hold the model.
+    too_small: Vec<Vec<usize>>,
     /// Formations in a row that did not reach `Serving`.
     fruitless: u32,
     /// Why the group is not serving, for an operator.
@@ -32,6 +40,8 @@ pub(super) struct Member {
     pub(super) collectives: String,
     pub(super) restarts: u32,
     pub(super) last_failure: String,
+    /// It was away for too long: epochs begin without it.
+    left_behind: bool,
 }
 
 impl Member {
@@ -98,8 +108,10 @@ impl Formation {
             node,
             ..Member::default()
         };
-        let members = nodes.into_iter().map(member).collect();
+        let members: Vec<_> = nodes.into_iter().map(member).collect();
         let mut formation = Self {
+            group: (0..members.len()).collect(),
+            too_small: Vec::new(),
             epoch: last_epoch,
             stage: Stage::Gathering,
             members,
@@ -116,6 +128,22 @@ impl Formation {
 
     pub(super) fn members(&self) -> &[Member] {
         &self.members
+    }
+
+    /// The members of the epoch, in rank order.
+    pub(super) fn group(&self) -> impl Iterator<Item = &Member> {
+        self.group.iter().map(|member| &self.members[*member])
+    }
+
+    /// The member of a rank of the epoch.
+    pub(super) fn ranked(&self, rank: Rank) -> Option<&Member> {
+        self.members.get(*self.group.get(rank.index())?)
+    }
+
+    /// The place of a member in the epoch, if it has one.
+    pub(super) fn rank_of(&self, node: &str) -> Option<Rank> {
+        let rank = self.group().position(|member| member.node == node)?;
+        Some(Rank(rank as u32))
     }
 
     pub(super) fn member_mut(&mut self, node: &str) -> Option<&mut Member> {
@@ -143,6 +171,9 @@ impl Formation {
         };
         member.node_alive = true;
         let first = std::mem::replace(&mut member.node_pid, pid) == 0;
+        if member.is_here() {
+            member.left_behind = false;
+        }
         if first && matches!(self.stage, Stage::Gathering) {
             self.detail = self.who_is_missing();
             return vec![Action::BeginSoon {
@@ -154,25 +185,30 @@ impl Formation {
 
     /// A shard process of `node` has registered, for the first time or in place of a lost one.
     pub(super) fn registered(&mut self, node: &str, shard: Shard) -> Vec<Action> {
-        let Some(rank) = self.members.iter().position(|member| member.node == node) else {
+        let Some(at) = self.members.iter().position(|member| member.node == node) else {
             return Vec::new();
         };
         let mut actions = Vec::new();
-        if self.members[rank]
+        if self.members[at]
             .shard
             .as_ref()
             .is_some_and(|known| *known != shard)
         {
-            actions = self.lose(rank, format!("the shard of {node} was replaced"));
+            actions = self.lose(at, format!("the shard of {node} was replaced"));
         }
-        if self.members[rank].shard.is_none() {
-            self.members[rank].shard = Some(shard);
-            self.members[rank].load = None;
+        if self.members[at].shard.is_none() {
+            self.members[at].shard = Some(shard);
+            self.members[at].load = None;
+            if self.members[at].is_here() {
+                self.members[at].left_behind = false;
+            }
             if matches!(self.stage, Stage::Failed) {
                 // A new process may find what the old one missed: a disk, a file, memory.
                 self.stage = Stage::Gathering;
             }
-            self.detail = self.who_is_missing();
+            if matches!(self.stage, Stage::Gathering) {
+                self.detail = self.who_is_missing();
+            }
             if !actions
                 .iter()
                 .any(|action| matches!(action, Action::BeginSoon { .. }))
@@ -190,13 +226,16 @@ impl Formation {
         let lost = self.members.iter().position(|member| {
             member.node == node && member.shard.as_ref().is_some_and(|shard| shard.pid == pid)
         });
-        lost.map_or_else(Vec::new, |rank| self.lose(rank, why))
+        lost.map_or_else(Vec::new, |at| self.lose(at, why))
     }
 
-    fn lose(&mut self, rank: usize, why: String) -> Vec<Action> {
-        self.members[rank].shard = None;
-        self.members[rank].load = None;
-        self.members[rank].collectives.clear();
+    fn lose(&mut self, at: usize, why: String) -> Vec<Action> {
+        self.members[at].shard = None;
+        self.members[at].load = None;
+        self.members[at].collectives.clear();
+        if !self.group.contains(&at) {
+            return Vec::new();
+        }
         let actions = self.end_epoch(why);
         if !matches!(self.stage, Stage::Failed) {
             self.stage = Stage::Gathering;
@@ -204,14 +243,70 @@ impl Formation {
         actions
     }
 
-    /// Begins an epoch if every node and shard is there and none is under way.
+    /// A node, and its shard with it, has been away for too long: the others go on without it. The
+    /// head cannot be away, and a node that never came may be waited for.
+    pub(super) fn leave_behind(&mut self, node: &str) -> Vec<Action> {
+        let Some(member) = self.member_mut(node) else {
+            return Vec::new();
+        };
+        if member.node_pid == 0 || member.shard.is_some() || member.left_behind {
+            return Vec::new();
+        }
+        member.left_behind = true;
+        if !matches!(self.stage, Stage::Gathering) {
+            return Vec::new();
+        }
+        self.detail = self.who_is_missing();
+        vec![Action::BeginSoon {
+            fruitless: self.fruitless,
+        }]
+    }
+
+    /// Is a node back that the epoch which serves is without?
+    pub(super) fn could_be_more(&self) -> bool {
+        let group = self.next_group();
+        matches!(self.stage, Stage::Serving)
+            && group.len() > self.group.len()
+            && group.iter().all(|at| self.members[*at].is_here())
+    }
+
+    /// Ends an epoch in which nothing runs for one that has those nodes too which are back.
+    pub(super) fn take_back(&mut self) -> Vec<Action> {
+        if !self.could_be_more() {
+            return Vec::new();
+        }
+        // It may be another machine, or have other memory, than the one that was too small.
+        self.too_small.clear();
+        let actions = self.end_epoch("a node is back".into());
+        self.stage = Stage::Gathering;
+        actions
+    }
+
+    /// Of whom the next epoch will be: all but those left behind, unless the others could not hold
+    /// the model.
+    fn next_group(&self) -> Vec<usize> {
+        let all = 0..self.members.len();
+        let group: Vec<_> = all
+            .clone()
+            .filter(|at| !self.members[*at].left_behind)
+            .collect();
+        if self.too_small.contains(&group) {
+            all.collect()
+        } else {
+            group
+        }
+    }
+
+    /// Begins an epoch if every node and shard of it is there and none is under way.
     pub(super) fn begin(&mut self) -> Vec<Action> {
-        let all_here = self.members.iter().all(Member::is_here);
+        let group = self.next_group();
+        let all_here = group.iter().all(|at| self.members[*at].is_here());
         if !all_here || !matches!(self.stage, Stage::Gathering) {
             return Vec::new();
         }
+        self.group = group;
         self.epoch = self.epoch.next();
-        self.stage = Stage::Loading(vec![None; self.members.len()]);
+        self.stage = Stage::Loading(vec![None; self.group.len()]);
         self.detail = "shards are loading".into();
         let epoch = self.epoch;
         self.ranks()
@@ -246,7 +341,17 @@ impl Formation {
         if epoch != self.epoch || !matches!(self.stage, Stage::Loading(_)) {
             return Vec::new();
         }
-        let why = format!("rank {rank} ({}): {why}", self.members[rank.index()].node);
+        let node = self.ranked(rank).map_or("", |member| &member.node);
+        let why = format!("rank {rank} ({node}): {why}");
+        if self.group.len() < self.members.len() {
+            // The others cannot do without the one that is away: it is waited for again.
+            self.too_small.push(self.group.clone());
+            let mut actions = self.end_epoch(why);
+            self.stage = Stage::Gathering;
+            actions.retain(|action| !matches!(action, Action::BeginSoon { .. }));
+            self.detail = format!("{}, without whom: {}", self.who_is_missing(), self.detail);
+            return actions;
+        }
         self.fail(why, |detail| RequestFailure::ClusterFailed { detail })
     }
 
@@ -259,7 +364,7 @@ impl Formation {
             return Vec::new();
         }
         joined[rank.index()] = true;
-        self.members[rank.index()].collectives = collectives;
+        self.members[self.group[rank.index()]].collectives = collectives;
         if !joined.iter().all(|joined| *joined) {
             return Vec::new();
         }
@@ -311,10 +416,10 @@ impl Formation {
             Stage::Loading(_) | Stage::Joining(_) => self.fruitless += 1,
         }
         if !matches!(self.stage, Stage::Gathering | Stage::Failed) {
-            for rank in self
-                .ranks()
-                .filter(|rank| self.members[rank.index()].shard.is_some())
-            {
+            for rank in self.ranks().filter(|rank| {
+                self.ranked(*rank)
+                    .is_some_and(|member| member.shard.is_some())
+            }) {
                 actions.push(Action::Leave {
                     epoch,
                     rank,
@@ -330,13 +435,14 @@ impl Formation {
     }
 
     fn ranks(&self) -> impl Iterator<Item = Rank> + use<> {
-        (0..self.members.len() as u32).map(Rank)
+        (0..self.group.len() as u32).map(Rank)
     }
 
     fn who_is_missing(&self) -> String {
-        let missing: Vec<_> = self
-            .members
+        let group = self.next_group();
+        let missing: Vec<_> = group
             .iter()
+            .map(|at| &self.members[*at])
             .filter(|member| !member.is_here())
             .map(|member| member.node.as_str())
             .collect();
@@ -503,6 +609,115 @@ mod tests {
         formation.registered("b", shard(9));
         let again = formation.given_up("b", "as before");
         assert!(matches!(again[..], [Action::GiveUp(_)]));
+    }
+
+    /// `a`, `b` and `c` served, and `c` was left behind.
+    fn without_c() -> Formation {
+        let names = ["a", "b", "c"];
+        let mut formation = Formation::new(names.map(String::from), Epoch(0));
+        for (pid, node) in (1..).zip(names) {
+            formation.announced(node, 10 + pid);
+            formation.registered(node, shard(pid));
+        }
+        serve(&mut formation, 3);
+        formation.lost("c", 3, "silent".into());
+        assert!(formation.begin().is_empty(), "it may come back");
+        assert_eq!(
+            formation.leave_behind("c"),
+            [Action::BeginSoon { fruitless: 0 }]
+        );
+        assert!(formation.leave_behind("c").is_empty(), "only once");
+        formation
+    }
+
+    fn serve(formation: &mut Formation, size: u32) {
+        assert_eq!(formation.begin().len(), size as usize);
+        let epoch = formation.epoch();
+        for rank in (0..size).map(Rank) {
+            formation.loaded(epoch, rank, ADDRESS);
+        }
+        for rank in (0..size).map(Rank) {
+            formation.joined(epoch, rank, String::new());
+        }
+        assert_eq!(formation.phase(), Phase::Ready);
+    }
+
+    #[test]
+    fn the_others_go_on_without_a_node_and_take_it_back_when_told_to() {
+        let mut formation = without_c();
+        serve(&mut formation, 2);
+        assert_eq!(formation.rank_of("c"), None);
+        assert!(!formation.could_be_more());
+        assert!(formation.take_back().is_empty(), "it is not there");
+
+        formation.announced("c", 23);
+        formation.registered("c", shard(4));
+        assert_eq!(formation.phase(), Phase::Ready, "nothing is disturbed");
+        assert!(formation.lost("c", 4, "again".into()).is_empty());
+        assert_eq!(formation.phase(), Phase::Ready, "nor by its loss");
+        formation.registered("c", shard(5));
+        assert!(formation.could_be_more());
+        assert!(matches!(
+            formation.take_back()[..],
+            [
+                Action::Suspend { .. },
+                Action::Leave { .. },
+                Action::Leave { .. },
+                Action::BeginSoon { .. }
+            ]
+        ));
+        serve(&mut formation, 3);
+        assert_eq!(formation.rank_of("c"), Some(Rank(2)));
+    }
+
+    #[test]
+    fn ranks_are_those_of_the_group() {
+        let mut formation = without_c();
+        formation.announced("c", 23);
+        formation.registered("c", shard(4));
+        formation.lost("a", 1, "silent".into());
+        formation.leave_behind("a");
+        serve(&mut formation, 2);
+        assert_eq!(formation.ranked(Rank(0)).unwrap().node, "b");
+        assert_eq!(formation.rank_of("c"), Some(Rank(1)));
+        let actions = formation.lost("c", 4, "silent".into());
+        let left: Vec<_> = actions
+            .iter()
+            .filter(|action| matches!(action, Action::Leave { .. }))
+            .collect();
+        assert!(matches!(left[..], [Action::Leave { rank: Rank(0), .. }]));
+    }
+
+    #[test]
+    fn those_that_cannot_hold_the_model_wait_for_the_other() {
+        let mut formation = without_c();
+        formation.begin();
+        let actions = formation.refused(formation.epoch(), Rank(1), "12 GB are missing");
+        assert!(
+            actions
+                .iter()
+                .all(|action| matches!(action, Action::Leave { .. })),
+            "nobody is given up: {actions:?}"
+        );
+        assert!(formation.begin().is_empty(), "not again without it");
+        assert_eq!(formation.phase(), Phase::Gathering);
+        let detail = formation.detail();
+        assert!(
+            detail.contains("waiting for c") && detail.contains("12 GB"),
+            "{detail}"
+        );
+        formation.announced("c", 23);
+        formation.registered("c", shard(4));
+        serve(&mut formation, 3);
+    }
+
+    #[test]
+    fn a_node_that_never_came_is_not_left_behind() {
+        let mut formation = Formation::new(["a".into(), "b".into()], Epoch(0));
+        formation.announced("a", 11);
+        formation.registered("a", shard(1));
+        assert!(formation.leave_behind("b").is_empty());
+        assert!(formation.begin().is_empty());
     }
 
     #[test]

@@ -231,7 +231,10 @@ fn cluster(report: &ClusterReport, encoder: &mut DescriptorEncoder<'_>) -> fmt::
     let shards = || {
         report.shards.iter().map(|shard| {
             let labels = [
-                ("rank", shard.rank.to_string()),
+                (
+                    "rank",
+                    shard.rank.map_or_else(String::new, |rank| rank.to_string()),
+                ),
                 ("node", shard.node.clone()),
             ];
             (shard, labels)
