@@ -20,8 +20,7 @@ pub struct Patience {
     /// The least silence that makes a process count as lost. It is a process's reaction time at its
     /// worst: a stall of the scheduler, and some heartbeats lost after it.
     pub lose_min: Duration,
-    /// The silence that makes a process count as lost however late it was before, and the patience
-    /// with one of which too little has been heard.
+    /// The silence that makes a process count as lost however late it was before.
     pub lose_max: Duration,
 }
 
@@ -107,7 +106,7 @@ impl Detector {
             lose_min, lose_max, ..
         } = self.patience;
         if self.gaps.count < GAPS_KNOWN_MIN {
-            return lose_max;
+            return (lose_min * STARTING).min(lose_max);
         }
         (self.gaps.longest() * 2).clamp(lose_min, lose_max.max(lose_min))
     }
@@ -240,8 +239,10 @@ const PHI_LOST: f64 = 12.0;
 const FORGET: f64 = 1.0 / 80.0;
 /// Of so many heartbeats in a row, one arrives.
 const OWED_MAX: u32 = 8;
-/// Before so many gaps are known, a process may still be starting, and nothing is known of it.
+/// Before so many gaps are known, a process may still be starting, and is given so many times the least
+/// silence.
 const GAPS_KNOWN_MIN: u32 = 20;
+const STARTING: u32 = 4;
 /// A process that was late is given more time for one to two of these.
 const PERIOD: Duration = Duration::from_secs(30);
 
@@ -423,8 +424,8 @@ mod tests {
         let began = Instant::now();
         let mut detector = Detector::new(Patience::default(), began);
         detector.heard(began + ms(25));
-        assert_eq!(detector.standing(began + ms(1900)), Standing::Suspected);
-        assert_eq!(detector.standing(began + ms(2025)), Standing::Lost);
+        assert_eq!(detector.standing(began + ms(1100)), Standing::Suspected);
+        assert_eq!(detector.standing(began + ms(1145)), Standing::Lost);
     }
 
     #[test]
