@@ -284,6 +284,8 @@ impl Membership {
             alive: member.shard.is_some(),
             restarts: member.restarts,
             last_failure: member.last_failure.clone(),
+            last_lines: member.last_lines.clone(),
+            given_up: member.given_up,
             load: member.load,
             collectives: member.collectives.clone(),
         };
@@ -402,6 +404,8 @@ pub struct Announce {
     pub restarts: u32,
     /// How the shard ended last; empty when it never did.
     pub last_failure: String,
+    /// What it last wrote to its standard error, cut to what a message may carry.
+    pub last_lines: Vec<String>,
     /// The process that ended, when this is the news of an end.
     pub ended_pid: Option<u32>,
     /// The node does not start its shard any more.
@@ -410,6 +414,7 @@ pub struct Announce {
 
 impl RemoteMessage for Announce {
     const NAME: &'static str = "announce";
+    const VERSION: u16 = 2;
     type Reply = ();
 }
 
@@ -426,6 +431,8 @@ impl Handler<Announce> for Membership {
         };
         member.restarts = news.restarts;
         member.last_failure.clone_from(&news.last_failure);
+        member.last_lines.clone_from(&news.last_lines);
+        member.given_up = news.given_up;
         self.heard_of_nodes
             .insert(news.node.clone(), Instant::now());
         if member.node_pid != news.pid || !member.node_alive {

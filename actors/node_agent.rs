@@ -114,6 +114,10 @@ impl NodeAgent {
                 .as_ref()
                 .and_then(|status| status.last.as_ref())
                 .map_or_else(String::new, describe),
+            last_lines: status
+                .as_ref()
+                .and_then(|status| status.last.as_ref())
+                .map_or_else(Vec::new, |restart| cut(&restart.last_lines)),
             ended_pid,
             given_up: status.is_some_and(|status| status.state == ChildState::Escalated),
         };
@@ -229,6 +233,12 @@ impl Handler<StopShard> for NodeAgent {
     }
 }
 
+/// The same lines, none so long that fifty of them would not fit a message.
+fn cut(lines: &[String]) -> Vec<String> {
+    let cut = |line: &String| line.chars().take(LINE_CHARS_MAX).collect();
+    lines.iter().map(cut).collect()
+}
+
 /// One line for an operator: how it ended, and the last thing it said.
 fn describe(restart: &Restart) -> String {
     let how = match &restart.exit {
@@ -246,6 +256,8 @@ fn describe(restart: &Restart) -> String {
     }
 }
 
+/// As much of a line as an operator reads: fifty take 60 kB at most.
+const LINE_CHARS_MAX: usize = 300;
 /// The shard's name in the supervisor: a node has one.
 const SHARD: &str = "shard-0";
 /// Often enough that an operator sees a dead node at once; nothing else depends on it.

@@ -59,6 +59,10 @@ pub struct ShardReport {
     pub restarts: u32,
     /// Why it was restarted last; empty when it never was.
     pub last_failure: String,
+    /// The last lines that the process which failed last wrote to its standard error.
+    pub last_lines: Vec<String>,
+    /// It failed too often: its node does not start it any more.
+    pub given_up: bool,
     pub load: Option<LoadProgress>,
     /// The way that its collectives take: `delegated`, `cpu-stream`, `mlx` or `alone`; empty until it
     /// has joined a group.

@@ -46,6 +46,8 @@ pub(crate) enum Command {
     Generate(Generate),
     /// Show who would own what, and how many bytes
     Plan(Plan),
+    /// Show the state of a running cluster: nodes, shards, epoch, restarts, last failures
+    Status(Status),
     /// Measure
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -111,6 +113,12 @@ pub(crate) struct LocalOptions {
     /// How long a request may take from its arrival to its last token, waits included
     #[arg(long, value_name = "TIME", default_value = "10min", value_parser = duration)]
     pub(crate) request_timeout: Duration,
+    /// A process that ends so often within a minute, and once more, is given up
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pub(crate) restarts: u32,
+    /// The pause before a restart doubles with each one within a minute, up to this
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
+    pub(crate) restart_pause_max: Duration,
 }
 
 #[derive(Debug, Args)]
@@ -185,6 +193,16 @@ pub(crate) struct ClusterInit {
     /// Keep collectives on the device's stream: auto (where it can), on, off or require
     #[arg(long, default_value_t = FastSynch::Auto, value_name = "auto|on|off|require")]
     pub(crate) fast_synch: FastSynch,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Status {
+    /// The API of the cluster
+    #[arg(long, default_value = "http://127.0.0.1:8080", value_name = "URL")]
+    pub(crate) api: String,
+    /// Print what the cluster says as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -516,7 +534,7 @@ pub(crate) struct BenchDecode {
 pub(crate) struct BenchLoss {
     #[command(flatten)]
     pub(crate) local: LocalOptions,
-    /// Shards killed; a node gives up a shard that ends six times within a minute
+    /// Shards killed; see --restarts, of which each takes one
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) runs: u32,
     /// Print one JSON object instead of text

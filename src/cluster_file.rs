@@ -79,6 +79,8 @@ pub(crate) struct Limits {
     pub(crate) decode_stall_seconds: f64,
     /// A process that ends so often within a minute, and once more, is given up.
     pub(crate) restarts_max: u32,
+    /// The pause before a restart doubles with each one within a minute, up to this.
+    pub(crate) restart_pause_max_seconds: f64,
     /// How long a request may take from its arrival to its last token, waits included.
     pub(crate) request_deadline_seconds: f64,
     /// A request that runs while so many epochs in a row are lost, without a token in between, is
@@ -103,6 +105,7 @@ impl Default for Limits {
             prefill_stall_seconds: 120.0,
             decode_stall_seconds: 60.0,
             restarts_max: RestartPolicy::default().intensity,
+            restart_pause_max_seconds: RestartPolicy::default().backoff_max.as_secs_f64(),
             request_deadline_seconds: 600.0,
             request_losses_max: 3,
         }
@@ -165,6 +168,10 @@ impl ClusterFile {
             ("silence_min_seconds", limits.silence_min_seconds),
             ("silence_seconds", limits.silence_seconds),
             ("node_grace_seconds", limits.node_grace_seconds),
+            (
+                "restart_pause_max_seconds",
+                limits.restart_pause_max_seconds,
+            ),
             ("frozen_grace_seconds", limits.frozen_grace_seconds),
             ("load_stall_seconds", limits.load_stall_seconds),
             ("prefill_stall_seconds", limits.prefill_stall_seconds),
@@ -266,6 +273,7 @@ impl ClusterFile {
     pub(crate) fn restarts(&self) -> RestartPolicy {
         RestartPolicy {
             intensity: self.limits.restarts_max,
+            backoff_max: Duration::from_secs_f64(self.limits.restart_pause_max_seconds),
             ..RestartPolicy::default()
         }
     }

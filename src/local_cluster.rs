@@ -56,6 +56,8 @@ impl LocalCluster {
                 ..Limits::default()
             };
             limits.sequences_max = options.sequences;
+            limits.restarts_max = options.restarts;
+            limits.restart_pause_max_seconds = options.restart_pause_max.as_secs_f64();
             limits.request_deadline_seconds = options.request_timeout.as_secs_f64();
             ClusterFile {
                 cluster: format!("local-{}", std::process::id()),
@@ -67,7 +69,11 @@ impl LocalCluster {
                 nodes,
             }
         })?;
-        let (supervisor, _events) = Supervisor::new(RestartPolicy::default());
+        let (supervisor, _events) = Supervisor::new(RestartPolicy {
+            intensity: options.restarts,
+            backoff_max: options.restart_pause_max,
+            ..RestartPolicy::default()
+        });
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         for (number, (name, _)) in (0..).zip(&nodes) {
             let mut spec = ChildSpec::new(name, &program)

@@ -11,6 +11,7 @@ mod node;
 mod backend;
 mod shard;
 mod generate;
+mod status;
 mod plan;
 mod bench;
 mod doctor;
@@ -48,6 +49,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Generate(options) => on_this_thread(generate::run(options)),
         Command::Plan(options) => plan::run(&options),
+        Command::Status(options) => on_this_thread(status::run(options)),
         Command::Bench(command) => on_this_thread(bench::run(command)),
         Command::Doctor(options) => on_this_thread(doctor::run(options)),
         Command::Rank(options) => bench::rank::run(&options),

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use support::{Cluster, Events, fixture, long_completion, send_signal};
+use support::{Cluster, Events, fixture, long_completion, offbook, send_signal};
 
 #[test]
 fn beyond_its_deadline() {
@@ -74,7 +74,38 @@ fn for_a_shard_that_is_given_up() {
         send_signal(cluster.shard_pid(1), "KILL");
     };
     let refused = lost_for_good(&cluster, lose, "shard_lost");
-    assert_eq!(refused["shards"][1]["alive"], false);
+    let shard = &refused["shards"][1];
+    assert_eq!(shard["alive"], false);
+    // An operator reads how often it ended, how, and what it said last.
+    assert_eq!(
+        (&shard["given_up"], &shard["restarts"]),
+        (&json!(true), &json!(5))
+    );
+    let said = shard["last_lines"].as_array().expect("a list");
+    let missing = |line: &Value| {
+        line.as_str()
+            .is_some_and(|line| line.contains("identity.pem"))
+    };
+    assert!(said.iter().any(missing), "{shard}");
+    let status = |more: &[&str]| {
+        let mut command = offbook();
+        command
+            .args(["status", "--api"])
+            .arg(cluster.url(""))
+            .args(more);
+        let output = command.output().expect("offbook starts");
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).expect("it is text")
+    };
+    let text = status(&[]);
+    let heading = "The shard of node-2 was given up after 5 restarts";
+    assert!(
+        text.starts_with("failed") && text.contains(heading),
+        "{text}"
+    );
+    assert!(text.contains("identity.pem"), "{text}");
+    let report: Value = serde_json::from_str(&status(&["--json"])).expect("it is JSON");
+    assert_eq!(report["shards"][1]["last_lines"], shard["last_lines"]);
 }
 
 /// Loses a shard that does not come back: one that streams, one that does not and one that comes

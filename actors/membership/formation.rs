@@ -40,6 +40,8 @@ pub(super) struct Member {
     pub(super) collectives: String,
     pub(super) restarts: u32,
     pub(super) last_failure: String,
+    pub(super) last_lines: Vec<String>,
+    pub(super) given_up: bool,
     /// It was away for too long: epochs begin without it.
     left_behind: bool,
 }

@@ -200,7 +200,13 @@ impl Keeper {
                     }
                 }
                 Verdict::Escalate => {
-                    tracing::error!(child = %self.spec.name, "a child failed too often");
+                    let restarts = lock(&self.status).restarts;
+                    let (exit, why) = (&restart.exit, &restart.why);
+                    tracing::error!(
+                        child = %self.spec.name, restarts, %exit, why,
+                        last_lines = ?restart.last_lines,
+                        "a child failed too often and is given up"
+                    );
                     self.change(ChildState::Escalated, |status| {
                         status.last = Some(restart.clone())
                     });

@@ -65,6 +65,69 @@ async fn a_killed_child_is_started_again() {
     .await;
 }
 
+/// Of many, so that one in which the machine was busy elsewhere does not count.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn an_end_is_seen_through_a_pidfd_within_5_ms() {
+    within(async {
+        let (supervisor, mut news) = Supervisor::new(policy(100));
+        supervisor.start(shell("child", "read never")).unwrap();
+        let mut took = Vec::new();
+        for _ in 0..30 {
+            let pid = started(&mut news).await;
+            let files = std::fs::read_dir("/proc/self/fd").unwrap();
+            let links = files.filter_map(|file| std::fs::read_link(file.ok()?.path()).ok());
+            assert!(
+                links
+                    .into_iter()
+                    .any(|link| link.ends_with("anon_inode:[pidfd]")),
+                "nothing waits for a pidfd"
+            );
+            let killed = Instant::now();
+            kill(pid);
+            let Event::Exited { .. } = news.recv().await.unwrap() else {
+                panic!()
+            };
+            took.push(killed.elapsed());
+        }
+        took.sort();
+        println!(
+            "ends were seen after {:?}, at most {:?}",
+            took[15], took[29]
+        );
+        assert!(took[15] <= Duration::from_millis(5), "{took:?}");
+        supervisor.stop(LONG).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_child_that_hangs_is_killed_for_a_reason_that_is_on_record() {
+    within(async {
+        let (supervisor, mut news) = Supervisor::new(policy(5));
+        supervisor.start(shell("child", "read never")).unwrap();
+        let pid = started(&mut news).await;
+        supervisor
+            .kill_child("child", pid + 1, "not this one")
+            .unwrap();
+        supervisor.kill_child("child", pid, "it hangs").unwrap();
+        let Event::Exited { restart, .. } = news.recv().await.unwrap() else {
+            panic!()
+        };
+        assert_eq!(
+            (restart.exit, restart.why.as_str()),
+            (Exit::Signal(9), "it hangs")
+        );
+        assert_ne!(started(&mut news).await, pid);
+        assert_eq!(
+            supervisor.kill_child("nobody", pid, ""),
+            Err(SupervisorError::NoSuchChild("nobody".into()))
+        );
+        supervisor.stop(LONG).await;
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn one_that_fails_too_often_is_left_alone_with_its_last_words() {
     within(async {

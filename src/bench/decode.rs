@@ -81,6 +81,8 @@ async fn one_cluster(options: &BenchDecode, model: &Path, nodes: u32) -> Result<
         data_dir: None,
         sequences: 1,
         request_timeout: Duration::from_secs(600),
+        restarts: 5,
+        restart_pause_max: Duration::from_secs(10),
     };
     let cluster = LocalCluster::start(&local, ([127, 0, 0, 1], 0).into())?;
     let measured = async {

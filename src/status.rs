@@ -1,0 +1,156 @@
+//! `offbook status`: what an operator wants to know of a running cluster, in one look.
+
+use anyhow::{Context, Result, bail};
+use offbook_protocol::{ClusterReport, NodeReport, Phase, ShardReport};
+
+use crate::cli::Status;
+
+pub(crate) async fn run(options: Status) -> Result<()> {
+    let url = format!("{}/v1/cluster", options.api.trim_end_matches('/'));
+    let answer = reqwest::get(&url).await;
+    let answer = answer.with_context(|| format!("no cluster answers at {}", options.api))?;
+    if !answer.status().is_success() {
+        bail!("{url} answers {}", answer.status());
+    }
+    let text = answer.text().await?;
+    if options.json {
+        println!("{text}");
+        return Ok(());
+    }
+    let report = serde_json::from_str(&text);
+    let report = report.with_context(|| format!("{url} is not the report of a cluster"))?;
+    print!("{}", table(&report));
+    Ok(())
+}
+
+fn table(report: &ClusterReport) -> String {
+    let phase = match report.phase {
+        Phase::Gathering => "gathering",
+        Phase::Loading => "loading",
+        Phase::Ready => "ready",
+        Phase::Failed => "failed",
+    };
+    let used = report.nodes.iter().filter(|node| node.in_use).count();
+    let mut text = format!(
+        "{phase}, epoch {}: {} over {used} of {} nodes ({} over {})\n",
+        report.epoch,
+        report.model,
+        report.nodes.len(),
+        report.layout,
+        report.transport,
+    );
+    if !report.detail.is_empty() {
+        text += &format!("{}\n", printable(&report.detail));
+    }
+    text += &format!(
+        "{} requests run, {} wait\n\n",
+        report.requests_running, report.requests_queued
+    );
+    let width = report.nodes.iter().map(|node| node.name.len()).max();
+    let width = width.unwrap_or_default().max(4);
+    text += &format!(
+        "{:<width$}  {:>8}  {:<10}  {:>4}  {:>9}  {:<9}  {:>8}  last failure\n",
+        "node", "pid", "state", "rank", "shard pid", "state", "restarts"
+    );
+    for node in &report.nodes {
+        let shard = report.shards.iter().find(|shard| shard.node == node.name);
+        text += &row(node, shard, width);
+    }
+    for shard in report.shards.iter().filter(|shard| shard.given_up) {
+        text += &format!(
+            "\nThe shard of {} was given up after {} restarts. Its last lines:\n",
+            shard.node, shard.restarts
+        );
+        for line in &shard.last_lines {
+            text += &format!("  {}\n", printable(line));
+        }
+    }
+    text
+}
+
+fn row(node: &NodeReport, shard: Option<&ShardReport>, width: usize) -> String {
+    let state = match (node.alive, node.in_use) {
+        (true, true) => "alive",
+        (true, false) => "not in use",
+        (false, _) => "away",
+    };
+    let Some(shard) = shard else {
+        return format!("{:<width$}  {:>8}  {state}\n", node.name, node.pid);
+    };
+    let rank = shard
+        .rank
+        .map_or_else(|| "–".into(), |rank| rank.to_string());
+    let shard_state = match (shard.given_up, shard.alive) {
+        (true, _) => "given up",
+        (false, true) => "alive",
+        (false, false) => "away",
+    };
+    let row = format!(
+        "{:<width$}  {:>8}  {state:<10}  {rank:>4}  {:>9}  {shard_state:<9}  {:>8}  {}",
+        node.name,
+        node.pid,
+        shard.pid,
+        shard.restarts,
+        printable(&shard.last_failure),
+    );
+    format!("{}\n", row.trim_end())
+}
+
+/// What a process wrote may hold anything: nothing of it shall command the terminal.
+fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use offbook_protocol::{Epoch, FastSynch, Layout, Rank, Transport};
+
+    use super::*;
+
+    #[test]
+    fn a_shard_that_is_given_up_is_shown_with_its_last_words() {
+        let node = |name: &str, alive| NodeReport {
+            name: name.into(),
+            pid: 7,
+            alive,
+            in_use: alive,
+        };
+        let shard = |node: &str, given_up: bool| ShardReport {
+            rank: (!given_up).then_some(Rank(0)),
+            node: node.into(),
+            pid: 8,
+            alive: !given_up,
+            restarts: 5,
+            last_failure: "signal 9".into(),
+            last_lines: vec!["\u{1b}[31mno key".into()],
+            given_up,
+            load: None,
+            collectives: String::new(),
+        };
+        let report = ClusterReport {
+            api: String::new(),
+            epoch: Epoch(3),
+            phase: Phase::Failed,
+            detail: "the shard of b was given up".into(),
+            model: "m".into(),
+            layout: Layout::Tensor,
+            transport: Transport::Quic,
+            fast_synch: FastSynch::Auto,
+            requests_running: 0,
+            requests_queued: 2,
+            nodes: vec![node("a", true), node("b", false)],
+            shards: vec![shard("a", false), shard("b", true)],
+        };
+        let text = table(&report);
+        for wanted in [
+            "failed, epoch 3: m over 1 of 2 nodes (tensor over quic)",
+            "0 requests run, 2 wait",
+            "given up after 5 restarts",
+            "  [31mno key\n",
+        ] {
+            assert!(text.contains(wanted), "{wanted:?} is not in\n{text}");
+        }
+        let row = text.lines().find(|line| line.starts_with("b ")).unwrap();
+        assert!(row.contains("away") && row.ends_with("signal 9"), "{row}");
+    }
+}
