@@ -48,6 +48,9 @@ pub(crate) enum Command {
     Plan(Plan),
     /// Show the state of a running cluster: nodes, shards, epoch, restarts, last failures
     Status(Status),
+    /// Kill or freeze shards of a cluster on this machine while it answers, and compare every answer.
+    /// Exit code 0 only if no token was lost, doubled or wrong
+    Stress(Stress),
     /// Measure
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -201,6 +204,33 @@ pub(crate) struct Status {
     #[arg(long, default_value = "http://127.0.0.1:8080", value_name = "URL")]
     pub(crate) api: String,
     /// Print what the cluster says as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Stress {
+    #[command(flatten)]
+    pub(crate) local: LocalOptions,
+    /// Clients that ask at the same time
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) clients: u32,
+    /// Shards, of any rank, that are killed with -9
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) kills: u32,
+    /// Stop them with SIGSTOP instead
+    #[arg(long)]
+    pub(crate) freeze: bool,
+    /// The longest pause between a recovery and the next kill
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = duration)]
+    pub(crate) every: Duration,
+    /// The longest answer
+    #[arg(long, value_name = "TOKENS", default_value_t = 200, value_parser = clap::value_parser!(u32).range(2..))]
+    pub(crate) tokens: u32,
+    /// Decides who is killed, and when
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Print one JSON object instead of a table
     #[arg(long)]
     pub(crate) json: bool,
 }

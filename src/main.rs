@@ -12,6 +12,7 @@ mod backend;
 mod shard;
 mod generate;
 mod status;
+mod stress;
 mod plan;
 mod bench;
 mod doctor;
@@ -50,6 +51,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Generate(options) => on_this_thread(generate::run(options)),
         Command::Plan(options) => plan::run(&options),
         Command::Status(options) => on_this_thread(status::run(options)),
+        Command::Stress(options) => on_this_thread(stress::run(options)),
         Command::Bench(command) => on_this_thread(bench::run(command)),
         Command::Doctor(options) => on_this_thread(doctor::run(options)),
         Command::Rank(options) => bench::rank::run(&options),
