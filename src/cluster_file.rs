@@ -286,6 +286,19 @@ impl ClusterFile {
         }
     }
 
+    /// Of a shard's system. It speaks with its own node and with the head: a head that stands still
+    /// for a while costs no step, so its silence is borne as long as any silence may last.
+    pub(crate) fn shard_runtime_limits(&self) -> offbook_runtime::Limits {
+        let limits = self.runtime_limits();
+        offbook_runtime::Limits {
+            patience: Patience {
+                lose_min: limits.patience.lose_max,
+                ..limits.patience
+            },
+            ..limits
+        }
+    }
+
     pub(crate) fn runtime_limits(&self) -> offbook_runtime::Limits {
         let silence = Duration::from_secs_f64(self.limits.silence_seconds);
         let silence_min = Duration::from_secs_f64(self.limits.silence_min_seconds);

@@ -29,7 +29,7 @@ pub(crate) async fn run(options: Shard) -> Result<()> {
         trust: trust.clone(),
         listen: (own.address.ip(), 0).into(),
         boot: boot(),
-        limits: cluster.runtime_limits(),
+        limits: cluster.shard_runtime_limits(),
     })
     .await?;
     system.learn(ProcessName::new(&*own.name)?, own.address);

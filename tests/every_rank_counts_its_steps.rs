@@ -15,8 +15,7 @@ fn and_the_parts_add_up() {
             .count(),
         1
     );
-    let text = cluster.get_text("/metrics");
-    let figure = |what: &str, rank: usize, kind: &str, part: &str| -> f64 {
+    let read = |text: &str, what: &str, rank: usize, kind: &str, part: &str| -> f64 {
         let node = rank + 1;
         let line = format!(
             "offbook_step_seconds_{what}{{rank=\"{rank}\",node=\"node-{node}\",kind=\"{kind}\",\
@@ -26,10 +25,24 @@ fn and_the_parts_add_up() {
         let found = found.unwrap_or_else(|| panic!("no {line} in\n{text}"));
         found.parse().unwrap()
     };
+    // The ranks that do not sample may note their last steps after the client has the last token.
+    let counts = |text: &str, rank| read(text, "count", rank, "decode", "total");
+    let begun = std::time::Instant::now();
+    let text = loop {
+        let text = cluster.get_text("/metrics");
+        if (0..3).all(|rank| counts(&text, rank) >= 39.0) {
+            break text;
+        }
+        assert!(
+            begun.elapsed().as_secs() < 10,
+            "steps are missing in\n{text}"
+        );
+    };
+    let figure = |what: &str, rank, kind: &str, part: &str| read(&text, what, rank, kind, part);
     for rank in 0..3 {
         // The first token comes of the prompt's step; one step may run ahead of the end.
         let steps = figure("count", rank, "decode", "total");
-        assert!((39.0..=41.0).contains(&steps), "rank {rank}: {steps}");
+        assert!(steps <= 41.0, "rank {rank}: {steps}");
         assert!(figure("count", rank, "prefill", "total") >= 1.0);
         let seconds = |part| figure("sum", rank, "decode", part);
         let parts = seconds("model") + seconds("gpu_eval") + seconds("eval");
