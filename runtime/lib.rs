@@ -46,6 +46,7 @@ mod frame;
 mod codec;
 mod sync;
 pub mod supervise;
+pub mod measure;
 
 pub use detector::{Detector, OwnTimer, Patience, Pulse, Standing};
 pub use failure::{AskError, Lost, LostReason, TellError};
