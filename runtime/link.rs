@@ -223,6 +223,9 @@ impl Link {
             return;
         }
         tracing::info!(peer = %self.peer, addr = %connection.remote_address(), "link up");
+        // What is ordered goes before the items of subscriptions: only those may be bulk. An error
+        // means that the connection is gone, of which the reader hears too.
+        let _ = sending.set_priority(1);
         tokio::spawn(Arc::clone(self).write(Arc::clone(shared), sending));
         tokio::spawn(Arc::clone(self).accept_subscriptions(Arc::clone(shared), connection.clone()));
         let (link, shared) = (Arc::clone(self), Arc::clone(shared));
