@@ -11,8 +11,9 @@
 //! | item | | one item |
 //! | opened, end, abandoned | | |
 //!
-//! The extension is empty today and skipped when it is not: a place for what a later version adds
-//! to every message, such as the context of a trace. Bodies belong to `codec.rs`.
+//! The extension holds fields, each `tag u8, length u8, bytes`, of which a reader skips those that it
+//! does not know: a place for what a later version adds to every message. Tag 1 is the context of a
+//! trace, `trace u128, span u64`. Bodies belong to `codec.rs`.
 
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -22,6 +23,7 @@ use quinn::{ReadError, RecvStream};
 
 use crate::codec::EncodeError;
 use crate::failure::Failure;
+use crate::trace::TraceContext;
 
 /// One frame, borrowed from the bytes that arrived.
 #[derive(Debug, PartialEq)]
@@ -43,6 +45,7 @@ pub(crate) enum Frame<'a> {
 pub(crate) struct Call<'a> {
     pub(crate) id: u64,
     pub(crate) deadline: Duration,
+    pub(crate) trace: Option<TraceContext>,
     pub(crate) actor: &'a str,
     pub(crate) message: &'a str,
     pub(crate) version: u16,
@@ -87,10 +90,11 @@ impl<'a> Frame<'a> {
 
 impl<'a> Call<'a> {
     fn parse(rest: &mut &'a [u8]) -> Result<Self, FrameError> {
-        take_short(rest)?;
+        let trace = parse_extension(take_short(rest)?)?;
         Ok(Self {
             id: take_u64(rest)?,
             deadline: Duration::from_micros(take_u64(rest)?),
+            trace,
             actor: take_text(rest)?,
             message: take_text(rest)?,
             version: take_u16(rest)?,
@@ -100,7 +104,16 @@ impl<'a> Call<'a> {
 
     fn write(&self, kind: u8, out: &mut BytesMut) {
         out.put_u8(kind);
-        out.put_u16_le(0);
+        match self.trace {
+            None => out.put_u16_le(0),
+            Some(TraceContext { trace, span }) => {
+                out.put_u16_le(2 + u16::from(TRACE_BYTES));
+                out.put_u8(TRACE);
+                out.put_u8(TRACE_BYTES);
+                out.put_u128_le(trace);
+                out.put_u64_le(span);
+            }
+        }
         out.put_u64_le(self.id);
         out.put_u64_le(self.deadline.as_micros().try_into().unwrap_or(u64::MAX));
         put_text(out, self.actor);
@@ -108,6 +121,25 @@ impl<'a> Call<'a> {
         out.put_u16_le(self.version);
         out.put_slice(self.body);
     }
+}
+
+/// Takes what this version knows and skips what it does not.
+fn parse_extension(mut fields: &[u8]) -> Result<Option<TraceContext>, FrameError> {
+    let mut context = None;
+    let rest = &mut fields;
+    while !rest.is_empty() {
+        let (tag, bytes) = (take_u8(rest)?, take_u8(rest)?);
+        let (mut field, left) = rest
+            .split_at_checked(usize::from(bytes))
+            .ok_or(FrameError::Truncated)?;
+        *rest = left;
+        if tag == TRACE {
+            let trace = field.try_get_u128_le().map_err(|_| FrameError::Truncated)?;
+            let span = take_u64(&mut field)?;
+            context = (trace != 0 && span != 0).then_some(TraceContext { trace, span });
+        }
+    }
+    Ok(context)
 }
 
 /// Builds one frame: the length, whatever `write` appends, all of it within `bytes_max`.
@@ -338,6 +370,10 @@ const ABANDONED: u8 = 10;
 /// What a length of 16 bits allows.
 const TEXT_BYTES_MAX: usize = u16::MAX as usize;
 
+/// Fields of the extension.
+const TRACE: u8 = 1;
+const TRACE_BYTES: u8 = 24;
+
 const LENGTH_BYTES: usize = 4;
 
 /// A header of about 60 bytes and a small message: one allocation for most frames.
@@ -356,6 +392,7 @@ mod tests {
         Call {
             id: 7,
             deadline: Duration::from_micros(1500),
+            trace: None,
             actor: "counter",
             message: "add",
             version: 3,
@@ -425,10 +462,29 @@ mod tests {
     }
 
     #[test]
-    fn an_extension_is_skipped() {
+    fn a_field_that_a_later_version_adds_is_skipped() {
         let mut frame = body_of(built(CallKind::Tell)).to_vec();
-        frame.splice(1..3, [3, 0, 1, 2, 3]);
+        frame.splice(1..3, [5, 0, 200, 3, 1, 2, 3]);
         assert_eq!(Frame::parse(&frame), Ok(Frame::Tell(call())));
+        frame[4] = 4;
+        assert_eq!(Frame::parse(&frame), Err(FrameError::Truncated));
+    }
+
+    #[test]
+    fn the_trace_survives_the_wire_beside_what_is_unknown() {
+        let trace = Some(TraceContext::begin());
+        let call = Call { trace, ..call() };
+        let built = build(1 << 20, |out| {
+            put_call(out, CallKind::Ask, &call);
+            Ok(())
+        });
+        let mut frame = body_of(built.unwrap()).to_vec();
+        assert_eq!(Frame::parse(&frame), Ok(Frame::Ask(call)));
+        frame.splice(1..3, [29, 0, 200, 1, 9]);
+        match Frame::parse(&frame) {
+            Ok(Frame::Ask(call)) => assert_eq!(call.trace, trace),
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]

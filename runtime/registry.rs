@@ -23,6 +23,7 @@ use crate::frame::{self, Call};
 use crate::limits::Limits;
 use crate::message::{Arrival, ItemReceiver, ItemSender, Open, Produced};
 use crate::message::{RemoteMessage, StreamMessage};
+use crate::trace::{Entered, TraceContext};
 
 /// Actor name, then message name.
 type Names<H> = RwLock<HashMap<String, HashMap<&'static str, Arc<H>>>>;
@@ -195,6 +196,7 @@ where
         Ok(Asked {
             request,
             early: Some(early),
+            trace: TraceContext::current(),
             _place: place,
         })
     }
@@ -245,6 +247,7 @@ impl<M: RemoteMessage> MessageHandler for Typed<M> {
         call: &Call<'_>,
         arrival: &Arrival,
     ) -> Result<BoxFuture<'static, BytesMut>, Failure> {
+        let _entered = Entered::new(call.trace);
         let asked = self.send(self.read(call, arrival)?)?;
         let (id, frame_bytes_max) = (call.id, self.frame_bytes_max);
         Ok(Box::pin(async move {
@@ -260,6 +263,7 @@ impl<M: RemoteMessage> MessageHandler for Typed<M> {
         call: &Call<'_>,
         arrival: &Arrival,
     ) -> Result<Option<BoxFuture<'static, ()>>, Failure> {
+        let _entered = Entered::new(call.trace);
         let message = self.read(call, arrival)?;
         let told = self.mailbox.tell(message).map_err(|(_, failure)| failure)?;
         Ok(told.map(|asked| asked.map(drop).boxed()))
@@ -285,6 +289,8 @@ where
 {
     request: Pin<Box<actix::dev::RecipientRequest<M>>>,
     early: Option<Poll<Result<M::Result, MailboxError>>>,
+    /// A full mailbox packs the message only when there is room for it.
+    trace: Option<TraceContext>,
     _place: OwnedSemaphorePermit,
 }
 
@@ -305,7 +311,10 @@ where
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let polled = match self.early.take() {
             Some(Poll::Ready(result)) => Poll::Ready(result),
-            _ => self.request.as_mut().poll(cx),
+            _ => {
+                let _entered = Entered::new(self.trace);
+                self.request.as_mut().poll(cx)
+            }
         };
         polled.map(|result| result.map_err(|_| Failure::Closed))
     }
@@ -385,6 +394,7 @@ impl<M: StreamMessage> StreamHandler for TypedStream<M> {
             tracing::warn!(message = M::NAME, %error, "undecodable message");
             Failure::NotUnderstood
         })?;
+        let _entered = Entered::new(call.trace);
         let queue = self.open_local(message)?;
         Ok(Box::new(Encoded {
             queue,

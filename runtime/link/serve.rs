@@ -108,14 +108,14 @@ impl Link {
         shared
             .registry
             .handler(call)?
-            .ask(call, &self.arrival(call.deadline))
+            .ask(call, &self.arrival(call, call.deadline))
     }
 
     fn serve_tell(self: &Arc<Self>, shared: &Arc<Shared>, call: &Call<'_>) {
         let told = shared
             .registry
             .handler(call)
-            .and_then(|handler| handler.tell(call, &self.arrival(Duration::ZERO)));
+            .and_then(|handler| handler.tell(call, &self.arrival(call, Duration::ZERO)));
         match told {
             Ok(None) => {}
             Ok(Some(waiting)) => shared.finish(waiting),
@@ -133,12 +133,16 @@ impl Link {
         }
     }
 
-    fn arrival(&self, deadline: Duration) -> Arrival {
+    fn arrival(&self, call: &Call<'_>, deadline: Duration) -> Arrival {
         let from = self.peer.clone();
         let deadline = (!deadline.is_zero())
             .then(|| Instant::now().checked_add(deadline))
             .flatten();
-        Arrival { from, deadline }
+        Arrival {
+            from,
+            deadline,
+            trace: call.trace,
+        }
     }
 
     /// Serves each stream that the other side opens as one subscription.
