@@ -14,6 +14,7 @@ use crate::frame::{self, Call, Frame, FrameError, FrameReader};
 use crate::message::Arrival;
 use crate::registry::{Fill, ItemSource};
 use crate::system::Shared;
+use crate::watch::{Ending, WATCH};
 
 impl Link {
     /// Takes frames off the ordered stream until it ends, and says why it did.
@@ -181,6 +182,10 @@ impl Link {
         let Frame::Subscribe(call) = Frame::parse(&bytes)? else {
             return Err(FrameError::OutOfPlace);
         };
+        if call.message == WATCH {
+            serve_watch(shared, call.actor, sending).await;
+            return Ok(());
+        }
         let opened = if shared.is_closing() {
             Err(Failure::ShuttingDown)
         } else {
@@ -202,6 +207,32 @@ impl Link {
         }
         Ok(())
     }
+}
+
+/// Says when an actor here is gone, unless whoever watches has left before.
+async fn serve_watch(shared: &Arc<Shared>, actor: &str, mut sending: SendStream) {
+    let watched = match shared.is_closing() {
+        true => Err(Failure::ShuttingDown),
+        false => shared.registry.watch(actor),
+    };
+    let last = match watched {
+        Err(failure) => frame::failed(0, failure),
+        Ok(watched) => {
+            if sending.write_all(&frame::opened()).await.is_err() {
+                return;
+            }
+            let left = sending.stopped();
+            tokio::select! {
+                _ = left => return,
+                ending = watched.ended() => match ending {
+                    Ending::Stopped => frame::end(),
+                    Ending::Unregistered => frame::failed(0, Failure::NoSuchActor),
+                },
+            }
+        }
+    };
+    let _ = sending.write_all(&last).await;
+    let _ = sending.finish();
 }
 
 /// Writes items until there are no more or the subscriber has left. Returning drops the source,
