@@ -8,7 +8,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use std::{fmt, io};
 
 use actix::Recipient;
@@ -345,6 +345,21 @@ impl Shared {
 }
 
 impl SystemConfig {
+    /// On any port of loopback, with the usual limits. The boot is the time, in milliseconds since
+    /// 1970: a machine whose clock goes backwards between two starts needs a count of its own.
+    pub fn new(process: ProcessName, identity: Arc<Identity>, trust: Trust) -> Self {
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let boot = since_1970.map_or(0, |time| time.as_millis().try_into().unwrap_or(u64::MAX));
+        Self {
+            process,
+            identity,
+            trust,
+            listen: ([127, 0, 0, 1], 0).into(),
+            boot,
+            limits: Limits::default(),
+        }
+    }
+
     fn check(&self) -> Result<(), StartError> {
         if let Some(fault) = self.limits.fault() {
             return Err(StartError::Limits(fault));
