@@ -13,7 +13,8 @@
 //!
 //! The extension holds fields, each `tag u8, length u8, bytes`, of which a reader skips those that it
 //! does not know: a place for what a later version adds to every message. Tag 1 is the context of a
-//! trace, `trace u128, span u64`. Bodies belong to `codec.rs`.
+//! trace, `trace u128, span u64`. A frame whose kind is 128 or more may likewise be skipped by whoever
+//! does not know it; any other unknown kind ends the link. Bodies belong to `codec.rs`.
 
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -31,13 +32,25 @@ pub(crate) enum Frame<'a> {
     Ask(Call<'a>),
     Tell(Call<'a>),
     Subscribe(Call<'a>),
-    Reply { id: u64, body: &'a [u8] },
-    Failed { id: u64, failure: Failure },
-    Cancel { id: u64 },
+    Reply {
+        id: u64,
+        body: &'a [u8],
+    },
+    Failed {
+        id: u64,
+        failure: Failure,
+    },
+    Cancel {
+        id: u64,
+    },
     Opened,
-    Item { body: &'a [u8] },
+    Item {
+        body: &'a [u8],
+    },
     End,
     Abandoned,
+    /// Of a later version, and of a kind that may be skipped.
+    Skipped,
 }
 
 /// A message for an actor. A tell has the id 0 and no deadline.
@@ -78,6 +91,7 @@ impl<'a> Frame<'a> {
             OPENED => Frame::Opened,
             END => Frame::End,
             ABANDONED => Frame::Abandoned,
+            SKIPPED_MIN.. => return Ok(Frame::Skipped),
             kind => return Err(FrameError::UnknownKind(kind)),
         };
         if rest.is_empty() {
@@ -366,6 +380,8 @@ const OPENED: u8 = 7;
 const ITEM: u8 = 8;
 const END: u8 = 9;
 const ABANDONED: u8 = 10;
+/// From here on kinds that older versions may skip.
+const SKIPPED_MIN: u8 = 128;
 
 /// What a length of 16 bits allows.
 const TEXT_BYTES_MAX: usize = u16::MAX as usize;
@@ -447,10 +463,52 @@ mod tests {
     #[test]
     fn the_layout_does_not_change() {
         // A change here is a change of the wire version.
-        let expected = b"\x2f\0\0\0\x01\0\0\x07\0\0\0\0\0\0\0\xdc\x05\0\0\0\0\0\0\x07\0counter\x03\0add\x03\0body";
-        let frame = built(CallKind::Ask);
-        assert_eq!(frame.len() - LENGTH_BYTES, usize::from(frame[0]));
-        assert_eq!(frame[4..], expected[4..]);
+        let calls = [
+            (CallKind::Ask, 1),
+            (CallKind::Tell, 2),
+            (CallKind::Subscribe, 6),
+        ];
+        for (kind, number) in calls {
+            let rest =
+                b"\0\0\x07\0\0\0\0\0\0\0\xdc\x05\0\0\0\0\0\0\x07\0counter\x03\0add\x03\0body";
+            let expected = [&[39, 0, 0, 0, number][..], rest].concat();
+            assert_eq!(built(kind)[..], expected);
+        }
+        let trace = Some(TraceContext {
+            trace: 0x0102,
+            span: 0x0304,
+        });
+        let traced = build(1 << 20, |out| {
+            put_call(out, CallKind::Tell, &Call { trace, ..call() });
+            Ok(())
+        });
+        let mut extension = vec![26, 0, 1, 24, 2, 1];
+        extension.extend_from_slice(&[0; 14]);
+        extension.extend_from_slice(&[4, 3, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(traced.unwrap()[5..5 + extension.len()], extension);
+        let reply = build(1 << 20, |out| {
+            put_reply_header(out, 0x0102);
+            out.put_slice(b"body");
+            Ok(())
+        });
+        assert_eq!(
+            reply.unwrap()[..],
+            *b"\x0d\0\0\0\x03\x02\x01\0\0\0\0\0\0body"
+        );
+        let item = build(1 << 20, |out| {
+            put_item_header(out);
+            out.put_slice(b"item");
+            Ok(())
+        });
+        assert_eq!(item.unwrap()[..], *b"\x05\0\0\0\x08item");
+        let version = failed(5, Failure::Version { theirs: 0x0907 });
+        assert_eq!(version[..4], [12, 0, 0, 0]);
+        assert_eq!(version[4..13], [4, 5, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(version[14..], [7, 9]);
+        assert_eq!(cancel(5)[..], *b"\x09\0\0\0\x05\x05\0\0\0\0\0\0\0");
+        assert_eq!(opened()[..], *b"\x01\0\0\0\x07");
+        assert_eq!(end()[..], *b"\x01\0\0\0\x09");
+        assert_eq!(abandoned()[..], *b"\x01\0\0\0\x0a");
     }
 
     #[test]
@@ -459,6 +517,13 @@ mod tests {
         for end in 0..frame.len() - call().body.len() {
             assert!(Frame::parse(&frame[..end]).is_err(), "cut at {end}");
         }
+    }
+
+    #[test]
+    fn a_kind_that_may_be_skipped_is_no_error_and_others_are() {
+        assert_eq!(Frame::parse(&[128, 1, 2]), Ok(Frame::Skipped));
+        assert_eq!(Frame::parse(&[255]), Ok(Frame::Skipped));
+        assert_eq!(Frame::parse(&[127]), Err(FrameError::UnknownKind(127)));
     }
 
     #[test]

@@ -51,6 +51,7 @@ impl Link {
                     running.abort();
                 }
             }
+            Frame::Skipped => {}
             Frame::Subscribe(_)
             | Frame::Opened
             | Frame::Item { .. }
