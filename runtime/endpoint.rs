@@ -433,6 +433,8 @@ fn transport(limits: &Limits) -> TransportConfig {
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         // One more: the ordered stream.
         .max_concurrent_bidi_streams(VarInt::from_u32(limits.subscriptions_max.saturating_add(1)))
+        // What was written and not yet acknowledged is held for a second sending.
+        .send_window(limits.outbox_bytes_max as u64)
         .stream_receive_window(VarInt::from_u32(limits.items_bytes_max))
         // Heartbeats; of more than these, none is worth keeping.
         .datagram_receive_buffer_size(Some(HEARTBEATS_BYTES_MAX));

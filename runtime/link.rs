@@ -255,7 +255,10 @@ impl Link {
 
     fn owe(&self, frame: &[u8]) {
         // A closed outbox means a lost link: the other side knows already.
-        let _ = self.outbox.push_owed(frame);
+        if self.outbox.push_owed(frame) == Err(PushError::Full) {
+            let what = "it asks and does not read the answers".to_owned();
+            self.lose(LostReason::PeerMisbehaved(what));
+        }
     }
 
     /// Notes that an actor works on an ask; false when the other side used an id twice.

@@ -104,7 +104,8 @@ impl Link {
         if call.deadline.is_zero() {
             return Err(Failure::DeadlinePassed);
         }
-        if self.running() >= shared.limits.asks_in_flight_max {
+        // The answers of a peer that does not read them must not pile up here.
+        if self.running() >= shared.limits.asks_in_flight_max || self.outbox.is_full() {
             return Err(Failure::Overloaded);
         }
         shared
