@@ -47,6 +47,8 @@ mod hello;
 mod frame;
 mod codec;
 mod sync;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod supervise;
 pub mod measure;
 
