@@ -11,8 +11,10 @@
 //! | item | | one item |
 //! | opened, end, abandoned | | |
 //!
-//! The extension is empty today and skipped when it is not: a place for what a later version adds
-//! to every message, such as the context of a trace. Bodies belong to `codec.rs`.
+//! The extension holds fields, each `tag u8, length u8, bytes`, of which a reader skips those that it
+//! does not know: a place for what a later version adds to every message. Tag 1 is the context of a
+//! trace, `trace u128, span u64`. A frame whose kind is 128 or more may likewise be skipped by whoever
+//! does not know it; any other unknown kind ends the link. Bodies belong to `codec.rs`.
 
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -22,6 +24,7 @@ use quinn::{ReadError, RecvStream};
 
 use crate::codec::EncodeError;
 use crate::failure::Failure;
+use crate::trace::TraceContext;
 
 /// One frame, borrowed from the bytes that arrived.
 #[derive(Debug, PartialEq)]
@@ -29,13 +32,25 @@ pub(crate) enum Frame<'a> {
     Ask(Call<'a>),
     Tell(Call<'a>),
     Subscribe(Call<'a>),
-    Reply { id: u64, body: &'a [u8] },
-    Failed { id: u64, failure: Failure },
-    Cancel { id: u64 },
+    Reply {
+        id: u64,
+        body: &'a [u8],
+    },
+    Failed {
+        id: u64,
+        failure: Failure,
+    },
+    Cancel {
+        id: u64,
+    },
     Opened,
-    Item { body: &'a [u8] },
+    Item {
+        body: &'a [u8],
+    },
     End,
     Abandoned,
+    /// Of a later version, and of a kind that may be skipped.
+    Skipped,
 }
 
 /// A message for an actor. A tell has the id 0 and no deadline.
@@ -43,6 +58,7 @@ pub(crate) enum Frame<'a> {
 pub(crate) struct Call<'a> {
     pub(crate) id: u64,
     pub(crate) deadline: Duration,
+    pub(crate) trace: Option<TraceContext>,
     pub(crate) actor: &'a str,
     pub(crate) message: &'a str,
     pub(crate) version: u16,
@@ -75,6 +91,7 @@ impl<'a> Frame<'a> {
             OPENED => Frame::Opened,
             END => Frame::End,
             ABANDONED => Frame::Abandoned,
+            SKIPPED_MIN.. => return Ok(Frame::Skipped),
             kind => return Err(FrameError::UnknownKind(kind)),
         };
         if rest.is_empty() {
@@ -87,10 +104,11 @@ impl<'a> Frame<'a> {
 
 impl<'a> Call<'a> {
     fn parse(rest: &mut &'a [u8]) -> Result<Self, FrameError> {
-        take_short(rest)?;
+        let trace = parse_extension(take_short(rest)?)?;
         Ok(Self {
             id: take_u64(rest)?,
             deadline: Duration::from_micros(take_u64(rest)?),
+            trace,
             actor: take_text(rest)?,
             message: take_text(rest)?,
             version: take_u16(rest)?,
@@ -100,7 +118,16 @@ impl<'a> Call<'a> {
 
     fn write(&self, kind: u8, out: &mut BytesMut) {
         out.put_u8(kind);
-        out.put_u16_le(0);
+        match self.trace {
+            None => out.put_u16_le(0),
+            Some(TraceContext { trace, span }) => {
+                out.put_u16_le(2 + u16::from(TRACE_BYTES));
+                out.put_u8(TRACE);
+                out.put_u8(TRACE_BYTES);
+                out.put_u128_le(trace);
+                out.put_u64_le(span);
+            }
+        }
         out.put_u64_le(self.id);
         out.put_u64_le(self.deadline.as_micros().try_into().unwrap_or(u64::MAX));
         put_text(out, self.actor);
@@ -108,6 +135,25 @@ impl<'a> Call<'a> {
         out.put_u16_le(self.version);
         out.put_slice(self.body);
     }
+}
+
+/// Takes what this version knows and skips what it does not.
+fn parse_extension(mut fields: &[u8]) -> Result<Option<TraceContext>, FrameError> {
+    let mut context = None;
+    let rest = &mut fields;
+    while !rest.is_empty() {
+        let (tag, bytes) = (take_u8(rest)?, take_u8(rest)?);
+        let (mut field, left) = rest
+            .split_at_checked(usize::from(bytes))
+            .ok_or(FrameError::Truncated)?;
+        *rest = left;
+        if tag == TRACE {
+            let trace = field.try_get_u128_le().map_err(|_| FrameError::Truncated)?;
+            let span = take_u64(&mut field)?;
+            context = (trace != 0 && span != 0).then_some(TraceContext { trace, span });
+        }
+    }
+    Ok(context)
 }
 
 /// Builds one frame: the length, whatever `write` appends, all of it within `bytes_max`.
@@ -257,7 +303,10 @@ impl FrameReader {
 }
 
 /// Takes the first whole frame off the front of `buffer`.
-fn split_frame(buffer: &mut BytesMut, frame_bytes_max: usize) -> Result<Option<Bytes>, FrameError> {
+pub(crate) fn split_frame(
+    buffer: &mut BytesMut,
+    frame_bytes_max: usize,
+) -> Result<Option<Bytes>, FrameError> {
     let Some(length) = buffer.first_chunk::<LENGTH_BYTES>() else {
         return Ok(None);
     };
@@ -334,9 +383,15 @@ const OPENED: u8 = 7;
 const ITEM: u8 = 8;
 const END: u8 = 9;
 const ABANDONED: u8 = 10;
+/// From here on kinds that older versions may skip.
+const SKIPPED_MIN: u8 = 128;
 
 /// What a length of 16 bits allows.
 const TEXT_BYTES_MAX: usize = u16::MAX as usize;
+
+/// Fields of the extension.
+const TRACE: u8 = 1;
+const TRACE_BYTES: u8 = 24;
 
 const LENGTH_BYTES: usize = 4;
 
@@ -356,6 +411,7 @@ mod tests {
         Call {
             id: 7,
             deadline: Duration::from_micros(1500),
+            trace: None,
             actor: "counter",
             message: "add",
             version: 3,
@@ -410,10 +466,52 @@ mod tests {
     #[test]
     fn the_layout_does_not_change() {
         // A change here is a change of the wire version.
-        let expected = b"\x2f\0\0\0\x01\0\0\x07\0\0\0\0\0\0\0\xdc\x05\0\0\0\0\0\0\x07\0counter\x03\0add\x03\0body";
-        let frame = built(CallKind::Ask);
-        assert_eq!(frame.len() - LENGTH_BYTES, usize::from(frame[0]));
-        assert_eq!(frame[4..], expected[4..]);
+        let calls = [
+            (CallKind::Ask, 1),
+            (CallKind::Tell, 2),
+            (CallKind::Subscribe, 6),
+        ];
+        for (kind, number) in calls {
+            let rest =
+                b"\0\0\x07\0\0\0\0\0\0\0\xdc\x05\0\0\0\0\0\0\x07\0counter\x03\0add\x03\0body";
+            let expected = [&[39, 0, 0, 0, number][..], rest].concat();
+            assert_eq!(built(kind)[..], expected);
+        }
+        let trace = Some(TraceContext {
+            trace: 0x0102,
+            span: 0x0304,
+        });
+        let traced = build(1 << 20, |out| {
+            put_call(out, CallKind::Tell, &Call { trace, ..call() });
+            Ok(())
+        });
+        let mut extension = vec![26, 0, 1, 24, 2, 1];
+        extension.extend_from_slice(&[0; 14]);
+        extension.extend_from_slice(&[4, 3, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(traced.unwrap()[5..5 + extension.len()], extension);
+        let reply = build(1 << 20, |out| {
+            put_reply_header(out, 0x0102);
+            out.put_slice(b"body");
+            Ok(())
+        });
+        assert_eq!(
+            reply.unwrap()[..],
+            *b"\x0d\0\0\0\x03\x02\x01\0\0\0\0\0\0body"
+        );
+        let item = build(1 << 20, |out| {
+            put_item_header(out);
+            out.put_slice(b"item");
+            Ok(())
+        });
+        assert_eq!(item.unwrap()[..], *b"\x05\0\0\0\x08item");
+        let version = failed(5, Failure::Version { theirs: 0x0907 });
+        assert_eq!(version[..4], [12, 0, 0, 0]);
+        assert_eq!(version[4..13], [4, 5, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(version[14..], [7, 9]);
+        assert_eq!(cancel(5)[..], *b"\x09\0\0\0\x05\x05\0\0\0\0\0\0\0");
+        assert_eq!(opened()[..], *b"\x01\0\0\0\x07");
+        assert_eq!(end()[..], *b"\x01\0\0\0\x09");
+        assert_eq!(abandoned()[..], *b"\x01\0\0\0\x0a");
     }
 
     #[test]
@@ -425,10 +523,36 @@ mod tests {
     }
 
     #[test]
-    fn an_extension_is_skipped() {
+    fn a_kind_that_may_be_skipped_is_no_error_and_others_are() {
+        assert_eq!(Frame::parse(&[128, 1, 2]), Ok(Frame::Skipped));
+        assert_eq!(Frame::parse(&[255]), Ok(Frame::Skipped));
+        assert_eq!(Frame::parse(&[127]), Err(FrameError::UnknownKind(127)));
+    }
+
+    #[test]
+    fn a_field_that_a_later_version_adds_is_skipped() {
         let mut frame = body_of(built(CallKind::Tell)).to_vec();
-        frame.splice(1..3, [3, 0, 1, 2, 3]);
+        frame.splice(1..3, [5, 0, 200, 3, 1, 2, 3]);
         assert_eq!(Frame::parse(&frame), Ok(Frame::Tell(call())));
+        frame[4] = 4;
+        assert_eq!(Frame::parse(&frame), Err(FrameError::Truncated));
+    }
+
+    #[test]
+    fn the_trace_survives_the_wire_beside_what_is_unknown() {
+        let trace = Some(TraceContext::begin());
+        let call = Call { trace, ..call() };
+        let built = build(1 << 20, |out| {
+            put_call(out, CallKind::Ask, &call);
+            Ok(())
+        });
+        let mut frame = body_of(built.unwrap()).to_vec();
+        assert_eq!(Frame::parse(&frame), Ok(Frame::Ask(call)));
+        frame.splice(1..3, [29, 0, 200, 1, 9]);
+        match Frame::parse(&frame) {
+            Ok(Frame::Ask(call)) => assert_eq!(call.trace, trace),
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]

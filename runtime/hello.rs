@@ -2,7 +2,8 @@
 //!
 //! Laid out by hand: `magic u32, wire u16, config_hash u64, boot u64, link u64, welcomed u64,
 //! cluster u16+text, from u16+text, to u16+text`. Magic and wire version never move, so that any
-//! two versions can tell each other apart. A refusal is the connection's close code and its reason.
+//! two versions can tell each other apart. What follows is skipped: there a later version may say
+//! more to those that know it, without another wire version. A refusal is the connection's close code and its reason.
 
 use std::net::SocketAddr;
 
@@ -72,9 +73,6 @@ impl Hello {
         let welcomed = take_u64(rest)?;
         let cluster = take_text(rest)?.to_owned();
         let names = (take_text(rest)?, take_text(rest)?);
-        if !rest.is_empty() {
-            return Err(FrameError::Trailing);
-        }
         Ok(ProcessName::new(names.0).and_then(|from| {
             let to = ProcessName::new(names.1)?;
             Ok(Self {
@@ -277,6 +275,22 @@ mod tests {
     #[test]
     fn a_hello_survives_the_wire() {
         assert_eq!(Hello::parse(&bytes()), Ok(hello()));
+    }
+
+    #[test]
+    fn the_layout_does_not_change() {
+        // A change here is a change of the wire version.
+        let numbers = [5u64, 3, 4, 2].map(u64::to_le_bytes).concat();
+        let names = b"\x03\0c-1\x06\0node-1\x0f\0node-2/worker-0";
+        let expected = [b"OFBK\x01\0", &numbers[..], names].concat();
+        assert_eq!(bytes(), expected);
+        assert_eq!(hello().frame()[..4], (expected.len() as u32).to_le_bytes());
+    }
+
+    #[test]
+    fn what_a_later_version_appends_is_skipped() {
+        let bytes = [&bytes()[..], &[1, 2, 3]].concat();
+        assert_eq!(Hello::parse(&bytes), Ok(hello()));
     }
 
     #[test]

@@ -223,6 +223,9 @@ impl Link {
             return;
         }
         tracing::info!(peer = %self.peer, addr = %connection.remote_address(), "link up");
+        // What is ordered goes before the items of subscriptions: only those may be bulk. An error
+        // means that the connection is gone, of which the reader hears too.
+        let _ = sending.set_priority(1);
         tokio::spawn(Arc::clone(self).write(Arc::clone(shared), sending));
         tokio::spawn(Arc::clone(self).accept_subscriptions(Arc::clone(shared), connection.clone()));
         let (link, shared) = (Arc::clone(self), Arc::clone(shared));
@@ -252,7 +255,10 @@ impl Link {
 
     fn owe(&self, frame: &[u8]) {
         // A closed outbox means a lost link: the other side knows already.
-        let _ = self.outbox.push_owed(frame);
+        if self.outbox.push_owed(frame) == Err(PushError::Full) {
+            let what = "it asks and does not read the answers".to_owned();
+            self.lose(LostReason::PeerMisbehaved(what));
+        }
     }
 
     /// Notes that an actor works on an ask; false when the other side used an id twice.

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
 use crate::name::ProcessName;
+use crate::trace::TraceContext;
 
 /// A message with one reply (or none, when it is told), for an actor anywhere.
 ///
@@ -53,6 +54,8 @@ pub struct Arrival {
     pub from: ProcessName,
     /// When the sender stops waiting; `None` for a tell.
     pub deadline: Option<Instant>,
+    /// The trace that the message belongs to, if its sender was in one.
+    pub trace: Option<TraceContext>,
 }
 
 /// A subscription as the producing actor receives it.

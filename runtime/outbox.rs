@@ -13,6 +13,7 @@ pub(crate) struct Outbox {
     state: Mutex<State>,
     filled: Notify,
     frames_max: usize,
+    owed_frames_max: usize,
     bytes_max: usize,
 }
 
@@ -48,6 +49,8 @@ impl Outbox {
             state: Mutex::new(state),
             filled: Notify::new(),
             frames_max: limits.outbox_frames_max,
+            owed_frames_max: (limits.outbox_frames_max + limits.asks_in_flight_max)
+                .saturating_mul(OWED_TIMES),
             bytes_max: limits.outbox_bytes_max,
         }
     }
@@ -61,10 +64,19 @@ impl Outbox {
         self.append(&mut state, frame)
     }
 
-    /// Appends a frame that must not be lost: a reply, a failure or a cancellation. Their number is
-    /// bounded by that of the asks in flight.
+    /// Appends a frame that must not be lost: a reply, a failure or a cancellation. It is refused
+    /// only when far more wait than the asks in flight of anybody who reads the answers.
     pub(crate) fn push_owed(&self, frame: &[u8]) -> Result<(), PushError> {
-        self.append(&mut lock(&self.state), frame)
+        let mut state = lock(&self.state);
+        if state.frames >= self.owed_frames_max {
+            return Err(PushError::Full);
+        }
+        self.append(&mut state, frame)
+    }
+
+    /// Whether so much waits that nothing should be begun that will add to it.
+    pub(crate) fn is_full(&self) -> bool {
+        lock(&self.state).buffer.len() >= self.bytes_max
     }
 
     fn append(&self, state: &mut State, frame: &[u8]) -> Result<(), PushError> {
@@ -119,6 +131,10 @@ impl Outbox {
     }
 }
 
+/// Answers beyond the queue's bound and the asks in flight: both sides may have asked as many as they
+/// may, and some were refused.
+const OWED_TIMES: usize = 2;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -127,6 +143,7 @@ mod tests {
         Outbox::new(&Limits {
             outbox_frames_max: 3,
             outbox_bytes_max: 10,
+            asks_in_flight_max: 2,
             ..Limits::default()
         })
     }
@@ -150,6 +167,16 @@ mod tests {
         assert_eq!(outbox.take().await.unwrap().len(), 4);
         assert_eq!(outbox.push(&[0; 11]), Err(PushError::Full));
         outbox.push(&[0; 10]).unwrap();
+    }
+
+    #[test]
+    fn what_is_owed_has_a_bound_too() {
+        let outbox = outbox();
+        for _ in 0..10 {
+            assert_eq!(outbox.push_owed(b"r"), Ok(()));
+        }
+        assert!(outbox.is_full());
+        assert_eq!(outbox.push_owed(b"r"), Err(PushError::Full));
     }
 
     #[tokio::test]

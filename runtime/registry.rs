@@ -15,7 +15,7 @@ use actix::{MailboxError, Recipient};
 use bytes::BytesMut;
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::codec;
 use crate::failure::Failure;
@@ -23,6 +23,8 @@ use crate::frame::{self, Call};
 use crate::limits::Limits;
 use crate::message::{Arrival, ItemReceiver, ItemSender, Open, Produced};
 use crate::message::{RemoteMessage, StreamMessage};
+use crate::trace::{Entered, TraceContext};
+use crate::watch::{Ending, LOOK_INTERVAL};
 
 /// Actor name, then message name.
 type Names<H> = RwLock<HashMap<String, HashMap<&'static str, Arc<H>>>>;
@@ -31,6 +33,8 @@ type Names<H> = RwLock<HashMap<String, HashMap<&'static str, Arc<H>>>>;
 pub(crate) struct Registry {
     messages: Names<dyn MessageHandler>,
     streams: Names<dyn StreamHandler>,
+    /// One for each name; it is dropped when the name is taken away.
+    lives: RwLock<HashMap<String, watch::Sender<()>>>,
     limits: Limits,
 }
 
@@ -39,6 +43,7 @@ impl Registry {
         Self {
             messages: Names::default(),
             streams: Names::default(),
+            lives: RwLock::default(),
             limits,
         }
     }
@@ -52,6 +57,7 @@ impl Registry {
             frame_bytes_max,
         });
         insert(&self.messages, actor, M::NAME, handler);
+        self.note_life(actor);
     }
 
     pub(crate) fn add_stream<M: StreamMessage>(&self, actor: &str, recipient: Recipient<Open<M>>) {
@@ -63,9 +69,39 @@ impl Registry {
             M::NAME,
             Arc::new(TypedStream { mailbox, limits }),
         );
+        self.note_life(actor);
+    }
+
+    fn note_life(&self, actor: &str) {
+        let mut lives = self.lives.write().unwrap_or_else(PoisonError::into_inner);
+        if !lives.contains_key(actor) {
+            lives.insert(actor.to_owned(), watch::Sender::new(()));
+        }
+    }
+
+    /// The actor that has the name now.
+    pub(crate) fn watch(&self, actor: &str) -> Result<Watched, Failure> {
+        let lives = self.lives.read().unwrap_or_else(PoisonError::into_inner);
+        let life = lives.get(actor).ok_or(Failure::NoSuchActor)?.subscribe();
+        drop(lives);
+        let handlers = {
+            let actors = self.messages.read().unwrap_or_else(PoisonError::into_inner);
+            let messages = actors.get(actor).into_iter().flat_map(HashMap::values);
+            let of_messages = messages.map(|handler| Arc::clone(handler) as Arc<dyn Connected>);
+            of_messages.collect::<Vec<_>>()
+        };
+        let actors = self.streams.read().unwrap_or_else(PoisonError::into_inner);
+        let streams = actors.get(actor).into_iter().flat_map(HashMap::values);
+        let of_streams = streams.map(|handler| Arc::clone(handler) as Arc<dyn Connected>);
+        let handlers = handlers.into_iter().chain(of_streams).collect();
+        Ok(Watched { life, handlers })
     }
 
     pub(crate) fn remove(&self, actor: &str) {
+        self.lives
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(actor);
         self.messages
             .write()
             .unwrap_or_else(PoisonError::into_inner)
@@ -139,7 +175,7 @@ fn insert<H: ?Sized>(names: &Names<H>, actor: &str, message: &'static str, handl
 
 /// Takes a message's bytes into a mailbox. Whoever calls two of these in order has put the two
 /// messages into the mailbox in order.
-pub(crate) trait MessageHandler: Any + Send + Sync {
+pub(crate) trait MessageHandler: Connected + Any {
     /// The future resolves to the whole frame to send back. Dropping it cancels the message unless
     /// the actor has begun it.
     fn ask(
@@ -154,6 +190,45 @@ pub(crate) trait MessageHandler: Any + Send + Sync {
         call: &Call<'_>,
         arrival: &Arrival,
     ) -> Result<Option<BoxFuture<'static, ()>>, Failure>;
+}
+
+/// Whether the actor behind a handler still runs.
+pub(crate) trait Connected: Send + Sync {
+    fn is_connected(&self) -> bool;
+}
+
+impl<M: RemoteMessage> Connected for Typed<M> {
+    fn is_connected(&self) -> bool {
+        self.mailbox.recipient.connected()
+    }
+}
+
+impl<M: StreamMessage> Connected for TypedStream<M> {
+    fn is_connected(&self) -> bool {
+        self.mailbox.recipient.connected()
+    }
+}
+
+/// An actor that had a name when the watch began. Whoever takes the name later is another one.
+pub(crate) struct Watched {
+    life: watch::Receiver<()>,
+    handlers: Vec<Arc<dyn Connected>>,
+}
+
+impl Watched {
+    /// Waits until none of its addresses works any more, or its name is taken away.
+    pub(crate) async fn ended(mut self) -> Ending {
+        loop {
+            if !self.handlers.iter().any(|handler| handler.is_connected()) {
+                return Ending::Stopped;
+            }
+            tokio::select! {
+                // Nothing is ever sent: it ends with the sender.
+                _ = self.life.changed() => return Ending::Unregistered,
+                () = tokio::time::sleep(LOOK_INTERVAL) => {}
+            }
+        }
+    }
 }
 
 /// One kind of message of one actor, and how many of it wait there.
@@ -195,6 +270,7 @@ where
         Ok(Asked {
             request,
             early: Some(early),
+            trace: TraceContext::current(),
             _place: place,
         })
     }
@@ -245,6 +321,7 @@ impl<M: RemoteMessage> MessageHandler for Typed<M> {
         call: &Call<'_>,
         arrival: &Arrival,
     ) -> Result<BoxFuture<'static, BytesMut>, Failure> {
+        let _entered = Entered::new(call.trace);
         let asked = self.send(self.read(call, arrival)?)?;
         let (id, frame_bytes_max) = (call.id, self.frame_bytes_max);
         Ok(Box::pin(async move {
@@ -260,6 +337,7 @@ impl<M: RemoteMessage> MessageHandler for Typed<M> {
         call: &Call<'_>,
         arrival: &Arrival,
     ) -> Result<Option<BoxFuture<'static, ()>>, Failure> {
+        let _entered = Entered::new(call.trace);
         let message = self.read(call, arrival)?;
         let told = self.mailbox.tell(message).map_err(|(_, failure)| failure)?;
         Ok(told.map(|asked| asked.map(drop).boxed()))
@@ -285,6 +363,8 @@ where
 {
     request: Pin<Box<actix::dev::RecipientRequest<M>>>,
     early: Option<Poll<Result<M::Result, MailboxError>>>,
+    /// A full mailbox packs the message only when there is room for it.
+    trace: Option<TraceContext>,
     _place: OwnedSemaphorePermit,
 }
 
@@ -305,14 +385,17 @@ where
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let polled = match self.early.take() {
             Some(Poll::Ready(result)) => Poll::Ready(result),
-            _ => self.request.as_mut().poll(cx),
+            _ => {
+                let _entered = Entered::new(self.trace);
+                self.request.as_mut().poll(cx)
+            }
         };
         polled.map(|result| result.map_err(|_| Failure::Closed))
     }
 }
 
 /// Opens a subscription from a message's bytes.
-pub(crate) trait StreamHandler: Any + Send + Sync {
+pub(crate) trait StreamHandler: Connected + Any {
     fn open(&self, call: &Call<'_>) -> Result<Box<dyn ItemSource>, Failure>;
 }
 
@@ -385,6 +468,7 @@ impl<M: StreamMessage> StreamHandler for TypedStream<M> {
             tracing::warn!(message = M::NAME, %error, "undecodable message");
             Failure::NotUnderstood
         })?;
+        let _entered = Entered::new(call.trace);
         let queue = self.open_local(message)?;
         Ok(Box::new(Encoded {
             queue,

@@ -17,6 +17,7 @@ use crate::name::ActorPath;
 use crate::outbox::PushError;
 use crate::peer::Peer;
 use crate::system::Shared;
+use crate::trace::TraceContext;
 
 /// A reference to the message `M` of one actor. Cheap to clone; it stays good over restarts of the
 /// other process, since every call uses the link of its own time.
@@ -251,6 +252,7 @@ impl Target {
         Arrival {
             from: self.shared.process.clone(),
             deadline,
+            trace: TraceContext::current(),
         }
     }
 
@@ -275,6 +277,7 @@ impl Target {
         Call {
             id,
             deadline,
+            trace: TraceContext::current(),
             actor: &self.path.actor,
             message,
             version,

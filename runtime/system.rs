@@ -8,13 +8,14 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use std::{fmt, io};
 
 use actix::Recipient;
+use futures::FutureExt;
 use futures::future::join_all;
 use tokio::sync::{Notify, watch};
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::endpoint;
 use crate::failure::{CLOSED, Lost, LostReason};
@@ -29,6 +30,7 @@ use crate::remote::Remote;
 use crate::stream::RemoteStream;
 use crate::sync::lock;
 use crate::trust::Trust;
+use crate::watch::{Gone, GoneReason, watch_here, watch_there};
 
 /// What a [`System`] is started with.
 pub struct SystemConfig {
@@ -162,6 +164,32 @@ impl System {
                 }
             }
         }
+    }
+
+    /// Resolves once, when an actor here or elsewhere is gone: it stopped, its name was taken away,
+    /// its process or the link to it was lost, or it was never there. The watch begins with this
+    /// call; it is of the actor that has the name now, not of one that takes it later. A stop is
+    /// noticed within some 10 ms. Dropping the future ends the watch. An actor that watches spawns
+    /// this into its own context.
+    ///
+    /// A watch of another process's actor takes one of the
+    /// [`subscriptions_max`](Limits::subscriptions_max) streams of the link.
+    pub fn watch_actor(&self, actor: &ActorPath) -> impl Future<Output = Gone> + Send + use<> {
+        let shared = Arc::clone(&self.shared);
+        let watching = if actor.process == shared.process {
+            let watched = shared.registry.watch(&actor.actor);
+            watch_here(watched, shared.stopped.subscribe()).boxed()
+        } else {
+            let link = shared.link(&actor.process);
+            let watching = watch_there(Arc::clone(&shared), link, actor.actor.clone());
+            let watching = AbortOnDropHandle::new(shared.runtime.spawn(watching));
+            let shut_down = |_| GoneReason::Lost(LostReason::ShutDown);
+            watching
+                .map(move |reason| reason.unwrap_or_else(shut_down))
+                .boxed()
+        };
+        let actor = actor.clone();
+        watching.map(|reason| Gone { actor, reason })
     }
 
     /// Refuses new work, lets asks under way be answered and queues be written, then closes all
@@ -317,6 +345,21 @@ impl Shared {
 }
 
 impl SystemConfig {
+    /// On any port of loopback, with the usual limits. The boot is the time, in milliseconds since
+    /// 1970: a machine whose clock goes backwards between two starts needs a count of its own.
+    pub fn new(process: ProcessName, identity: Arc<Identity>, trust: Trust) -> Self {
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let boot = since_1970.map_or(0, |time| time.as_millis().try_into().unwrap_or(u64::MAX));
+        Self {
+            process,
+            identity,
+            trust,
+            listen: ([127, 0, 0, 1], 0).into(),
+            boot,
+            limits: Limits::default(),
+        }
+    }
+
     fn check(&self) -> Result<(), StartError> {
         if let Some(fault) = self.limits.fault() {
             return Err(StartError::Limits(fault));

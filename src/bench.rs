@@ -3,6 +3,7 @@
 mod collective;
 mod decode;
 mod loss;
+pub(crate) mod message;
 mod step;
 pub(crate) mod ranks;
 pub(crate) mod wire;
@@ -20,6 +21,7 @@ pub(crate) async fn run(command: BenchCommand) -> Result<()> {
         BenchCommand::Collective(options) => collective::run(options).await,
         BenchCommand::Decode(options) => decode::run(options).await,
         BenchCommand::Loss(options) => loss::run(options).await,
+        BenchCommand::Message(options) => message::run(options).await,
         BenchCommand::Step(options) => step::run(options).await,
     }
 }

@@ -59,6 +59,9 @@ pub(crate) enum Command {
     /// One rank of a measurement; started by `bench` and `doctor`, never by hand
     #[command(hide = true)]
     Rank(Rank),
+    /// The far process of `bench message`; started by it, never by hand
+    #[command(hide = true)]
+    Callee(Callee),
     /// A shard process; started by its node, never by hand
     #[command(hide = true)]
     Shard(Shard),
@@ -340,6 +343,12 @@ pub(crate) enum BenchCommand {
     /// and handing it to the device; eval: waiting for the device; collective: what the stream says
     /// it spent in collectives. All kinds of --collectives are measured in turns in one run.
     Step(BenchStep),
+    /// What messages take: asks, tells and subscriptions, in this process and over QUIC to another
+    ///
+    /// Both processes are on this machine, with mutual TLS. Round trips in microseconds. `ask under
+    /// bulk`: one ask of 64 bytes after the other while a subscription of 64 KiB items runs over the
+    /// same link as fast as it can; its MiB/s are those of the subscription.
+    Message(BenchMessage),
     /// Decode speed of one node, of several, and of mlx-lm if Python has it
     Decode(BenchDecode),
     /// How long an answer pauses when a shard is killed
@@ -391,6 +400,35 @@ pub(crate) struct BenchCollective {
     #[arg(long, value_name = "N")]
     pub(crate) gpus: Option<NonZeroU32>,
     /// Print one JSON object per line: a row each, or an error each with `rank` and `error`
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchMessage {
+    /// Lengths of the messages' contents, up to 256 KiB
+    #[arg(long, value_name = "B,B,…", value_delimiter = ',', default_value = "64,4096,65536",
+        value_parser = clap::value_parser!(u32).range(1..=262_144))]
+    pub(crate) bytes: Vec<u32>,
+    /// How long each side looks for the next packet before it sleeps, in microseconds; each is
+    /// measured in a turn of its own
+    #[arg(
+        long,
+        value_name = "US,US,…",
+        value_delimiter = ',',
+        default_value = "0,50"
+    )]
+    pub(crate) spin: Vec<u64>,
+    /// Asks of each kind; of long ones fewer
+    #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) asks: u32,
+    /// Tells of each kind; of long ones fewer
+    #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) tells: u32,
+    /// Bytes that each subscription carries
+    #[arg(long, value_name = "B", default_value_t = 1 << 30, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) items_bytes: u64,
+    /// Print one JSON object per row
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -484,6 +522,16 @@ pub(crate) struct Doctor {
     /// Print one JSON object: verdict, device, path, and checks with name, transport, ok, detail
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Callee {
+    /// Where the keys are
+    #[arg(long, value_name = "DIR")]
+    pub(crate) folder: PathBuf,
+    /// How long to look for the next packet, in microseconds
+    #[arg(long)]
+    pub(crate) spin: u64,
 }
 
 #[derive(Debug, Args)]

@@ -21,7 +21,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use cli::{Cli, Command};
+use cli::{BenchCommand, Cli, Command};
 
 fn main() -> ExitCode {
     match run(Cli::parse()) {
@@ -52,9 +52,14 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Plan(options) => plan::run(&options),
         Command::Status(options) => on_this_thread(status::run(options)),
         Command::Stress(options) => on_this_thread(stress::run(options)),
+        // Measured actors need an actix system around them.
+        Command::Bench(command @ BenchCommand::Message(_)) => {
+            actix::System::new().block_on(bench::run(command))
+        }
         Command::Bench(command) => on_this_thread(bench::run(command)),
         Command::Doctor(options) => on_this_thread(doctor::run(options)),
         Command::Rank(options) => bench::rank::run(&options),
+        Command::Callee(options) => bench::message::serve(&options),
     }
 }
 

@@ -14,6 +14,7 @@ use crate::frame::{self, Call, Frame, FrameError, FrameReader};
 use crate::message::Arrival;
 use crate::registry::{Fill, ItemSource};
 use crate::system::Shared;
+use crate::watch::{Ending, WATCH};
 
 impl Link {
     /// Takes frames off the ordered stream until it ends, and says why it did.
@@ -50,6 +51,7 @@ impl Link {
                     running.abort();
                 }
             }
+            Frame::Skipped => {}
             Frame::Subscribe(_)
             | Frame::Opened
             | Frame::Item { .. }
@@ -102,20 +104,21 @@ impl Link {
         if call.deadline.is_zero() {
             return Err(Failure::DeadlinePassed);
         }
-        if self.running() >= shared.limits.asks_in_flight_max {
+        // The answers of a peer that does not read them must not pile up here.
+        if self.running() >= shared.limits.asks_in_flight_max || self.outbox.is_full() {
             return Err(Failure::Overloaded);
         }
         shared
             .registry
             .handler(call)?
-            .ask(call, &self.arrival(call.deadline))
+            .ask(call, &self.arrival(call, call.deadline))
     }
 
     fn serve_tell(self: &Arc<Self>, shared: &Arc<Shared>, call: &Call<'_>) {
         let told = shared
             .registry
             .handler(call)
-            .and_then(|handler| handler.tell(call, &self.arrival(Duration::ZERO)));
+            .and_then(|handler| handler.tell(call, &self.arrival(call, Duration::ZERO)));
         match told {
             Ok(None) => {}
             Ok(Some(waiting)) => shared.finish(waiting),
@@ -133,12 +136,16 @@ impl Link {
         }
     }
 
-    fn arrival(&self, deadline: Duration) -> Arrival {
+    fn arrival(&self, call: &Call<'_>, deadline: Duration) -> Arrival {
         let from = self.peer.clone();
         let deadline = (!deadline.is_zero())
             .then(|| Instant::now().checked_add(deadline))
             .flatten();
-        Arrival { from, deadline }
+        Arrival {
+            from,
+            deadline,
+            trace: call.trace,
+        }
     }
 
     /// Serves each stream that the other side opens as one subscription.
@@ -177,6 +184,10 @@ impl Link {
         let Frame::Subscribe(call) = Frame::parse(&bytes)? else {
             return Err(FrameError::OutOfPlace);
         };
+        if call.message == WATCH {
+            serve_watch(shared, call.actor, sending).await;
+            return Ok(());
+        }
         let opened = if shared.is_closing() {
             Err(Failure::ShuttingDown)
         } else {
@@ -198,6 +209,32 @@ impl Link {
         }
         Ok(())
     }
+}
+
+/// Says when an actor here is gone, unless whoever watches has left before.
+async fn serve_watch(shared: &Arc<Shared>, actor: &str, mut sending: SendStream) {
+    let watched = match shared.is_closing() {
+        true => Err(Failure::ShuttingDown),
+        false => shared.registry.watch(actor),
+    };
+    let last = match watched {
+        Err(failure) => frame::failed(0, failure),
+        Ok(watched) => {
+            if sending.write_all(&frame::opened()).await.is_err() {
+                return;
+            }
+            let left = sending.stopped();
+            tokio::select! {
+                _ = left => return,
+                ending = watched.ended() => match ending {
+                    Ending::Stopped => frame::end(),
+                    Ending::Unregistered => frame::failed(0, Failure::NoSuchActor),
+                },
+            }
+        }
+    };
+    let _ = sending.write_all(&last).await;
+    let _ = sending.finish();
 }
 
 /// Writes items until there are no more or the subscriber has left. Returning drops the source,

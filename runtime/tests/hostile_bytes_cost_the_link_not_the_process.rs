@@ -3,54 +3,9 @@
 
 mod support;
 
-use std::sync::Arc;
-
 use offbook_runtime::*;
-use quinn::crypto::rustls::QuicClientConfig;
+use support::raw::*;
 use support::*;
-
-/// A client with a's key that speaks bytes, not messages.
-async fn connect(cluster: &Cluster, to: &System) -> (quinn::Endpoint, quinn::Connection) {
-    let config = cluster.config("a");
-    let tls = config
-        .identity
-        .client_config(&config.trust, b"offbook-messages/1")
-        .unwrap();
-    let tls = QuicClientConfig::try_from(tls).unwrap();
-    let mut endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
-    endpoint.set_default_client_config(quinn::ClientConfig::new(Arc::new(tls)));
-    let connection = endpoint
-        .connect(to.local_addr(), "any.invalid")
-        .unwrap()
-        .await
-        .unwrap();
-    (endpoint, connection)
-}
-
-/// A hello from a to b, laid out by hand: this is what the wire looks like.
-fn hello() -> Vec<u8> {
-    let mut bytes = b"OFBK\x01\0".to_vec();
-    for number in [7u64, 1, 1, 0] {
-        bytes.extend_from_slice(&number.to_le_bytes());
-    }
-    for text in ["test", "a", "b"] {
-        bytes.extend_from_slice(&(text.len() as u16).to_le_bytes());
-        bytes.extend_from_slice(text.as_bytes());
-    }
-    framed(&bytes)
-}
-
-fn framed(bytes: &[u8]) -> Vec<u8> {
-    [&(bytes.len() as u32).to_le_bytes()[..], bytes].concat()
-}
-
-/// Whether the connection ended, and with which code of ours.
-async fn close_code(connection: &quinn::Connection) -> u64 {
-    match connection.closed().await {
-        quinn::ConnectionError::ApplicationClosed(close) => close.error_code.into_inner(),
-        other => panic!("{other}"),
-    }
-}
 
 /// b lives and answers an honest process.
 async fn still_serves(cluster: &Cluster, b: &System) {
@@ -126,20 +81,6 @@ async fn on_a_stream_of_its_own() {
         still_serves(&cluster, &b).await;
     })
     .await;
-}
-
-/// An ask with the id 42, after the header of its frame.
-fn ask(message: &str, deadline_us: u64, body: &[u8]) -> Vec<u8> {
-    let mut ask = vec![1, 0, 0];
-    ask.extend_from_slice(&42u64.to_le_bytes());
-    ask.extend_from_slice(&deadline_us.to_le_bytes());
-    for text in ["subject", message] {
-        ask.extend_from_slice(&(text.len() as u16).to_le_bytes());
-        ask.extend_from_slice(text.as_bytes());
-    }
-    ask.extend_from_slice(&1u16.to_le_bytes());
-    ask.extend_from_slice(body);
-    framed(&ask)
 }
 
 /// What b answers to an ask: the code of its failure.

@@ -6,6 +6,8 @@
     reason = "each test file uses its own part of this"
 )]
 
+pub mod raw;
+
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::Mutex;
