@@ -46,6 +46,8 @@ struct Outcome {
     faults: Vec<Instant>,
     /// When tokens came, of all clients together.
     arrivals: Vec<Instant>,
+    /// When the last one of each client came.
+    latest: Vec<Option<Instant>>,
 }
 
 impl Outcome {
@@ -66,7 +68,10 @@ async fn soak(cluster: &LocalCluster, options: &Stress) -> Result<Outcome> {
         cluster,
         options,
         undisturbed,
-        outcome: RefCell::default(),
+        outcome: RefCell::new(Outcome {
+            latest: vec![None; options.clients as usize],
+            ..Outcome::default()
+        }),
         over: Cell::new(false),
     };
     let clients = future::join_all((0..options.clients).map(|client| soak.ask(client)));
@@ -109,7 +114,9 @@ impl Soak<'_> {
             let mut came = Vec::new();
             let answered = watch_completion(self.cluster, request, |generated| {
                 if generated.tokens.len() > came.len() {
-                    self.outcome.borrow_mut().arrivals.push(Instant::now());
+                    let (now, mut outcome) = (Instant::now(), self.outcome.borrow_mut());
+                    outcome.arrivals.push(now);
+                    outcome.latest[client as usize] = Some(now);
                 }
                 came.clone_from(&generated.tokens);
                 Ok(())
@@ -143,12 +150,11 @@ impl Soak<'_> {
             Signal::KILL
         };
         for kill in 0..self.options.kills {
+            self.wait_until("every answer goes on", Self::goes_on)
+                .await?;
             let pause: f64 = chance.random();
             tokio::time::sleep(self.options.every.mul_f64(pause)).await;
-            // A token since the last loss, so that no request is lost over and over.
-            let report = self
-                .wait_until("an answer goes on", |soak, _| soak.goes_on())
-                .await?;
+            let report = self.wait_until("the cluster serves", |_, _| true).await?;
             let used: Vec<_> = report.shards.iter().filter(|s| s.rank.is_some()).collect();
             let victim = used[chance.random_range(0..used.len())];
             let pid = Pid::from_raw(victim.pid as i32);
@@ -160,7 +166,7 @@ impl Soak<'_> {
             self.wait_until("the cluster serves again", back).await?;
             tracing::info!(kill, node = victim.node, "a shard was killed and got over");
         }
-        self.wait_until("an answer goes on", |soak, _| soak.goes_on())
+        self.wait_until("every answer goes on", Self::goes_on)
             .await?;
         Ok(())
     }
@@ -188,14 +194,13 @@ impl Soak<'_> {
         }
     }
 
-    fn goes_on(&self) -> bool {
+    /// Every client has got a token since the last fault: an answer that is lost over and over
+    /// without one would be given up, and rightly.
+    fn goes_on(&self, _: &ClusterReport) -> bool {
         let outcome = self.outcome.borrow();
-        match (outcome.faults.last(), outcome.arrivals.last()) {
-            // What was on its way when the shard was killed is not yet a sign of life.
-            (Some(fault), Some(arrival)) => *arrival > *fault + ON_ITS_WAY,
-            (None, arrival) => arrival.is_some(),
-            (Some(_), None) => false,
-        }
+        // What was on its way when the shard was killed is no sign of life.
+        let since = outcome.faults.last().map(|fault| *fault + ON_ITS_WAY);
+        outcome.latest.iter().all(|latest| *latest > since)
     }
 }
 
