@@ -207,10 +207,13 @@ async fn when_its_process_is_killed_or_falls_silent() {
             let early = tokio::time::timeout(WHILE, &mut watching).await;
             assert!(early.is_err(), "{early:?}");
             kill_process(Pid::from_child(&child), signal).unwrap();
-            assert_eq!(
-                watching.await.reason,
-                GoneReason::Lost(LostReason::TimedOut)
+            let reason = watching.await.reason;
+            // A link as young as this may be given up by its heartbeats or by QUIC's own time-out.
+            let is_lost = matches!(
+                reason,
+                GoneReason::Lost(LostReason::Silent(_) | LostReason::TimedOut)
             );
+            assert!(is_lost, "{signal:?}: {reason}");
             child.kill().unwrap();
             child.wait().unwrap();
         }
