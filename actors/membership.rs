@@ -19,7 +19,7 @@ use offbook_protocol::{
     ClusterReport, Epoch, FastSynch, GroupMember, GroupSpec, Layout, LoadProgress, NodeReport,
     NodeWeight, Rank, RequestFailure, ShardReport, ShardSpec, ShardSteps, Transport,
 };
-use offbook_runtime::{ActorPath, AskError, ProcessName, RemoteMessage, System};
+use offbook_runtime::{ActorPath, AskError, LostReason, ProcessName, RemoteMessage, System};
 use serde::{Deserialize, Serialize};
 
 use self::epoch_file::EpochFile;
@@ -466,7 +466,11 @@ impl Membership {
                 return;
             };
             if member.node_pid == pid {
-                tracing::warn!(node, reason = %lost.reason, "the link to a node was lost");
+                if lost.reason == LostReason::Closed {
+                    tracing::info!(node, "a node says goodbye");
+                } else {
+                    tracing::warn!(node, reason = %lost.reason, "the link to a node was lost");
+                }
                 member.node_alive = false;
                 this.heard_of_nodes.remove(&node);
             }

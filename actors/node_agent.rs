@@ -10,7 +10,7 @@ use actix::{
 use offbook_runtime::supervise::{
     ChildSpec, ChildState, Event, Exit, Restart, RestartPolicy, Supervisor, SupervisorError,
 };
-use offbook_runtime::{ActorPath, ProcessName, Remote, RemoteMessage, System};
+use offbook_runtime::{ActorPath, LostReason, ProcessName, Remote, RemoteMessage, System};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
@@ -210,7 +210,12 @@ impl Handler<Attach> for NodeAgent {
         ctx.spawn(watch.map(move |lost, this, ctx| {
             if this.attachments == attachments && this.running_pid == Some(pid) {
                 let grace = this.frozen_grace;
-                tracing::warn!(node = this.node, pid, reason = %lost.reason, ?grace, "the shard does not answer");
+                if lost.reason == LostReason::Closed {
+                    tracing::debug!(node = this.node, pid, "the shard says goodbye");
+                } else {
+                    let reason = &lost.reason;
+                    tracing::warn!(node = this.node, pid, %reason, ?grace, "the shard does not answer");
+                }
                 this.expect_attachment(grace, format!("frozen: {}", lost.reason), ctx);
             }
         }));

@@ -24,7 +24,8 @@ use offbook_protocol::{
     Epoch, GroupSpec, Plan, Rank, ShardSpec, ShardSteps, StepOutcome, Transport,
 };
 use offbook_runtime::{
-    ActorPath, Identity, Open, ProcessName, Remote, RemoteMessage, StreamMessage, System, Trust,
+    ActorPath, Identity, LostReason, Open, ProcessName, Remote, RemoteMessage, StreamMessage,
+    System, Trust,
 };
 use rustix::process::{Signal, getpid, kill_process};
 use serde::{Deserialize, Serialize};
@@ -134,7 +135,11 @@ impl ShardWorker {
             system.watch(&head).await
         };
         ctx.spawn(registered.into_actor(self).map(|lost, this, ctx| {
-            tracing::warn!(reason = %lost.reason, "the link to the head is lost");
+            if lost.reason == LostReason::Closed {
+                tracing::info!("the head says goodbye, or answers ours");
+            } else {
+                tracing::warn!(reason = %lost.reason, "the link to the head is lost");
+            }
             if let Some(running) = &this.epoch {
                 this.leave(running.epoch, "the link to the head is lost".into(), ctx);
             }

@@ -2,6 +2,7 @@
 //! outlives its node.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use actix::Actor;
 use anyhow::Result;
@@ -45,8 +46,10 @@ pub(crate) async fn run(options: Shard) -> Result<()> {
         window: WindowSettings::default(),
         stalls: cluster.stall_limits(),
     };
-    ShardWorker::new(system, config)?.start();
+    ShardWorker::new(system.clone(), config)?.start();
     terminate.recv().await;
+    // So that nobody takes this end for a loss.
+    let _ = tokio::time::timeout(GOODBYE_DEADLINE, system.shutdown(GOODBYE_DEADLINE)).await;
     end_at_once()
 }
 
@@ -59,3 +62,6 @@ fn end_at_once() -> Result<()> {
         rustix::process::Signal::KILL,
     )?)
 }
+
+/// A round trip, and what the system takes to schedule it. The node waits for this process.
+const GOODBYE_DEADLINE: Duration = Duration::from_millis(200);
