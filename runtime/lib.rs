@@ -23,6 +23,13 @@
 //! nothing is retried behind the caller's back. Every ask ends in a reply or an error by its
 //! deadline; a lost link ends all of them at once. Every queue has a bound, every frame a limit.
 //!
+//! Any actor can be watched ([`System::watch_actor`]), and so can any process ([`System::watch`]). The
+//! trace that a request belongs to travels with all that it causes ([`TraceContext`]).
+//!
+//! A peer of the same wire version may be newer: what it says beyond what this version knows is
+//! skipped. Whatever a peer sends costs its own link at most. `cargo bench -p offbook-runtime` says
+//! what messages take; `fuzz/` runs all that reads bytes of a peer.
+//!
 //! What is deliberately absent: retries, global names, any knowledge of what the messages mean.
 //! Only `codec.rs` knows the serialisation format, only `frame.rs` and `hello.rs` the wire layout.
 

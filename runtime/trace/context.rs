@@ -17,8 +17,6 @@ use super::{Entered, TraceContext};
 /// [`TraceContext::scope`].
 pub struct TracedContext<A: Actor<Context = Self>> {
     parts: ContextParts<A>,
-    /// Until the actor runs.
-    mailbox: Option<Mailbox<A>>,
 }
 
 impl<A: Actor<Context = Self>> TracedContext<A> {
@@ -26,11 +24,9 @@ impl<A: Actor<Context = Self>> TracedContext<A> {
     /// `Arbiter::spawn_fn`.
     pub fn start(actor: A) -> Addr<A> {
         let mailbox = Mailbox::default();
-        let mut context = Self {
+        let context = Self {
             parts: ContextParts::new(mailbox.sender_producer()),
-            mailbox: Some(mailbox),
         };
-        let mailbox = context.mailbox.take().unwrap_or_default();
         let running = ContextFut::new(context, actor, mailbox);
         let address = running.address();
         actix::spawn(running);
