@@ -5,6 +5,7 @@
 //! may therefore sit in one more step; its token there is dropped, on every rank alike.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use offbook_protocol::{FinishReason, Join, Plan, Sampling, SequenceId};
 use thiserror::Error;
@@ -31,7 +32,9 @@ pub struct Limits {
 struct Sequence {
     id: SequenceId,
     prompt: Vec<u32>,
-    sampling: Sampling,
+    /// How many tokens at the end of `prompt` belong to the answer.
+    delivered: usize,
+    sampling: Arc<Sampling>,
     stop_tokens: Vec<u32>,
     /// `max_tokens`, or what the context leaves.
     draws_max: usize,
@@ -77,7 +80,33 @@ pub enum Input {
 pub struct Draw {
     /// The position that the token will have in its sequence.
     pub position: usize,
-    pub sampling: Sampling,
+    pub sampling: Arc<Sampling>,
+    /// Set when the options change logits by the tokens so far, or token by token.
+    pub reshape: Option<Reshape>,
+}
+
+/// What the logits of one draw are reshaped by, besides the options.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Reshape {
+    pub sequence: SequenceId,
+    /// Tokens of the answer before this one.
+    pub generated: usize,
+    pub past: Past,
+}
+
+/// The tokens before a draw.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Past {
+    /// It is the first draw of its sequence in this epoch.
+    Known {
+        prompt: Vec<u32>,
+        /// Those that were drawn before an epoch was lost.
+        generated: Vec<u32>,
+        stop_tokens: Vec<u32>,
+    },
+    /// Those before the draw before, and what that one drew: in this place among the draws of the
+    /// step before.
+    Drawn(usize),
 }
 
 /// A token that became known, of a sequence that was still waiting for it.
@@ -131,7 +160,8 @@ impl Batch {
         Ok(Sequence {
             id: sequence,
             prompt: join.prompt.clone(),
-            sampling: join.sampling.clone(),
+            delivered: (join.delivered as usize).min(join.prompt.len()),
+            sampling: Arc::new(join.sampling.clone()),
             stop_tokens: join.stop_tokens.clone(),
             draws_max: room.min(join.max_tokens.max(1) as usize),
             prefilled: 0,
@@ -225,15 +255,34 @@ impl Sequence {
     }
 
     fn segment(&self, start: usize, input: Input, draws_at: Option<usize>) -> Segment {
+        let draw = draws_at.map(|position| Draw {
+            position,
+            sampling: Arc::clone(&self.sampling),
+            reshape: self.sampling.reshapes().then(|| self.reshape(&input)),
+        });
         Segment {
             sequence: self.id,
             start,
             input,
-            draw: draws_at.map(|position| Draw {
-                position,
-                sampling: self.sampling.clone(),
-            }),
+            draw,
             reserve: self.prompt.len() + self.draws_max.min(RESERVE_DRAWS),
+        }
+    }
+
+    /// Called when the draw is counted already.
+    fn reshape(&self, input: &Input) -> Reshape {
+        let (prompt, delivered) = self.prompt.split_at(self.prompt.len() - self.delivered);
+        Reshape {
+            sequence: self.id,
+            generated: self.delivered + self.drawn - 1,
+            past: match input {
+                Input::Drawn(place) => Past::Drawn(*place),
+                Input::Prompt(_) => Past::Known {
+                    prompt: prompt.to_vec(),
+                    generated: delivered.to_vec(),
+                    stop_tokens: self.stop_tokens.clone(),
+                },
+            },
         }
     }
 
@@ -320,6 +369,7 @@ mod tests {
         Join {
             sequence: SequenceId(id),
             prompt: (0..prompt as u32).collect(),
+            delivered: 0,
             sampling: Sampling::greedy(),
             max_tokens,
             stop_tokens: vec![99],
@@ -394,6 +444,45 @@ mod tests {
         assert_eq!(second.segments[0].input, Input::Drawn(1));
         let seen = batch.observe(&first.draws(), &[5, 6]);
         assert_eq!((seen.len(), seen[0].row, seen[0].token), (1, 1, 6));
+    }
+
+    #[test]
+    fn a_replay_counts_what_was_delivered_as_drawn() {
+        let mut batch = Batch::new(LIMITS);
+        let replayed = Join {
+            delivered: 1,
+            sampling: Sampling {
+                presence_penalty: 1.0,
+                ..Sampling::greedy()
+            },
+            ..join(1, 3, 9)
+        };
+        batch
+            .apply(&plan(vec![replayed, join(2, 1, 9)], vec![]))
+            .unwrap();
+        let first = batch.next_batch().unwrap();
+        let reshape = |step: &StepBatch, place: usize| {
+            let draw = step.segments[place].draw.clone().unwrap();
+            draw.reshape
+        };
+        let known = Past::Known {
+            prompt: vec![0, 1],
+            generated: vec![2],
+            stop_tokens: vec![99],
+        };
+        let expected = |generated, past| Reshape {
+            sequence: SequenceId(1),
+            generated,
+            past,
+        };
+        assert_eq!(reshape(&first, 0), Some(expected(1, known)));
+        assert_eq!(
+            reshape(&first, 1),
+            None,
+            "who asks for nothing pays nothing"
+        );
+        let second = batch.next_batch().unwrap();
+        assert_eq!(reshape(&second, 0), Some(expected(2, Past::Drawn(0))));
     }
 
     #[test]

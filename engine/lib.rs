@@ -2,8 +2,8 @@
 //!
 //! Who owns what is decided by pure files (`config`, `partition`, `budget`); `checkpoint` and
 //! `weights` bring a rank's share to its device. `step_loop` is the life of a shard: `batch` says
-//! which rows a step has, `step` builds it from `models`, `kv_cache` and `sampler`. `trial` runs the
-//! same loop on random weights, to measure it.
+//! which rows a step has, `step` builds it from `models`, `kv_cache`, `reshaping` and `sampler`.
+//! `trial` runs the same loop on random weights, to measure it.
 
 mod precision;
 pub mod config;
@@ -19,6 +19,7 @@ mod step;
 mod step_log;
 mod models;
 mod kv_cache;
+mod reshaping;
 mod sampler;
 
 pub use budget::{Budget, DoesNotFit, Place, Workload};

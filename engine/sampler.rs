@@ -38,13 +38,14 @@ pub(crate) struct RowLogprobs {
     pub(crate) top: Vec<Candidate>,
 }
 
-/// Draws one token for each row of `logits` (`[draws, vocabulary]`, 32 bits).
-pub(crate) fn draw(logits: &Array, draws: &[&Draw]) -> Result<Drawn, Exception> {
+/// Draws one token for each row of `shaped` (`[draws, vocabulary]`, 32 bits), which is what penalties
+/// and the like have made of the model's own `logits`.
+pub(crate) fn draw(logits: &Array, shaped: &Array, draws: &[&Draw]) -> Result<Drawn, Exception> {
     let sampled = draws.iter().any(|draw| draw.sampling.temperature > 0.0);
     let tokens = if sampled {
-        argmax_axis(noisy(logits, draws)?, -1, false)?
+        argmax_axis(noisy(shaped, draws)?, -1, false)?
     } else {
-        argmax_axis(logits, -1, false)?
+        argmax_axis(shaped, -1, false)?
     };
     Ok(Drawn {
         logprobs: logprobs(logits, &tokens, draws)?,
@@ -262,12 +263,16 @@ mod tests {
     }
 
     fn at(position: usize, sampling: Sampling) -> Draw {
-        Draw { position, sampling }
+        Draw {
+            position,
+            sampling: sampling.into(),
+            reshape: None,
+        }
     }
 
     fn tokens(logits: &Array, draws: &[Draw]) -> Vec<i32> {
         let draws: Vec<&Draw> = draws.iter().collect();
-        let drawn = draw(logits, &draws).unwrap();
+        let drawn = draw(logits, logits, &draws).unwrap();
         host::<i32>(&drawn.tokens).unwrap()
     }
 
@@ -378,7 +383,10 @@ mod tests {
         };
         let draws = [at(0, Sampling::greedy()), at(0, ask)];
         let shifted: Vec<f32> = row().iter().map(|l| l + 3.0).collect();
-        let drawn = draw(&rows(&shifted, 2), &[&draws[0], &draws[1]]).unwrap();
+        let logits = rows(&shifted, 2);
+        // Whatever is made of the logits before the draw.
+        let shaped = logits.multiply(Array::from_f32(0.5)).unwrap();
+        let drawn = draw(&logits, &shaped, &[&draws[0], &draws[1]]).unwrap();
         let read = drawn.logprobs.unwrap().read().unwrap();
         assert_eq!(read[0], RowLogprobs::default());
         assert!((read[1].chosen.unwrap() - row()[0]).abs() < 1e-5);

@@ -21,6 +21,7 @@ use crate::engine::Engine;
 use crate::kv_cache::SequenceCache;
 use crate::models::Fault;
 use crate::models::minimax::{Caches, DeviceKind, Divided, Rows};
+use crate::reshaping::Reshaping;
 use crate::sampler::{self, Drawn, Logprobs, RowLogprobs, host};
 
 /// What one rank keeps from step to step.
@@ -30,6 +31,7 @@ pub(crate) struct Stepper<'a> {
     caches: Caches,
     /// What the step before drew: `[draws]`.
     tokens: Option<Array>,
+    reshaping: Reshaping,
     in_flight: InFlight,
     steps: u64,
 }
@@ -79,6 +81,7 @@ impl<'a> Stepper<'a> {
             group,
             caches: Caches::new(),
             tokens: None,
+            reshaping: Reshaping::default(),
             in_flight: InFlight::default(),
             steps: 0,
         }
@@ -87,6 +90,7 @@ impl<'a> Stepper<'a> {
     /// Frees what sequences that ended or left have cached.
     pub(crate) fn forget_all_but(&mut self, batch: &Batch) {
         self.caches.retain(|id, _| batch.contains(*id));
+        self.reshaping.forget_all_but(batch);
     }
 
     /// Builds the step and hands it to the device.
@@ -245,7 +249,7 @@ impl<'a> Stepper<'a> {
     }
 
     /// Draws on the rank that samples; the others send it their part of the logits.
-    fn draw(&self, batch: &StepBatch, hidden: &Array) -> Result<Outcome, Fault> {
+    fn draw(&mut self, batch: &StepBatch, hidden: &Array) -> Result<Outcome, Fault> {
         let mut rows = Vec::new();
         let mut draws: Vec<&Draw> = Vec::new();
         let mut row = 0;
@@ -262,7 +266,7 @@ impl<'a> Stepper<'a> {
         let part = self.engine.model.logits(hidden, &rows)?;
         if self.alone() || self.pipelined() {
             return match part {
-                Some(logits) => Ok(Outcome::with(&logits, &draws)?),
+                Some(logits) => Ok(self.sample(&logits, &draws)?),
                 None => Ok(Outcome::without(hidden)),
             };
         }
@@ -284,7 +288,7 @@ impl<'a> Stepper<'a> {
             .collect();
         let gathered = self.group.gather_to(&part, &rows, self.sampling_rank())?;
         match gathered {
-            Gathered::Root(logits) => Ok(Outcome::with(&logits.transpose_axes(&[1, 0])?, &draws)?),
+            Gathered::Root(logits) => Ok(self.sample(&logits.transpose_axes(&[1, 0])?, &draws)?),
             // A rank may have no rows to send; its message still has to come after the gathering.
             Gathered::Elsewhere(sent) if sent.size() == 0 => {
                 let any = first_of(hidden)?.as_dtype(sent.dtype())?;
@@ -293,6 +297,16 @@ impl<'a> Stepper<'a> {
             }
             Gathered::Elsewhere(sent) => Ok(Outcome::without(&sent)),
         }
+    }
+
+    /// Of the whole vocabulary's logits, on the rank that has them.
+    fn sample(&mut self, logits: &Array, draws: &[&Draw]) -> Result<Outcome, Exception> {
+        let shaped = self.reshaping.apply(logits, draws, self.tokens.as_ref())?;
+        let sampled = sampler::draw(logits, shaped.as_ref().unwrap_or(logits), draws)?;
+        Ok(Outcome {
+            last: sampled.tokens.clone(),
+            sampled: Some(sampled),
+        })
     }
 
     /// The step's last word, on every rank. It depends on all that this rank has to do in the step,
@@ -331,14 +345,6 @@ struct Outcome {
 }
 
 impl Outcome {
-    fn with(logits: &Array, draws: &[&Draw]) -> Result<Self, Exception> {
-        let sampled = sampler::draw(logits, draws)?;
-        Ok(Self {
-            last: sampled.tokens.clone(),
-            sampled: Some(sampled),
-        })
-    }
-
     fn without(last: &Array) -> Self {
         Self {
             sampled: None,

@@ -117,6 +117,7 @@ impl Trial {
             prompt: (0..self.context_tokens.max(1) as u32)
                 .map(|position| (position * 7 + sequence as u32) % vocabulary)
                 .collect(),
+            delivered: 0,
             sampling: Sampling::greedy(),
             max_tokens: u32::MAX,
             stop_tokens: Vec::new(),

@@ -19,7 +19,7 @@ pub use ids::{Epoch, PlanNumber, Rank, SequenceId, Step};
 pub use outcome::{Candidate, FinishReason, SampledToken, StepOutcome};
 pub use plan::{Join, Plan};
 pub use request::{Rejection, Request, RequestEvent, RequestFailure};
-pub use sampling::{Sampling, SamplingError};
+pub use sampling::{LogitBias, Sampling, SamplingError};
 pub use shard::{
     FastSynch, GroupMember, GroupSpec, Layout, LoadProgress, NodeWeight, ShardSpec, Transport,
     UnknownName,

@@ -20,6 +20,9 @@ pub struct Join {
     pub sequence: SequenceId,
     /// Token ids to prefill, never empty. After a replay: the prompt and all tokens delivered.
     pub prompt: Vec<u32>,
+    /// How many tokens at the end of `prompt` belong to the answer: 0 but for a replay. Penalties
+    /// and `min_tokens` count them as drawn.
+    pub delivered: u32,
     pub sampling: Sampling,
     /// How many tokens to generate at most; at least 1.
     pub max_tokens: u32,

@@ -248,8 +248,10 @@ fn check_size(positions: u32, request: &Request, serving: &Serving) -> Result<()
         });
     }
     let vocabulary = serving.vocabulary;
-    let mut tokens = request.prompt.iter().chain(&request.delivered);
-    match tokens.find(|token| **token >= vocabulary) {
+    let tokens = request.prompt.iter().chain(&request.delivered);
+    let biased = request.sampling.logit_bias.iter().map(|entry| &entry.token);
+    let unknown = tokens.chain(biased).find(|token| **token >= vocabulary);
+    match unknown {
         None => Ok(()),
         Some(token) => Err(Rejection::Invalid {
             detail: format!("token {token} is not in the vocabulary of {vocabulary}"),

@@ -163,6 +163,7 @@ impl<C> Entry<C> {
         Join {
             sequence,
             prompt: [&prompt[..], &self.delivered].concat(),
+            delivered: self.delivered.len() as u32,
             sampling: sampling.clone(),
             max_tokens: left.min(room).max(1),
             stop_tokens: stop_tokens.clone(),

@@ -1,8 +1,10 @@
 //! The parameters that chat and plain completions share. Each is honoured, or accepted because it
 //! asks for what is done anyway, or refused.
 
-use offbook_protocol::{Request, Sampling};
-use serde_json::{Value, json};
+use std::collections::BTreeMap;
+
+use offbook_protocol::{LogitBias, Request, Sampling};
+use serde_json::Value;
 
 use super::Service;
 use super::error::{ApiError, TooLong};
@@ -12,7 +14,6 @@ use super::fields::Fields;
 pub(super) struct Options {
     pub(super) sampling: Sampling,
     pub(super) max_tokens: Option<u32>,
-    min_tokens: u32,
     stop_tokens: Vec<u32>,
     /// Strings that end the answer.
     pub(super) stop: Vec<String>,
@@ -29,21 +30,20 @@ impl Options {
         let stop = stop(fields)?;
         let own_stop_tokens = stop_token_ids(fields, service)?;
         let ignore_eos = flag(fields, "ignore_eos")?;
-        let min_tokens = fields.read("min_tokens", WHOLE)?.unwrap_or(0);
-        let may_end = !ignore_eos || !stop.is_empty() || !own_stop_tokens.is_empty();
-        if min_tokens > 0 && may_end {
-            let why = "above 0 needs 'ignore_eos', and neither 'stop' nor 'stop_token_ids'";
-            return Err(ApiError::unsupported("min_tokens", why));
-        }
         let mut stop_tokens = own_stop_tokens;
         if !ignore_eos {
             stop_tokens.extend(&service.defaults.stop_tokens);
         }
         let stream = flag(fields, "stream")?;
+        let sampling = sampling(fields, service)?;
+        if sampling.min_tokens > 0 && !stop.is_empty() {
+            // The shards hold tokens back, and know no strings.
+            let why = "above 0 cannot be combined with 'stop': use 'stop_token_ids'";
+            return Err(ApiError::unsupported("min_tokens", why));
+        }
         Ok(Self {
-            sampling: sampling(fields, service)?,
+            sampling,
             max_tokens: max_tokens(fields)?,
-            min_tokens,
             stop_tokens,
             stop,
             choices: choices(fields)?,
@@ -98,7 +98,7 @@ impl Options {
         if max_tokens > room {
             return Err(too_long(Some(max_tokens)));
         }
-        if self.min_tokens > max_tokens {
+        if self.sampling.min_tokens > max_tokens {
             let why = format!("must not be above the {max_tokens} tokens an answer may have");
             return Err(ApiError::invalid("min_tokens", why));
         }
@@ -114,19 +114,6 @@ pub(super) fn flag(fields: &mut Fields, name: &str) -> Result<bool, ApiError> {
 /// Options of other servers and of OpenAI's own, of which only one value means what is done here;
 /// and names for the caller's own book-keeping, which by definition change no answer.
 fn accept_what_changes_nothing(fields: &mut Fields) -> Result<(), ApiError> {
-    for (name, neutral) in [
-        ("frequency_penalty", 0.0),
-        ("presence_penalty", 0.0),
-        ("repetition_penalty", 1.0),
-    ] {
-        let why = format!("is not supported: it can only be {neutral}");
-        fields.only(name, |value| value.as_f64() == Some(neutral), &why)?;
-    }
-    fields.only(
-        "logit_bias",
-        |value| *value == json!({}),
-        "is not supported",
-    )?;
     fields.only(
         "store",
         |value| value == false,
@@ -158,6 +145,11 @@ fn sampling(fields: &mut Fields, service: &Service) -> Result<Sampling, ApiError
         top_k,
         top_p: fields.read("top_p", NUMBER)?.unwrap_or(defaults.top_p),
         min_p: fields.read("min_p", NUMBER)?.unwrap_or(defaults.min_p),
+        repetition_penalty: fields.read("repetition_penalty", NUMBER)?.unwrap_or(1.0),
+        presence_penalty: fields.read("presence_penalty", NUMBER)?.unwrap_or(0.0),
+        frequency_penalty: fields.read("frequency_penalty", NUMBER)?.unwrap_or(0.0),
+        logit_bias: logit_bias(fields, service)?,
+        min_tokens: fields.read("min_tokens", WHOLE)?.unwrap_or(0),
         seed: seed(fields)?,
         logprobs: None,
     };
@@ -168,6 +160,27 @@ fn sampling(fields: &mut Fields, service: &Service) -> Result<Sampling, ApiError
             format!("must be {}", error.accepts),
         )),
     }
+}
+
+/// JSON has only strings for keys, so the token ids are strings of digits.
+fn logit_bias(fields: &mut Fields, service: &Service) -> Result<Vec<LogitBias>, ApiError> {
+    let accepts = "an object of token ids, each with a number from -100 to 100";
+    let biases: Option<BTreeMap<String, f32>> = fields.read("logit_bias", accepts)?;
+    let mut read = BTreeMap::new();
+    for (name, bias) in biases.unwrap_or_default() {
+        let token = name.parse::<u32>().ok();
+        let token = token.filter(|token| *token < service.vocabulary);
+        let Some(token) = token else {
+            let why = format!("must name token ids below {}", service.vocabulary);
+            return Err(ApiError::invalid("logit_bias", why));
+        };
+        if read.insert(token, bias).is_some() {
+            let why = format!("names token {token} twice");
+            return Err(ApiError::invalid("logit_bias", why));
+        }
+    }
+    let of_token = |(token, bias)| LogitBias { token, bias };
+    Ok(read.into_iter().map(of_token).collect())
 }
 
 /// Any whole number of 64 bits; one that nobody knows if it is absent.

@@ -3,6 +3,7 @@
 
 mod support;
 
+use offbook_protocol::LogitBias;
 use serde_json::{Value, json};
 use support::{END, MODEL, Script, Server, question};
 
@@ -43,15 +44,9 @@ async fn what_cannot_be_honoured_in_a_chat_is_refused_by_name() {
             json!({"max_tokens": 1, "max_completion_tokens": 2}),
             "max_tokens",
         ),
-        (json!({"min_tokens": 2}), "min_tokens"),
-        (
-            json!({"min_tokens": 9, "max_tokens": 8, "ignore_eos": true}),
-            "min_tokens",
-        ),
-        (
-            json!({"min_tokens": 1, "ignore_eos": true, "stop": "x"}),
-            "min_tokens",
-        ),
+        (json!({"min_tokens": -2}), "min_tokens"),
+        (json!({"min_tokens": 9, "max_tokens": 8}), "min_tokens"),
+        (json!({"min_tokens": 1, "stop": "x"}), "min_tokens"),
         (json!({"ignore_eos": 1}), "ignore_eos"),
         (json!({"stop": ["a", "b", "c", "d", "e"]}), "stop"),
         (json!({"stop": ""}), "stop"),
@@ -71,10 +66,15 @@ async fn what_cannot_be_honoured_in_a_chat_is_refused_by_name() {
         ),
         (json!({"n": 0}), "n"),
         (json!({"n": 9}), "n"),
-        (json!({"frequency_penalty": 0.1}), "frequency_penalty"),
-        (json!({"presence_penalty": -1}), "presence_penalty"),
-        (json!({"repetition_penalty": 1.1}), "repetition_penalty"),
-        (json!({"logit_bias": {"1": 5}}), "logit_bias"),
+        (json!({"frequency_penalty": 2.1}), "frequency_penalty"),
+        (json!({"presence_penalty": "much"}), "presence_penalty"),
+        (json!({"repetition_penalty": 0}), "repetition_penalty"),
+        (json!({"logit_bias": {"1": 101}}), "logit_bias"),
+        (json!({"logit_bias": {"1": "5"}}), "logit_bias"),
+        (json!({"logit_bias": {"270": 5}}), "logit_bias"),
+        (json!({"logit_bias": {"a": 5}}), "logit_bias"),
+        (json!({"logit_bias": {"1": 5, "01": 6}}), "logit_bias"),
+        (json!({"logit_bias": [1]}), "logit_bias"),
         (
             json!({"response_format": {"type": "json_object"}}),
             "response_format",
@@ -192,7 +192,9 @@ async fn what_is_honoured_reaches_the_cluster() {
     server
         .answer(json!({
             "temperature": 0.25, "top_p": 0.5, "top_k": 3, "min_p": 0.125, "seed": 42,
-            "max_completion_tokens": 9, "stop_token_ids": [66, 67],
+            "max_completion_tokens": 9, "stop_token_ids": [66, 67], "min_tokens": 2,
+            "repetition_penalty": 1.5, "presence_penalty": -0.5, "frequency_penalty": 0.25,
+            "logit_bias": {"7": -100, "10": 2.5},
         }))
         .await;
     let request = server.submitted().await;
@@ -205,6 +207,17 @@ async fn what_is_honoured_reaches_the_cluster() {
         (sampling.top_k, sampling.seed, sampling.logprobs),
         (3, 42, None)
     );
+    assert_eq!(
+        (
+            sampling.repetition_penalty,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+            sampling.min_tokens
+        ),
+        (1.5, -0.5, 0.25, 2)
+    );
+    let biases = [(7, -100.0), (10, 2.5)].map(|(token, bias)| LogitBias { token, bias });
+    assert_eq!(sampling.logit_bias, biases);
     assert_eq!(
         (request.max_tokens, request.stop_tokens),
         (9, vec![66, 67, END])

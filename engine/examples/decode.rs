@@ -29,6 +29,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         prompt: (0..prompt)
             .map(|i| (i * 7 + id as u32 + 1) % vocabulary)
             .collect(),
+        delivered: 0,
         sampling: Sampling::greedy(),
         max_tokens: tokens,
         stop_tokens: Vec::new(),

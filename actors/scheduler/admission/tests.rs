@@ -1,6 +1,6 @@
 use std::collections::HashMap;
 
-use offbook_protocol::{FinishReason, Join, Sampling};
+use offbook_protocol::{FinishReason, Join, LogitBias, Sampling};
 use proptest::prelude::*;
 
 use super::*;
@@ -52,6 +52,7 @@ fn an_answer_that_was_begun_before_goes_on_behind_its_tokens() {
     let sequence = admission.submit(begun.clone(), 'a').unwrap();
     let plan = admission.next_plan().unwrap();
     assert_eq!(plan.joins[0].prompt, [1, 1, 1, 1, 1, 2, 3, 4]);
+    assert_eq!(plan.joins[0].delivered, 3);
     assert_eq!(plan.joins[0].max_tokens, 7);
     // And what comes now is added to them when an epoch is lost.
     admission.note(Epoch(1), &token(sequence, 5));
@@ -59,6 +60,10 @@ fn an_answer_that_was_begun_before_goes_on_behind_its_tokens() {
     admission.begin(serving(2));
     let plan = admission.next_plan().unwrap();
     assert_eq!(plan.joins[0].prompt, [1, 1, 1, 1, 1, 2, 3, 4, 5]);
+    assert_eq!(
+        plan.joins[0].delivered, 4,
+        "what was delivered is no prompt"
+    );
     let complete = Request {
         max_tokens: 3,
         ..begun
@@ -86,6 +91,15 @@ fn what_does_not_fit_is_refused_with_the_numbers() {
     };
     assert!(matches!(
         admission.submit(foreign, 'a'),
+        Err((Rejection::Invalid { .. }, _))
+    ));
+    let mut biased = request(1);
+    biased.sampling.logit_bias = vec![LogitBias {
+        token: 8,
+        bias: 1.0,
+    }];
+    assert!(matches!(
+        admission.submit(biased, 'a'),
         Err((Rejection::Invalid { .. }, _))
     ));
     admission.submit(request(1), 'b').unwrap();

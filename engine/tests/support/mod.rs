@@ -220,6 +220,7 @@ pub(crate) fn join(id: u64, prompt: &[u32], max_tokens: u32, sampling: Sampling)
     Join {
         sequence: SequenceId(id),
         prompt: prompt.to_vec(),
+        delivered: 0,
         sampling,
         max_tokens,
         stop_tokens: Vec::new(),
