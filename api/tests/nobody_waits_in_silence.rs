@@ -11,7 +11,8 @@ async fn a_stream_without_tokens_is_kept_alive() {
     let server = Server::start([Script::Answer(vec![Step::Hang])]).await;
     let mut stream = server.ask(json!({"stream": true})).await.bytes_stream();
     let role = stream.next().await.unwrap().unwrap();
-    assert!(role.starts_with(b"data: "));
+    let role = String::from_utf8(role.to_vec()).unwrap();
+    assert!(role.starts_with("id: 0\ndata: "), "{role}");
     let asked = tokio::time::Instant::now();
     let comment = stream.next().await.unwrap().unwrap();
     assert!(comment.starts_with(b":"), "{comment:?}");
