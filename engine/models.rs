@@ -5,6 +5,7 @@ pub(crate) mod attention;
 pub(crate) mod experts;
 pub(crate) mod rotary;
 pub(crate) mod linear;
+mod fused;
 
 use mlx_rs::error::Exception;
 use offbook_collectives::CollectiveError;

@@ -4,7 +4,7 @@
 //! ranks: both travel in one tiny all-reduce. The output projection needs a second one.
 
 use mlx_rs::error::Exception;
-use mlx_rs::fast::{ScaledDotProductAttentionMask, scaled_dot_product_attention};
+use mlx_rs::fast::{ScaledDotProductAttentionMask, rms_norm, scaled_dot_product_attention};
 use mlx_rs::ops::indexing::{TryIndexOp, take_axis};
 use mlx_rs::ops::{concatenate, matmul, rsqrt, softmax_axis};
 use mlx_rs::{Array, Dtype};
@@ -35,6 +35,9 @@ struct Heads {
     gains: Array,
     /// `None` for a model without these norms.
     norm: Option<Norm>,
+    /// For a device with a kernel for norms, of a model that has them: what it takes when this rank
+    /// holds all heads.
+    whole_gains: Option<WholeGains>,
     query: i32,
     kv: i32,
     width: i32,
@@ -50,10 +53,18 @@ struct Norm {
     eps: Array,
 }
 
+/// The norms' weights as they are: `[query heads × head_dim]` and `[kv heads × head_dim]`.
+struct WholeGains {
+    query: Array,
+    key: Array,
+}
+
 /// What attention reads for every row of a step.
 struct Prepared {
-    /// `[rows, query heads, head_dim]`, scaled.
+    /// `[rows, query heads, head_dim]`.
     queries: Array,
+    /// By which their products with keys have still to be multiplied.
+    scale: f32,
     /// `[rows, 2 × kv heads, head_dim]`: keys, then values.
     pairs: Array,
 }
@@ -66,7 +77,7 @@ impl Attention {
         numerics: Numerics,
     ) -> Result<Self, Exception> {
         let heads = match weights {
-            Some(weights) => Some(Heads::new(config, share, weights)?),
+            Some(weights) => Some(Heads::new(config, share, weights, numerics)?),
             None => None,
         };
         Ok(Self {
@@ -84,11 +95,10 @@ impl Attention {
         rotary: &Rotary,
         caches: &mut Borrowed<'_>,
     ) -> Result<Array, Fault> {
-        let dtype = self.numerics.dtype;
         let Some(heads) = &self.heads else {
             return self.nothing(x, rows);
         };
-        let prepared = heads.prepare(x, rows, rotary, dtype)?;
+        let prepared = heads.prepare(x, rows, rotary, self.numerics)?;
         let mut parts = Vec::with_capacity(rows.segments.len());
         for (segment, range) in rows.segments.iter().zip(&rows.ranges) {
             let place = Place {
@@ -98,7 +108,7 @@ impl Attention {
             let pairs = rows.slice(&prepared.pairs, range)?;
             let past = caches.of(segment.sequence)?.append(&pairs, place)?;
             let queries = rows.slice(&prepared.queries, range)?;
-            parts.push(heads.attend(&queries, &past, self.numerics.device)?);
+            parts.push(heads.attend(&queries, prepared.scale, &past, self.numerics.device)?);
         }
         let attended = match parts.len() {
             1 => parts.remove(0),
@@ -128,6 +138,9 @@ impl Attention {
         let linears = heads.inputs.iter().chain([&heads.output]);
         let mut all: Vec<&Array> = linears.flat_map(arrays).collect();
         all.push(&heads.gains);
+        if let Some(gains) = &heads.whole_gains {
+            all.extend([&gains.query, &gains.key]);
+        }
         all
     }
 }
@@ -137,6 +150,7 @@ impl Heads {
         config: &ModelConfig,
         share: &RankShare,
         weights: AttentionWeights,
+        numerics: Numerics,
     ) -> Result<Self, Exception> {
         let (query, kv) = (share.query_heads.len() as i32, share.kv_heads.len() as i32);
         let width = config.head_dim as i32;
@@ -145,6 +159,13 @@ impl Heads {
             None => Array::ones::<f32>(&[heads, width]),
         };
         let scale = Array::from_f32((config.head_dim as f32).powf(-0.5));
+        let whole_gains = match (numerics.device, &weights.q_norm, &weights.k_norm) {
+            (DeviceKind::Gpu, Some(query), Some(key)) => Some(WholeGains {
+                query: query.as_dtype(numerics.dtype)?,
+                key: key.as_dtype(numerics.dtype)?,
+            }),
+            _ => None,
+        };
         let gains = [
             gain(weights.q_norm, query)?.multiply(scale)?,
             gain(weights.k_norm, kv)?,
@@ -157,6 +178,7 @@ impl Heads {
             output: weights.o,
             gains: concatenate(&gains, 0)?,
             norm: config.qk_norm.then(|| Norm::new(config, query, kv)),
+            whole_gains,
             query,
             kv,
             width,
@@ -169,7 +191,7 @@ impl Heads {
         x: &Array,
         rows: &Rows<'_>,
         rotary: &Rotary,
-        dtype: Dtype,
+        numerics: Numerics,
     ) -> Result<Prepared, Fault> {
         let mut projected = Vec::with_capacity(self.inputs.len());
         for input in &self.inputs {
@@ -179,16 +201,47 @@ impl Heads {
             1 => projected.remove(0),
             _ => concatenate(&projected, 1)?,
         };
+        if let (Some(gains), false) = (&self.whole_gains, rows.divided.heads) {
+            return Ok(self.prepare_whole(&projected, gains, rows, rotary, numerics)?);
+        }
         let normed = self.query + self.kv;
         let heads = projected.reshape(&[rows.count, normed + self.kv, self.width])?;
         let turned = heads.try_index((.., ..normed, ..))?;
         let turned = self.normalise(&turned.as_dtype(Dtype::Float32)?, rows)?;
-        let turned = rotary.apply(&rows.turn, &turned.as_dtype(dtype)?)?;
+        let turned = rotary.apply(&rows.turn, &turned.as_dtype(numerics.dtype)?)?;
         let values = heads.try_index((.., normed.., ..))?;
         let keys = turned.try_index((.., self.query.., ..))?;
         Ok(Prepared {
             queries: turned.try_index((.., ..self.query, ..))?,
             pairs: concatenate(&[keys, values], 1)?,
+            // The gains have it in them.
+            scale: 1.0,
+        })
+    }
+
+    /// The same where no other rank has a part in the norms: a kernel for each of them.
+    fn prepare_whole(
+        &self,
+        projected: &Array,
+        gains: &WholeGains,
+        rows: &Rows<'_>,
+        rotary: &Rotary,
+        numerics: Numerics,
+    ) -> Result<Prepared, Exception> {
+        let (to_keys, to_values) = (self.query * self.width, (self.query + self.kv) * self.width);
+        let by_head = |x: &Array, heads| x.reshape(&[rows.count, heads, self.width]);
+        let turned = |x: &Array, gains: &Array, heads| {
+            let normed = rms_norm(x, Some(gains), numerics.norm_eps)?;
+            rotary.apply(&rows.turn, &by_head(&normed, heads)?)
+        };
+        let queries = projected.try_index((.., ..to_keys))?;
+        let keys = projected.try_index((.., to_keys..to_values))?;
+        let keys = turned(&keys, &gains.key, self.kv)?;
+        let values = by_head(&projected.try_index((.., to_values..))?, self.kv)?;
+        Ok(Prepared {
+            queries: turned(&queries, &gains.query, self.query)?,
+            pairs: concatenate(&[keys, values], 1)?,
+            scale: (self.width as f32).powf(-0.5),
         })
     }
 
@@ -211,6 +264,7 @@ impl Heads {
     fn attend(
         &self,
         queries: &Array,
+        scale: f32,
         past: &KeysAndValues,
         device: DeviceKind,
     ) -> Result<Array, Exception> {
@@ -226,7 +280,7 @@ impl Heads {
         let queries = queries.transpose_axes(&[1, 0, 2])?.expand_dims(0)?;
         let (keys, values) = (past.keys.expand_dims(0)?, past.values.expand_dims(0)?);
         let mask = (n > 1).then_some(ScaledDotProductAttentionMask::Causal);
-        scaled_dot_product_attention(&queries, &keys, &values, 1.0, mask, None)?
+        scaled_dot_product_attention(&queries, &keys, &values, scale, mask, None)?
             .squeeze_axes(&[0])?
             .transpose_axes(&[1, 0, 2])?
             .reshape(&flat)

@@ -10,6 +10,7 @@ use mlx_rs::{Array, Dtype};
 
 use crate::config::ModelConfig;
 use crate::models::Fault;
+use crate::models::fused;
 use crate::models::linear::{Fused, Order, arrays, fuse, project, project_experts};
 use crate::models::minimax::{DeviceKind, Numerics, Rows};
 use crate::partition::RankShare;
@@ -75,18 +76,17 @@ impl Experts {
         let part = match &self.columns {
             Some(columns) => {
                 let routes = self.route(x)?;
-                let per_expert = if self.numerics.device == DeviceKind::Gpu
-                    && rows.count * self.top >= SORT_ROUTES_MIN
-                {
-                    columns.sorted(x, &routes.experts)?
-                } else {
-                    columns.as_they_come(x, &routes.experts)?
-                };
-                let weights = routes
-                    .weights
-                    .as_dtype(self.numerics.dtype)?
-                    .expand_dims(1)?;
-                matmul(&weights, &per_expert)?.squeeze_axes(&[1])?
+                match self.numerics.device {
+                    DeviceKind::Gpu if rows.count * self.top < SORT_ROUTES_MIN => {
+                        columns.weighted(x, &routes)?
+                    }
+                    DeviceKind::Gpu => {
+                        self.combine(&routes, &columns.sorted(x, &routes.experts)?)?
+                    }
+                    DeviceKind::Cpu => {
+                        self.combine(&routes, &columns.as_they_come(x, &routes.experts)?)?
+                    }
+                }
             }
             // Zeros, made from what came before, so that no sum overtakes another.
             None => x.multiply(Array::from_f32(0.0).as_dtype(self.numerics.dtype)?)?,
@@ -97,16 +97,32 @@ impl Experts {
     /// Scores are computed in 32 bits; the weights are the chosen scores without the correction,
     /// scaled to a sum of one.
     fn route(&self, x: &Array) -> Result<Routes, Exception> {
-        let scores = sigmoid(project(&self.router, &x.as_dtype(Dtype::Float32)?)?)?;
+        let gpu = self.numerics.device == DeviceKind::Gpu;
+        let logits = project(&self.router, &x.as_dtype(Dtype::Float32)?)?;
+        let [scores, corrected] = if gpu {
+            fused::scores(&logits, &self.correction)?
+        } else {
+            let scores = sigmoid(logits)?;
+            let corrected = scores.add(&self.correction)?;
+            [scores, corrected]
+        };
         let first = self.experts - self.top;
-        let ordered = argpartition_axis(scores.add(&self.correction)?, first, -1)?;
+        let ordered = argpartition_axis(corrected, first, -1)?;
         let experts = ordered.try_index((.., first..))?;
         let chosen = take_along_axis(&scores, &experts, -1)?;
-        let sum = chosen.sum_axis(-1, true)?.add(&self.tiny)?;
-        Ok(Routes {
-            experts,
-            weights: chosen.divide(sum)?,
-        })
+        let sum = chosen.sum_axis(-1, true)?;
+        let weights = if gpu {
+            fused::share_of_sum(&chosen, &sum, &self.tiny)?
+        } else {
+            chosen.divide(sum.add(&self.tiny)?)?
+        };
+        Ok(Routes { experts, weights })
+    }
+
+    /// `per_expert` `[rows, top, hidden]`, each by its weight, summed: `[rows, hidden]`.
+    fn combine(&self, routes: &Routes, per_expert: &Array) -> Result<Array, Exception> {
+        let weights = routes.weights.as_dtype(self.numerics.dtype)?;
+        matmul(weights.expand_dims(1)?, per_expert)?.squeeze_axes(&[1])
     }
 
     pub(crate) fn arrays(&self) -> Vec<&Array> {
@@ -136,11 +152,24 @@ impl Columns {
     fn as_they_come(&self, x: &Array, experts: &Array) -> Result<Array, Exception> {
         let (rows, hidden) = (x.dim(0), x.dim(1));
         let x = x.reshape(&[rows, 1, 1, hidden])?;
-        self.swiglu(&x, experts, Order::AsTheyCome)?
-            .squeeze_axes(&[2])
+        let (gate, up) = self.gate_and_up(&x, experts, Order::AsTheyCome)?;
+        let inner = sigmoid(&gate)?.multiply(&gate)?.multiply(&up)?;
+        project_experts(&self.output, &inner, experts, Order::AsTheyCome)?.squeeze_axes(&[2])
     }
 
-    /// The same with rows brought together by expert, so that a matrix is read once for all of its
+    /// The same, each expert by its weight and all of a row summed: `[rows, hidden]`. Down is linear,
+    /// so the weight can be taken in before it, where it costs no kernel.
+    fn weighted(&self, x: &Array, routes: &Routes) -> Result<Array, Exception> {
+        let (rows, hidden) = (x.dim(0), x.dim(1));
+        let x = x.reshape(&[rows, 1, 1, hidden])?;
+        let (gate, up) = self.gate_and_up(&x, &routes.experts, Order::AsTheyCome)?;
+        let weights = routes.weights.reshape(&[rows, -1, 1, 1])?;
+        let inner = fused::weighted_swiglu(&gate, &up, &weights)?;
+        project_experts(&self.output, &inner, &routes.experts, Order::AsTheyCome)?
+            .sum_axes(&[1, 2], false)
+    }
+
+    /// The same as [`as_they_come`](Self::as_they_come) with rows brought together by expert, so that a matrix is read once for all of its
     /// rows.
     fn sorted(&self, x: &Array, experts: &Array) -> Result<Array, Exception> {
         let (rows, top, hidden) = (x.dim(0), experts.dim(1), x.dim(1));
@@ -149,13 +178,21 @@ impl Columns {
         let back = argsort(&order)?;
         let row_of_route = floor_divide(&order, Array::from_int(top).as_dtype(order.dtype())?)?;
         let x = take_axis(x, row_of_route, 0)?.expand_dims(1)?;
-        let y = self.swiglu(&x, &take_axis(&experts, &order, 0)?, Order::Sorted)?;
+        let experts = take_axis(&experts, &order, 0)?;
+        let (gate, up) = self.gate_and_up(&x, &experts, Order::Sorted)?;
+        let inner = fused::swiglu(&gate, &up)?;
+        let y = project_experts(&self.output, &inner, &experts, Order::Sorted)?;
         take_axis(&y, back, 0)?.reshape(&[rows, top, hidden])
     }
 
-    /// `silu(gate x) ∘ (up x)`, then down: `[…, 1, hidden]` → `[…, 1, hidden]`.
-    fn swiglu(&self, x: &Array, experts: &Array, order: Order) -> Result<Array, Exception> {
-        let (gate, up) = match self.inputs.as_slice() {
+    /// `[…, 1, hidden]` → twice `[…, 1, columns]`.
+    fn gate_and_up(
+        &self,
+        x: &Array,
+        experts: &Array,
+        order: Order,
+    ) -> Result<(Array, Array), Exception> {
+        Ok(match self.inputs.as_slice() {
             [whole] => {
                 let both = project_experts(whole, x, experts, order)?;
                 let gate = both.try_index((Ellipsis, ..self.width))?;
@@ -166,9 +203,7 @@ impl Columns {
                 project_experts(&apart[0], x, experts, order)?,
                 project_experts(&apart[1], x, experts, order)?,
             ),
-        };
-        let inner = sigmoid(&gate)?.multiply(&gate)?.multiply(&up)?;
-        project_experts(&self.output, &inner, experts, order)
+        })
     }
 }
 

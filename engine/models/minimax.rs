@@ -282,3 +282,99 @@ impl Rows<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use offbook_protocol::Sampling;
+    use serde_json::json;
+
+    use super::*;
+    use crate::batch::{Draw, Input};
+    use crate::precision::Precision;
+    use crate::trial::random_weights;
+
+    fn config() -> ModelConfig {
+        let config = json!({
+            "model_type": "minimax_m2", "hidden_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32, "rotary_dim": 16,
+            "rope_theta": 1e4, "rms_norm_eps": 1e-6, "intermediate_size": 64, "use_qk_norm": true,
+            "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 128,
+            "max_position_embeddings": 512,
+            "quantization": {"group_size": 32, "bits": 5}
+        });
+        ModelConfig::parse(&config, None).unwrap()
+    }
+
+    fn model(config: &ModelConfig, device: DeviceKind) -> MiniMax {
+        let share = RankShare::whole(config);
+        let weights = random_weights(config, &share, Precision::Float32, 3).unwrap();
+        let numerics = Numerics {
+            hidden: config.hidden_size as i32,
+            norm_eps: config.rms_norm_eps,
+            dtype: Dtype::Float32,
+            device,
+        };
+        MiniMax::new(config, &share, weights, numerics).unwrap()
+    }
+
+    fn segment(sequence: u64, start: usize, rows: usize) -> Segment {
+        Segment {
+            sequence: SequenceId(sequence),
+            start,
+            input: match rows {
+                1 => Input::Drawn(0),
+                _ => Input::Prompt((0..rows as u32).collect()),
+            },
+            draw: Some(Draw {
+                position: start + rows,
+                sampling: Sampling::greedy().into(),
+                reshape: None,
+            }),
+            reserve: 64,
+        }
+    }
+
+    /// What all layers make of the steps' rows, one after the other.
+    fn outputs(model: &MiniMax, steps: &[Vec<Segment>]) -> Vec<Array> {
+        let group = Group::solo();
+        let mut caches = Caches::new();
+        let outputs = steps.iter().enumerate().map(|(step, segments)| {
+            let batch = StepBatch {
+                segments: segments.clone(),
+            };
+            for segment in segments {
+                caches
+                    .entry(segment.sequence)
+                    .or_insert_with(|| SequenceCache::new(model.layers()));
+            }
+            let rows = model.rows(&batch, &group, Divided::default());
+            let key = mlx_rs::random::key(step as u64).unwrap();
+            let shape = [rows.count, model.numerics.hidden];
+            let mut x = mlx_rs::random::normal::<f32>(&shape, None, None, Some(&key)).unwrap();
+            for layer in 0..model.layers() {
+                x = model.layer(layer, &x, &rows, &mut caches).unwrap();
+            }
+            x
+        });
+        outputs.collect()
+    }
+
+    /// On the way of a GPU norms, rotations and elementwise chains are kernels of their own, and the
+    /// weights of experts are taken in elsewhere.
+    #[test]
+    fn the_way_of_a_gpu_computes_the_same() {
+        let config = config();
+        let steps = [
+            vec![segment(1, 0, 40), segment(2, 0, 5)],
+            vec![segment(1, 40, 1), segment(2, 5, 1)],
+            vec![segment(2, 6, 1)],
+        ];
+        let cpu = outputs(&model(&config, DeviceKind::Cpu), &steps);
+        let gpu = outputs(&model(&config, DeviceKind::Gpu), &steps);
+        for (step, (cpu, gpu)) in cpu.iter().zip(&gpu).enumerate() {
+            assert_eq!(cpu.shape(), gpu.shape());
+            let same = cpu.all_close(gpu, 1e-3, 1e-3, None).unwrap();
+            assert!(same, "step {step}:\n{cpu}\n{gpu}");
+        }
+    }
+}
