@@ -55,7 +55,9 @@ async fn talk(us: &str, them: &str, system: &System) -> Result<(), Box<dyn Error
         .try_collect()
         .await?;
     let (_, gone) = futures::join!(ours, theirs);
-    eprintln!("{us}: {next}, {numbers:?}, {gone}");
+    // Written at once, or the lines of both could mix.
+    let line = format!("{us}: {next}, {numbers:?}, {gone}\n");
+    eprint!("{line}");
     system.shutdown(second).await;
     Ok(())
 }
