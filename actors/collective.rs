@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use actix::{Actor, Context, Handler, Message, ResponseActFuture, WrapFuture};
 use offbook_collectives::{
-    CollectiveError, GroupHandle, JoinSpec, NcclSpec, OneHost, QuicEndpoint, QuicOptions,
-    QuicTransport, RingSpec, SharedMemoryOptions, SharedMemorySpec, TensorTls,
+    CollectiveError, GroupHandle, JacclSpec, JoinSpec, NcclSpec, OneHost, QuicEndpoint,
+    QuicOptions, QuicTransport, RingSpec, SharedMemoryOptions, SharedMemorySpec, TensorTls,
 };
 use offbook_protocol::{Epoch, GroupSpec, Transport};
 use offbook_runtime::{Identity, IdentityError, Trust};
@@ -30,6 +30,8 @@ pub(crate) struct Collective {
 
 enum Bound {
     Quic(Box<QuicEndpoint>),
+    /// Where the ranks of an RDMA group meet.
+    Jaccl(Box<QuicEndpoint>),
     SharedMemory,
     Ring,
     Nccl,
@@ -43,6 +45,7 @@ pub(crate) enum GroupSeed {
     SharedMemory(Box<OneHost>),
     Ring(RingSpec),
     Nccl(NcclSpec),
+    Jaccl(JacclSpec, Box<QuicTransport>),
 }
 
 impl Collective {
@@ -63,14 +66,17 @@ impl Collective {
         // has: this finds one that is free.
         let free = || TcpListener::bind(any).and_then(|tcp| tcp.local_addr());
         let (bound, address) = match transport {
-            Transport::Quic => {
+            Transport::Quic | Transport::Jaccl => {
                 let tls = TensorTls {
                     server: self.identity.server_config(&self.trust, TensorTls::ALPN)?,
                     client: self.identity.client_config(&self.trust, TensorTls::ALPN)?,
                 };
                 let endpoint = QuicEndpoint::bind(any, tls, QuicOptions::default())?;
-                let address = endpoint.local_addr();
-                (Bound::Quic(Box::new(endpoint)), address)
+                let (address, endpoint) = (endpoint.local_addr(), Box::new(endpoint));
+                match transport {
+                    Transport::Jaccl => (Bound::Jaccl(endpoint), address),
+                    _ => (Bound::Quic(endpoint), address),
+                }
             }
             Transport::SharedMemory => (Bound::SharedMemory, free()?),
             Transport::Ring => (Bound::Ring, free()?),
@@ -154,21 +160,34 @@ impl Handler<Meet> for Collective {
                     let host = met.await.map_err(|_| MeetError::Panicked)??;
                     Ok(GroupSeed::SharedMemory(Box::new(host)))
                 }
-                Bound::Quic(endpoint) => {
-                    let join = JoinSpec {
-                        epoch: spec.epoch.0,
-                        rank,
-                        peers,
-                    };
-                    let joined =
-                        tokio::task::spawn_blocking(move || endpoint.join(&join, deadline)).await;
-                    let transport = joined.map_err(|_| MeetError::Panicked)??;
-                    Ok(GroupSeed::Quic(Box::new(transport)))
+                Bound::Quic(endpoint) => Ok(GroupSeed::Quic(
+                    join(endpoint, &spec, peers, deadline).await?,
+                )),
+                Bound::Jaccl(endpoint) => {
+                    let side = join(endpoint, &spec, peers, deadline).await?;
+                    let devices = spec.members.into_iter().map(|member| member.rdma);
+                    let devices = devices.collect();
+                    Ok(GroupSeed::Jaccl(JacclSpec { devices }, side))
                 }
             }
         };
         Box::pin(seed.into_actor(self))
     }
+}
+
+async fn join(
+    endpoint: Box<QuicEndpoint>,
+    spec: &GroupSpec,
+    peers: Vec<SocketAddr>,
+    deadline: Duration,
+) -> Result<Box<QuicTransport>, MeetError> {
+    let join = JoinSpec {
+        epoch: spec.epoch.0,
+        rank: spec.rank.index(),
+        peers,
+    };
+    let joined = tokio::task::spawn_blocking(move || endpoint.join(&join, deadline)).await;
+    Ok(Box::new(joined.map_err(|_| MeetError::Panicked)??))
 }
 
 /// The memory of one epoch, named after the port of rank 0, which is its alone on this host.

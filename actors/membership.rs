@@ -7,7 +7,7 @@
 mod formation;
 mod epoch_file;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -38,6 +38,8 @@ pub struct ClusterSettings {
     pub model: PathBuf,
     pub layout: Layout,
     pub transport: Transport,
+    /// By node: which of its RDMA devices leads to which other node.
+    pub rdma: BTreeMap<String, BTreeMap<String, String>>,
     pub fast_synch: FastSynch,
     pub prefill_chunk_tokens: u32,
     pub context_tokens: u32,
@@ -184,8 +186,11 @@ impl Membership {
         let members = self.formation.group().zip(addresses);
         let members = members
             .filter_map(|(member, address)| {
-                let process = member.shard.as_ref()?.process.clone();
-                Some(GroupMember { process, address })
+                Some(GroupMember {
+                    process: member.shard.as_ref()?.process.clone(),
+                    address,
+                    rdma: self.rdma_from(&member.node),
+                })
             })
             .collect();
         let spec = GroupSpec {
@@ -201,6 +206,16 @@ impl Membership {
             };
             this.carry_out(actions, ctx);
         }));
+    }
+
+    /// The devices that lead from a node to those of the group, in rank order.
+    fn rdma_from(&self, node: &str) -> Vec<Option<String>> {
+        let devices = self.settings.rdma.get(node);
+        let to = |other: &str| devices.and_then(|devices| devices.get(other)).cloned();
+        self.formation
+            .group()
+            .map(|member| to(&member.node))
+            .collect()
     }
 
     fn leave(&self, epoch: Epoch, rank: Rank, why: String) {

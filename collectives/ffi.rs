@@ -88,6 +88,26 @@ impl MlxGroup {
         })
     }
 
+    /// JACCL, as the environment describes it; its ranks meet over the carrier of `side`.
+    pub(crate) fn of_jaccl(side: View) -> Result<Self, CollectiveError> {
+        let handle = Box::into_raw(Box::new(side)).cast();
+        let callbacks = Callbacks { run, release };
+        let mut why = [0u8; 256];
+        // SAFETY: `handle` as in `of`, which the shim gives back even when it fails; `why` is as long
+        // as said.
+        let ctx =
+            unsafe { offbook_jaccl_new(handle, callbacks, why.as_mut_ptr().cast(), why.len()) };
+        if ctx.is_null() {
+            let why = CStr::from_bytes_until_nul(&why).unwrap_or_default();
+            let why = why.to_string_lossy();
+            return Err(CollectiveError::local("forming a JACCL group", why));
+        }
+        Ok(Self {
+            group: mlx_distributed_group { ctx },
+            on_device: false,
+        })
+    }
+
     fn stream(&self) -> Stream {
         match self.on_device {
             true => Stream::thread_local_or_default(),
@@ -237,6 +257,12 @@ pub(crate) fn collective_stream() -> Stream {
 pub(crate) fn install_mlx_error_handler() {
     let cpu = Device::new(DeviceType::Cpu, 0);
     drop(Stream::try_default_on_device(&cpu));
+}
+
+/// Whether MLX finds RDMA over Thunderbolt on this machine.
+pub(crate) fn jaccl_is_available() -> bool {
+    // SAFETY: takes nothing, and nothing is thrown across.
+    unsafe { offbook_jaccl_is_available() != 0 }
 }
 
 /// Sets a variable that MLX reads. Only before other threads run: see [`crate::Group::ring`].
@@ -403,6 +429,13 @@ unsafe extern "C" {
         callbacks: Callbacks,
         rank: i32,
         size: i32,
+    ) -> *mut c_void;
+    fn offbook_jaccl_is_available() -> i32;
+    fn offbook_jaccl_new(
+        handle: *mut c_void,
+        callbacks: Callbacks,
+        why: *mut c_char,
+        why_bytes: usize,
     ) -> *mut c_void;
     fn offbook_set_environment(name: *const c_char, value: *const c_char) -> i32;
 }

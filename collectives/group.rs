@@ -17,6 +17,7 @@ use crate::{
     ffi::{self, MlxGroup, Task, View},
     handle::GroupHandle,
     health::Health,
+    jaccl::JacclSpec,
     nccl::NcclSpec,
     one_host::OneHost,
     operation::Operation,
@@ -183,6 +184,32 @@ impl Group {
     pub fn nccl(spec: &NcclSpec) -> Result<Self, CollectiveError> {
         let group = spec.form()?;
         let place = (spec.rank, spec.size);
+        Ok(Self::with(
+            Backing::Mlx(group),
+            Arc::default(),
+            place,
+            Path::Mlx,
+        ))
+    }
+
+    /// MLX over RDMA between Macs, through Thunderbolt: no deadlines, no word of a dead peer. Its ranks meet
+    /// over `side`, within `deadline`. Writes the environment, as [`ring`](Self::ring) does.
+    ///
+    /// # Errors
+    /// [`CollectiveError::Local`] when a pair has no device, when the machine has no such RDMA, or when
+    /// MLX cannot form the group.
+    pub fn jaccl(
+        spec: &JacclSpec,
+        side: Box<dyn Transport>,
+        deadline: Duration,
+    ) -> Result<Self, CollectiveError> {
+        ffi::install_mlx_error_handler();
+        let carrier = Arc::new(Carrier::new(side, deadline, Arc::default()));
+        let place = (carrier.rank(), carrier.size());
+        let group = spec.form(View {
+            carrier,
+            task: Task::Reduce,
+        })?;
         Ok(Self::with(
             Backing::Mlx(group),
             Arc::default(),

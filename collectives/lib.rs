@@ -14,6 +14,7 @@ mod transport;
 pub mod quic;
 pub mod shared_memory;
 mod ring;
+mod jaccl;
 mod nccl;
 
 mod carrier;
@@ -33,6 +34,7 @@ pub use self::error::CollectiveError;
 pub use self::fast_synch::{FastSynch, Path};
 pub use self::group::{Gathered, Group};
 pub use self::handle::GroupHandle;
+pub use self::jaccl::JacclSpec;
 pub use self::nccl::NcclSpec;
 pub use self::one_host::OneHost;
 pub use self::operation::{Envelope, Operation};

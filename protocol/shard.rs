@@ -63,12 +63,14 @@ pub enum Transport {
     Ring,
     /// MLX over NCCL, on CUDA.
     Nccl,
+    /// MLX over RDMA through Thunderbolt, between Macs.
+    Jaccl,
 }
 
 impl Transport {
-    /// Whether it is MLX's own: without deadlines, and once in the life of a process.
+    /// Whether it is MLX's own: without deadlines, and left by ending the process.
     pub fn is_of_mlx(self) -> bool {
-        matches!(self, Self::Ring | Self::Nccl)
+        matches!(self, Self::Ring | Self::Nccl | Self::Jaccl)
     }
 }
 
@@ -100,9 +102,12 @@ pub struct GroupSpec {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GroupMember {
     pub process: String,
-    /// Of its tensor endpoint: UDP for `quic`, TCP for `ring` and `nccl`; for `shm` a port that
+    /// Of its tensor endpoint: UDP for `quic` and `jaccl`, TCP for `ring` and `nccl`; for `shm` a port that
     /// nobody else on the host had when the epoch began.
     pub address: SocketAddr,
+    /// For `jaccl`: the RDMA device that leads from here to each rank, in rank order, where the cluster
+    /// file names one.
+    pub rdma: Vec<Option<String>>,
 }
 
 /// How far a shard has come in reading its weights.
@@ -145,8 +150,8 @@ macro_rules! named {
 
 named!(Layout, "layout", "tensor, expert, pipeline",
     "tensor" => Tensor, "expert" => Expert, "pipeline" => Pipeline);
-named!(Transport, "transport", "quic, shm, ring, nccl",
-    "quic" => Quic, "shm" => SharedMemory, "ring" => Ring, "nccl" => Nccl);
+named!(Transport, "transport", "quic, shm, ring, nccl, jaccl",
+    "quic" => Quic, "shm" => SharedMemory, "ring" => Ring, "nccl" => Nccl, "jaccl" => Jaccl);
 named!(FastSynch, "fast_synch", "auto, on, off, require", "auto" => Auto, "on" => On, "off" => Off, "require" => Require);
 
 #[cfg(test)]
@@ -161,7 +166,7 @@ mod tests {
         let error = "tcp".parse::<Transport>().unwrap_err();
         assert_eq!(
             error.to_string(),
-            "unknown transport 'tcp': one of quic, shm, ring, nccl"
+            "unknown transport 'tcp': one of quic, shm, ring, nccl, jaccl"
         );
     }
 }

@@ -99,7 +99,7 @@ pub(crate) struct LocalOptions {
     #[command(flatten)]
     pub(crate) division: Division,
     /// What carries tensors between shards: quic (ours, encrypted), shm (ours, memory of this
-    /// machine), ring (MLX's own, plain TCP) or nccl (MLX's, on CUDA)
+    /// machine), or MLX's own: ring (plain TCP), nccl (on CUDA), jaccl (RDMA through Thunderbolt)
     #[arg(long, default_value_t = Transport::Quic)]
     pub(crate) transport: Transport,
     /// Keep collectives on the device's stream: auto (where it can), on (the same, with a warning
@@ -193,7 +193,7 @@ pub(crate) struct ClusterInit {
     /// one exchange per layer) or pipeline (some layers each)
     #[arg(long, default_value_t = Layout::Tensor, value_name = "LAYOUT")]
     pub(crate) parallel: Layout,
-    /// What carries tensors between shards: quic, shm (all on one machine), ring or nccl
+    /// What carries tensors between shards: quic, shm (all on one machine), ring, nccl or jaccl
     #[arg(long, default_value_t = Transport::Quic)]
     pub(crate) transport: Transport,
     /// Keep collectives on the device's stream: auto (where it can), on, off or require

@@ -1,6 +1,7 @@
 //! `cluster.toml`: what every process of a cluster agrees on. It is equal on every node, and its
 //! hash is part of every handshake. The first node in it is the head.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -46,6 +47,9 @@ pub(crate) struct ClusterNode {
     /// Its share of the model, relative to the others.
     #[serde(default = "one")]
     pub(crate) weight: f64,
+    /// For transport `jaccl`: which of its RDMA devices (`ibv_devices`) leads to which other node.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) rdma: BTreeMap<String, String>,
 }
 
 fn one() -> f64 {
@@ -143,8 +147,18 @@ impl ClusterFile {
                 "the weight of '{}' must be above 0",
                 node.name
             );
+            for peer in node.rdma.keys() {
+                ensure!(
+                    self.nodes.iter().any(|other| &other.name == peer),
+                    "the rdma of '{}' leads to '{peer}', which is no node",
+                    node.name
+                );
+            }
             ProcessName::new(&*node.name)
                 .with_context(|| format!("'{}' cannot be a node's name", node.name))?;
+        }
+        if self.transport == Transport::Jaccl {
+            self.check_rdma()?;
         }
         let limits = &self.limits;
         ensure!(
@@ -188,6 +202,23 @@ impl ClusterFile {
                 && limits.silence_min_seconds <= limits.silence_seconds,
             "limits.silence_min_seconds must be from 0.1 to silence_seconds"
         );
+        Ok(())
+    }
+
+    /// Whichever nodes make a group, each needs a device towards each.
+    fn check_rdma(&self) -> Result<()> {
+        for node in &self.nodes {
+            for peer in self.nodes.iter().filter(|peer| peer.name != node.name) {
+                ensure!(
+                    node.rdma.contains_key(&peer.name),
+                    "transport jaccl needs `rdma` of node '{}' to say which device leads to '{}', as in \
+                     rdma = {{ {} = \"rdma_en5\" }}",
+                    node.name,
+                    peer.name,
+                    peer.name
+                );
+            }
+        }
         Ok(())
     }
 
@@ -235,6 +266,11 @@ impl ClusterFile {
             model: self.model.clone(),
             layout: self.parallel,
             transport: self.transport,
+            rdma: self
+                .nodes
+                .iter()
+                .map(|node| (node.name.clone(), node.rdma.clone()))
+                .collect(),
             fast_synch: self.fast_synch,
             prefill_chunk_tokens: self.limits.prefill_chunk_tokens,
             context_tokens: self.context_tokens(model_context),
@@ -339,6 +375,7 @@ pub(crate) fn found(
             address: *address,
             keys: vec![identity.key()],
             weight: one(),
+            rdma: BTreeMap::new(),
         });
     }
     let file = template(members);
@@ -474,6 +511,38 @@ mod tests {
             let error = format!("{:#}", ClusterFile::load(&path).unwrap_err());
             assert!(error.contains(named), "{error}");
         }
+    }
+
+    #[test]
+    fn rdma_must_lead_from_every_node_to_every_other() {
+        let (_folder, path) = founded();
+        let mut file = ClusterFile::load(&path).unwrap();
+        file.transport = Transport::Jaccl;
+        let other = ClusterNode {
+            name: "b".into(),
+            rdma: [("a".to_owned(), "rdma_en3".to_owned())].into(),
+            ..file.nodes[0].clone()
+        };
+        file.nodes.push(other);
+        let error = file.check().unwrap_err().to_string();
+        assert!(
+            error.contains("node 'a'") && error.contains("leads to 'b'"),
+            "{error}"
+        );
+        file.nodes[0].rdma.insert("b".into(), "rdma_en5".into());
+        file.check().unwrap();
+        let text = toml::to_string(&file).unwrap();
+        assert_eq!(
+            toml::from_str::<ClusterFile>(&text).unwrap().nodes[0].rdma["b"],
+            "rdma_en5"
+        );
+        file.nodes[0].rdma.insert("c".into(), "rdma_en6".into());
+        assert!(
+            file.check()
+                .unwrap_err()
+                .to_string()
+                .contains("'c', which is no node")
+        );
     }
 
     #[test]

@@ -202,6 +202,7 @@ impl Thread {
             GroupSeed::SharedMemory(host) => Group::on_one_host(*host, deadline, fast_synch),
             GroupSeed::Ring(ring) => Group::ring(&ring),
             GroupSeed::Nccl(nccl) => Group::nccl(&nccl),
+            GroupSeed::Jaccl(jaccl, side) => Group::jaccl(&jaccl, side, deadline),
         };
         let group = match group {
             Ok(group) => group,

@@ -3,6 +3,7 @@
 
 #include "group.h"
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -122,6 +123,42 @@ offbook_group_new(void* handle, offbook_callbacks callbacks, int32_t rank, int32
   } catch (...) {
     return nullptr;
   }
+}
+
+extern "C" int32_t offbook_jaccl_is_available(void) {
+  try {
+    return mx::distributed::is_available("jaccl");
+  } catch (...) {
+    return 0;
+  }
+}
+
+extern "C" void*
+offbook_jaccl_new(void* handle, offbook_callbacks callbacks, char* why, size_t why_bytes) {
+  try {
+    auto carrier = std::make_shared<Carrier>(handle, callbacks);
+    auto side_channel = [carrier](int, int size) {
+      return [carrier, size](const char* ours, char* all, size_t bytes) {
+        offbook_call call{
+            OFFBOOK_ALL_GATHER,
+            static_cast<uint32_t>(mx::Dtype::Val::uint8),
+            -1,
+            ours,
+            bytes,
+            all,
+            bytes * static_cast<size_t>(size)};
+        if (carrier->callbacks.run(carrier->handle, &call) != 0) {
+          throw std::runtime_error("the ranks did not meet");
+        }
+      };
+    };
+    return new mx::distributed::Group(mx::distributed::init(true, "jaccl", side_channel));
+  } catch (const std::exception& error) {
+    std::snprintf(why, why_bytes, "%s", error.what());
+  } catch (...) {
+    std::snprintf(why, why_bytes, "it gave no reason");
+  }
+  return nullptr;
 }
 
 extern "C" int32_t offbook_set_environment(const char* name, const char* value) {

@@ -38,6 +38,14 @@ typedef struct offbook_callbacks {
 // no memory. It owns `handle` from here on, and releases it with the last operation that needs it.
 void* offbook_group_new(void* handle, offbook_callbacks callbacks, int32_t rank, int32_t size);
 
+// Whether this machine has RDMA over Thunderbolt that MLX can use.
+int32_t offbook_jaccl_is_available(void);
+
+// MLX's JACCL as an mlx::core::distributed::Group, configured by the environment; its ranks meet
+// through `callbacks.run`, which is asked for OFFBOOK_ALL_GATHER of plain bytes. Null when it cannot be
+// formed, with the reason in `why`, cut to `why_bytes` and ended by a zero. `handle` as above.
+void* offbook_jaccl_new(void* handle, offbook_callbacks callbacks, char* why, size_t why_bytes);
+
 // Puts one variable into the environment of this process; 0 on success.
 int32_t offbook_set_environment(const char* name, const char* value);
 

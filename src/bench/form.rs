@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use offbook_collectives::measure::Echo;
 use offbook_collectives::{
     FastSynch, Group, JoinSpec, NcclSpec, OneHost, QuicEndpoint, QuicOptions, QuicTransport,
@@ -54,6 +54,9 @@ pub(super) fn form(
             size,
             meeting: first,
         })?,
+        Transport::Jaccl => {
+            bail!("jaccl needs RDMA devices, which only a cluster file can name")
+        }
     })
 }
 

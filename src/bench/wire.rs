@@ -59,7 +59,7 @@ impl FromStr for Wire {
         match name {
             ECHO => Ok(Self::Echo),
             name => name.parse().map(Self::Over).map_err(|unknown| UnknownName {
-                known: "quic, shm, ring, nccl, echo",
+                known: "quic, shm, ring, nccl, jaccl, echo",
                 ..unknown
             }),
         }
