@@ -185,7 +185,26 @@ impl Examination {
             })
             .await?;
         let latency = seen.context("no rank said how long it took")?;
-        Ok(judge(transport, &latency))
+        Ok(match self.take_turns() {
+            true => Seen {
+                verdict: Verdict::Ok,
+                detail: format!(
+                    "{}; not judged, for {} ranks take turns on one device",
+                    figures(&latency),
+                    self.ranks
+                ),
+                p50_us: Some(latency.p50_us),
+            },
+            false => judge(transport, &latency),
+        })
+    }
+
+    /// Whether ranks share a GPU: it gives each of them milliseconds at a time, whatever the transport.
+    fn take_turns(&self) -> bool {
+        let apart = self
+            .gpus
+            .is_some_and(|gpus| gpus.get() as usize >= self.ranks);
+        !apart && !["", "cpu"].contains(&self.report.device.as_str())
     }
 
     /// Whether the device goes on with the graphs that it has. `None` where that cannot be seen.
@@ -303,16 +322,8 @@ impl Seen {
 
 /// MLX's ring is there to compare with; its speed is nobody's fault.
 fn judge(transport: Transport, latency: &Latency) -> Seen {
-    let &Latency {
-        p50_us,
-        p99_us,
-        chained_us,
-        ..
-    } = latency;
-    let figures = format!(
-        "{STEP_BYTES} bytes: p50 {p50_us:.0} µs, p99 {p99_us:.0} µs, chained {chained_us:.0} µs each"
-    );
-    let slow = transport != Transport::Ring && chained_us > CHAINED_US_MAX;
+    let figures = figures(latency);
+    let slow = transport != Transport::Ring && latency.chained_us > CHAINED_US_MAX;
     let (verdict, detail) = match slow {
         true => (
             Verdict::Slow,
@@ -325,8 +336,20 @@ fn judge(transport: Transport, latency: &Latency) -> Seen {
     Seen {
         verdict,
         detail,
-        p50_us: Some(p50_us),
+        p50_us: Some(latency.p50_us),
     }
+}
+
+fn figures(latency: &Latency) -> String {
+    let Latency {
+        p50_us,
+        p99_us,
+        chained_us,
+        ..
+    } = latency;
+    format!(
+        "{STEP_BYTES} bytes: p50 {p50_us:.0} µs, p99 {p99_us:.0} µs, chained {chained_us:.0} µs each"
+    )
 }
 
 fn what_to_do(check: &str) -> &'static str {

@@ -17,13 +17,15 @@ mod plan;
 mod bench;
 mod doctor;
 
-use std::process::ExitCode;
+use std::panic;
+use std::process::{self, ExitCode};
 
 use clap::Parser;
 
 use cli::{BenchCommand, Cli, Command};
 
 fn main() -> ExitCode {
+    end_quietly_when_nobody_reads();
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -63,6 +65,19 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
+/// `offbook plan | head -1` is not a failure of ours: what is printed to a closed pipe ends the process,
+/// without the words of a panic.
+fn end_quietly_when_nobody_reads() {
+    let report = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        let said = info.payload_as_str().unwrap_or_default();
+        if said.starts_with("failed printing to stdout") && said.contains("Broken pipe") {
+            process::exit(ENDED_BY_A_CLOSED_PIPE);
+        }
+        report(info);
+    }));
+}
+
 /// Child processes die with the thread that started them, so everything runs on the main thread.
 fn on_this_thread(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_current_thread()
@@ -70,3 +85,6 @@ fn on_this_thread(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Res
         .build()?
         .block_on(work)
 }
+
+/// What a shell shows for a program that the closing of a pipe ended.
+const ENDED_BY_A_CLOSED_PIPE: i32 = 141;
