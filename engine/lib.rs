@@ -19,6 +19,7 @@ mod step;
 mod step_log;
 mod models;
 mod kv_cache;
+mod quantized;
 mod reshaping;
 mod sampler;
 

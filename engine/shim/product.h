@@ -1,0 +1,45 @@
+// The C face of the shim: what quantized.rs calls, and what calls quantized.rs back.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// One product, in plain memory: each of `rows` rows of `out` values is a row of x by one matrix,
+// transposed. The same layout stands in quantized.rs.
+typedef struct offbook_product {
+  const float* x;
+  const uint8_t* codes;
+  const float* scales;
+  const float* biases;
+  const uint32_t* matrix_of_row; // null when there is one matrix
+  float* y;
+  size_t x_rows; // divides rows: x row i goes to rows i * rows / x_rows and on
+  size_t rows;
+  size_t inner;
+  size_t out;
+  size_t matrices;
+  uint32_t group_size;
+  uint32_t bits;
+} offbook_product;
+
+typedef void (*offbook_multiply)(const offbook_product* product);
+
+// An mlx::core::array of `shape` and 32-bit floats that `multiply` fills on `stream`, a CPU stream.
+// `inputs` are x, codes, scales, biases, and matrix_of_row if it is given; `sizes` says what shapes do
+// not. Null when there is no memory. Never throws.
+void* offbook_product_new(
+    const offbook_product* sizes,
+    offbook_multiply multiply,
+    const void* const* inputs,
+    size_t input_count,
+    const int32_t* shape,
+    size_t dimensions,
+    const void* stream);
+
+#ifdef __cplusplus
+}
+#endif
