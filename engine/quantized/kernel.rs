@@ -4,6 +4,11 @@
 //! lowest bits first. Products are summed in [`LANES`] lanes, the lanes in one fixed order. Processors
 //! without fused multiply-add round once more, and so differ in the last bits.
 
+#![allow(unsafe_code)]
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64 as x86;
+
 /// The matrix that rows are multiplied by, transposed.
 pub(super) struct Matrix<'a> {
     /// `[out, inner]`, `bits` each.
@@ -26,7 +31,7 @@ pub(super) fn multiply(matrix: &Matrix<'_>, xs: &[&[f32]], ys: &mut [&mut [f32]]
         // SAFETY: the processor has what the function is compiled for.
         return unsafe { multiply_x86_64_v3(matrix, xs, ys) };
     }
-    multiply_with::<Shifts>(matrix, xs, ys);
+    multiply_with::<Plain>(matrix, xs, ys);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -39,53 +44,100 @@ fn is_x86_64_v3() -> bool {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,bmi2")]
 fn multiply_x86_64_v3(matrix: &Matrix<'_>, xs: &[&[f32]], ys: &mut [&mut [f32]]) {
-    multiply_with::<Bmi2AndFma>(matrix, xs, ys);
+    multiply_with::<X86V3>(matrix, xs, ys);
 }
 
-/// What processors do differently.
+/// What processors do differently. A vector has [`LANES`] lanes.
 trait Processor {
-    /// Eight codes, the first in the lowest bits, one to a byte.
-    fn spread(codes: u64, bits: u32) -> u64;
+    type Vector: Copy;
+
+    fn splat(value: f32) -> Self::Vector;
+    fn load(values: &[f32; LANES]) -> Self::Vector;
+    fn store(vector: Self::Vector, values: &mut [f32; LANES]);
     /// `a · b + c`.
-    fn multiply_add(a: f32, b: f32, c: f32) -> f32;
+    fn multiply_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// As many codes as lanes, the first in the lowest bits.
+    fn spread(codes: u64, bits: u32) -> Self::Vector;
 }
 
-struct Shifts;
+/// Any processor.
+struct Plain;
 
-impl Processor for Shifts {
+impl Processor for Plain {
+    type Vector = [f32; LANES];
+
     #[inline(always)]
-    fn spread(codes: u64, bits: u32) -> u64 {
-        let mask = (1 << bits) - 1;
-        (0..8).fold(0, |spread, i| {
-            spread | ((codes >> (i * bits)) & mask) << (8 * i)
+    fn splat(value: f32) -> Self::Vector {
+        [value; LANES]
+    }
+
+    #[inline(always)]
+    fn load(values: &[f32; LANES]) -> Self::Vector {
+        *values
+    }
+
+    #[inline(always)]
+    fn store(vector: Self::Vector, values: &mut [f32; LANES]) {
+        *values = vector;
+    }
+
+    #[inline(always)]
+    fn multiply_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector {
+        std::array::from_fn(|lane| match cfg!(target_arch = "aarch64") {
+            true => a[lane].mul_add(b[lane], c[lane]),
+            // Without an instruction for it, fusing would be a function call.
+            false => a[lane] * b[lane] + c[lane],
         })
     }
 
     #[inline(always)]
-    fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
-        // Fused everywhere on Arm; elsewhere it would be a function call.
-        match cfg!(target_arch = "aarch64") {
-            true => a.mul_add(b, c),
-            false => a * b + c,
-        }
+    fn spread(codes: u64, bits: u32) -> Self::Vector {
+        let mask = (1 << bits) - 1;
+        std::array::from_fn(|lane| ((codes >> (lane as u32 * bits)) & mask) as f32)
     }
 }
 
+/// AVX2, FMA and BMI2, as all of Intel's have since 2013 and AMD's since 2017. Used only in functions that
+/// are compiled for them, behind a check.
 #[cfg(target_arch = "x86_64")]
-struct Bmi2AndFma;
+struct X86V3;
 
 #[cfg(target_arch = "x86_64")]
-impl Processor for Bmi2AndFma {
+impl Processor for X86V3 {
+    type Vector = x86::__m256;
+
     #[inline(always)]
-    fn spread(codes: u64, bits: u32) -> u64 {
-        let mask = 0x0101_0101_0101_0101 * ((1 << bits) - 1);
-        // SAFETY: only used from a function that is compiled for BMI2, behind a check for it.
-        unsafe { std::arch::x86_64::_pdep_u64(codes, mask) }
+    fn splat(value: f32) -> Self::Vector {
+        // SAFETY: see the type.
+        unsafe { x86::_mm256_set1_ps(value) }
     }
 
     #[inline(always)]
-    fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
-        a.mul_add(b, c)
+    fn load(values: &[f32; LANES]) -> Self::Vector {
+        // SAFETY: see the type; a vector's worth is there.
+        unsafe { x86::_mm256_loadu_ps(values.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store(vector: Self::Vector, values: &mut [f32; LANES]) {
+        // SAFETY: as for `load`.
+        unsafe { x86::_mm256_storeu_ps(values.as_mut_ptr(), vector) }
+    }
+
+    #[inline(always)]
+    fn multiply_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector {
+        // SAFETY: see the type.
+        unsafe { x86::_mm256_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn spread(codes: u64, bits: u32) -> Self::Vector {
+        let mask = 0x0101_0101_0101_0101 * ((1 << bits) - 1);
+        // SAFETY: see the type.
+        unsafe {
+            let bytes = x86::_pdep_u64(codes, mask).cast_signed();
+            x86::_mm256_cvtepi32_ps(x86::_mm256_cvtepu8_epi32(x86::_mm_cvtsi64_si128(bytes)))
+        }
     }
 }
 
@@ -138,6 +190,7 @@ fn unpack<P: Processor>(matrix: &Matrix<'_>, index: usize, numbers: &mut [f32]) 
     let of_groups = numbers.chunks_exact_mut(matrix.group_size);
     for (group, (numbers, (&scale, &bias))) in of_groups.zip(scales.iter().zip(biases)).enumerate()
     {
+        let (scale, bias) = (P::splat(scale), P::splat(bias));
         let (numbers, _) = numbers.as_chunks_mut::<LANES>();
         for (place, numbers) in numbers.iter_mut().enumerate() {
             let codes = &codes[group * group_bytes + place * bits..];
@@ -149,10 +202,8 @@ fn unpack<P: Processor>(matrix: &Matrix<'_>, index: usize, numbers: &mut [f32]) 
                     u64::from_le_bytes(eight)
                 }
             };
-            let spread = P::spread(word, matrix.bits).to_le_bytes();
-            for (number, code) in numbers.iter_mut().zip(spread) {
-                *number = P::multiply_add(scale, f32::from(code), bias);
-            }
+            let spread = P::spread(word, matrix.bits);
+            P::store(P::multiply_add(scale, spread, bias), numbers);
         }
     }
 }
@@ -166,23 +217,33 @@ fn sums<P: Processor, const ROWS: usize>(
     let length = weights[0].len();
     let xs = xs.map(|x| &x.as_chunks::<LANES>().0[..length]);
     let weights = weights.map(|w| &w[..length]);
-    let mut lanes = [[[0.0; LANES]; COLUMNS]; ROWS];
+    // No closures from here on: they would be compiled without the processor's instructions.
+    let mut lanes = [[P::splat(0.0); COLUMNS]; ROWS];
     for place in 0..length {
-        for row in 0..ROWS {
-            for column in 0..COLUMNS {
-                for lane in 0..LANES {
-                    let sum = &mut lanes[row][column][lane];
-                    *sum =
-                        P::multiply_add(xs[row][place][lane], weights[column][place][lane], *sum);
-                }
+        let mut column = [P::splat(0.0); COLUMNS];
+        for (column, weights) in column.iter_mut().zip(&weights) {
+            *column = P::load(&weights[place]);
+        }
+        for (lanes, x) in lanes.iter_mut().zip(&xs) {
+            let x = P::load(&x[place]);
+            for (lanes, &weight) in lanes.iter_mut().zip(&column) {
+                *lanes = P::multiply_add(x, weight, *lanes);
             }
         }
     }
-    lanes.map(|columns| columns.map(sum_of))
+    let mut sums = [[0.0; COLUMNS]; ROWS];
+    for (sums, lanes) in sums.iter_mut().zip(&lanes) {
+        for (sum, &lanes) in sums.iter_mut().zip(lanes) {
+            *sum = sum_of::<P>(lanes);
+        }
+    }
+    sums
 }
 
 #[inline(always)]
-fn sum_of(lanes: [f32; LANES]) -> f32 {
+fn sum_of<P: Processor>(vector: P::Vector) -> f32 {
+    let mut lanes = [0.0; LANES];
+    P::store(vector, &mut lanes);
     let [a, b, c, d, e, f, g, h] = lanes;
     ((a + e) + (c + g)) + ((b + f) + (d + h))
 }
@@ -193,3 +254,61 @@ pub(super) const LANES: usize = 8;
 /// registers.
 const COLUMNS: usize = 4;
 const ROWS: usize = 2;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The sums of [`multiply`] in double precision, straight from the definition.
+    fn expected(matrix: &Matrix<'_>, x: &[f32], column: usize) -> f64 {
+        let code = |k: usize| {
+            let first = (column * matrix.inner + k) * matrix.bits as usize;
+            let bit = |i: usize| u32::from(matrix.codes[i / 8] >> (i % 8) & 1);
+            (0..matrix.bits as usize).fold(0, |code, i| code | bit(first + i) << i)
+        };
+        let group = |k: usize| (column * matrix.inner + k) / matrix.group_size;
+        let weight = |k| {
+            f64::from(matrix.scales[group(k)]) * f64::from(code(k))
+                + f64::from(matrix.biases[group(k)])
+        };
+        (0..matrix.inner).map(|k| f64::from(x[k]) * weight(k)).sum()
+    }
+
+    #[test]
+    fn every_processor_sums_what_the_codes_stand_for() {
+        let (inner, out, rows) = (96, 7, 3);
+        let noise = |i: usize| (i as f32 * 12.9898).sin();
+        for bits in 1..=8 {
+            let bytes = inner * out * bits / 8;
+            let codes: Vec<u8> = (0..bytes).map(|i| (i * 89 + i / 7) as u8).collect();
+            let scales: Vec<f32> = (0..inner * out / 32).map(noise).collect();
+            let biases: Vec<f32> = scales.iter().map(|scale| -3.0 * scale).collect();
+            let matrix = Matrix {
+                codes: &codes,
+                scales: &scales,
+                biases: &biases,
+                inner,
+                group_size: 32,
+                bits: bits as u32,
+            };
+            let x: Vec<f32> = (0..rows * inner).map(noise).collect();
+            let xs: Vec<&[f32]> = x.chunks_exact(inner).collect();
+            for processor in [multiply, multiply_with::<Plain>] {
+                let mut y = vec![f32::NAN; rows * out];
+                processor(
+                    &matrix,
+                    &xs,
+                    &mut y.chunks_exact_mut(out).collect::<Vec<_>>(),
+                );
+                for (i, y) in y.into_iter().enumerate() {
+                    let expected = expected(&matrix, xs[i / out], i % out);
+                    let error = (f64::from(y) - expected).abs();
+                    assert!(
+                        error < 1e-4 * expected.abs().max(10.0),
+                        "{bits} bits: {y}, {expected}"
+                    );
+                }
+            }
+        }
+    }
+}
