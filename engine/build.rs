@@ -10,10 +10,10 @@ fn main() {
     build
         .cpp(true)
         .std("c++20")
-        .file("shim/product.cpp")
+        .file("shim/host.cpp")
         .includes(env::split_paths(&include))
         // MLX's headers are not ours to silence one by one.
         .warnings(false)
         .flag_if_supported("-Wno-deprecated-declarations");
-    build.compile("offbook_product");
+    build.compile("offbook_host");
 }

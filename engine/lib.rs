@@ -19,7 +19,7 @@ mod step;
 mod step_log;
 mod models;
 mod kv_cache;
-mod quantized;
+mod host;
 mod reshaping;
 mod sampler;
 

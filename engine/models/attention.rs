@@ -6,10 +6,11 @@
 use mlx_rs::error::Exception;
 use mlx_rs::fast::{ScaledDotProductAttentionMask, rms_norm, scaled_dot_product_attention};
 use mlx_rs::ops::indexing::{TryIndexOp, take_axis};
-use mlx_rs::ops::{concatenate, matmul, rsqrt, softmax_axis};
+use mlx_rs::ops::{concatenate, matmul, rsqrt};
 use mlx_rs::{Array, Dtype};
 
 use crate::config::ModelConfig;
+use crate::host::{self, Sight};
 use crate::kv_cache::{KeysAndValues, Place};
 use crate::models::Fault;
 use crate::models::linear::{Fused, arrays, fuse, project};
@@ -108,7 +109,7 @@ impl Attention {
             let pairs = rows.slice(&prepared.pairs, range)?;
             let past = caches.of(segment.sequence)?.append(&pairs, place)?;
             let queries = rows.slice(&prepared.queries, range)?;
-            parts.push(heads.attend(&queries, prepared.scale, &past, self.numerics.device)?);
+            parts.push(heads.attend(&queries, prepared.scale, &past)?);
         }
         let attended = match parts.len() {
             1 => parts.remove(0),
@@ -266,16 +267,16 @@ impl Heads {
         queries: &Array,
         scale: f32,
         past: &KeysAndValues,
-        device: DeviceKind,
     ) -> Result<Array, Exception> {
         let n = queries.dim(0);
         let flat = [n, self.query * self.width];
-        if n == 1 && device == DeviceKind::Cpu {
-            // The library composes its kernel from a dozen operations there; for one row, three do.
-            let grouped = queries.reshape(&[self.kv, self.query / self.kv, self.width])?;
-            let scores = matmul(&grouped, past.keys.swap_axes(1, 2)?)?;
-            let weights = softmax_axis(&scores, -1, true)?;
-            return matmul(&weights, &past.values)?.reshape(&flat);
+        let sight = Sight {
+            keys: &past.keys,
+            values: &past.values,
+            scale,
+        };
+        if let Some(attended) = host::attend(queries, sight)? {
+            return Ok(attended);
         }
         let queries = queries.transpose_axes(&[1, 0, 2])?.expand_dims(0)?;
         let (keys, values) = (past.keys.expand_dims(0)?, past.values.expand_dims(0)?);

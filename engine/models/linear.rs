@@ -5,12 +5,12 @@ use mlx_rs::error::Exception;
 use mlx_rs::ops::indexing::take_axis;
 use mlx_rs::ops::{concatenate, dequantize, gather_mm, gather_qmm, matmul, quantized_matmul};
 
-use crate::quantized;
+use crate::host;
 use crate::weights::Linear;
 
 /// `x · weightᵀ`: `[…, in]` → `[…, out]`.
 pub(crate) fn project(linear: &Linear, x: &Array) -> Result<Array, Exception> {
-    if let Some(product) = quantized::product(linear, x)? {
+    if let Some(product) = host::product(linear, x)? {
         return Ok(product);
     }
     match linear {
@@ -34,7 +34,7 @@ pub(crate) fn project_experts(
     indices: &Array,
     order: Order,
 ) -> Result<Array, Exception> {
-    if let Some(product) = quantized::product_of_each(linear, x, indices)? {
+    if let Some(product) = host::product_of_each(linear, x, indices)? {
         return Ok(product);
     }
     let sorted = order == Order::Sorted;

@@ -1,4 +1,4 @@
-//! Multiplying by quantised weights on a CPU. MLX's own CPU kernel unpacks a matrix anew for every row
+//! Multiplying by quantised weights. MLX's own CPU kernel unpacks a matrix anew for every row
 //! that it multiplies, so a batch of sixteen, or a prompt, costs as much as so many single tokens; and it
 //! unpacks widths that are no power of two code by code. Here a matrix is unpacked once, a few rows of it
 //! at a time, and each piece meets all rows that need it. A row's result does not depend on the others:
@@ -11,12 +11,13 @@ mod kernel;
 
 use std::ffi::c_void;
 use std::slice;
-use std::sync::OnceLock;
 
 use mlx_rs::error::Exception;
-use mlx_rs::{Array, Device, DeviceType, Dtype, Stream};
+use mlx_rs::{Array, Dtype, Stream};
 
 use self::kernel::Matrix;
+use crate::host::is_on_cpu;
+use crate::host::processor::LANES;
 use crate::weights::Linear;
 
 /// `x · weightᵀ`, `[…, in]` → `[…, out]`, or `None` where MLX is to do it: on another device, and for
@@ -79,7 +80,7 @@ fn sizes(linear: &Linear, x: &Array, indices: Option<&Array>) -> Option<RawProdu
     let fits = inner == groups * group_size as usize
         && weight.nbytes() == matrices * out * inner * bits as usize / 8
         && (1..=8).contains(&bits)
-        && group_size.is_multiple_of(kernel::LANES as u32)
+        && group_size.is_multiple_of(LANES as u32)
         && (indices.is_some() || matrices == 1)
         && x_rows > 0
         && rows.is_multiple_of(x_rows);
@@ -137,15 +138,6 @@ fn build(
     }
 }
 
-/// Whether this process computes on a CPU. It does not change its mind.
-fn is_on_cpu() -> bool {
-    static ON_CPU: OnceLock<bool> = OnceLock::new();
-    *ON_CPU.get_or_init(|| {
-        let device = Device::try_default().and_then(|device| device.get_type());
-        matches!(device, Ok(DeviceType::Cpu))
-    })
-}
-
 /// Called by the shim on the stream's thread.
 extern "C" fn run(product: *const RawProduct) {
     // SAFETY: the shim passes sizes that `sizes` checked, with the memory of arrays that it keeps alive
@@ -180,7 +172,7 @@ extern "C" fn run(product: *const RawProduct) {
     }
 }
 
-/// `offbook_product` in product.h.
+/// `offbook_product` in host.h.
 #[repr(C)]
 struct RawProduct {
     x: *const f32,
@@ -239,7 +231,7 @@ impl Default for RawProduct {
     }
 }
 
-// SAFETY: the signature is that of product.h.
+// SAFETY: the signature is that of host.h.
 unsafe extern "C" {
     fn offbook_product_new(
         sizes: *const RawProduct,

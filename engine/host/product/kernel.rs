@@ -7,7 +7,8 @@
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
-use std::arch::x86_64 as x86;
+use crate::host::processor::X86V3;
+use crate::host::processor::{LANES, Plain, Processor};
 
 /// The matrix that rows are multiplied by, transposed.
 pub(super) struct Matrix<'a> {
@@ -27,7 +28,7 @@ pub(super) struct Matrix<'a> {
 /// `ys[i] = xs[i] · matrixᵀ`.
 pub(super) fn multiply(matrix: &Matrix<'_>, xs: &[&[f32]], ys: &mut [&mut [f32]]) {
     #[cfg(target_arch = "x86_64")]
-    if is_x86_64_v3() {
+    if X86V3::is_here() {
         // SAFETY: the processor has what the function is compiled for.
         return unsafe { multiply_x86_64_v3(matrix, xs, ys) };
     }
@@ -35,110 +36,9 @@ pub(super) fn multiply(matrix: &Matrix<'_>, xs: &[&[f32]], ys: &mut [&mut [f32]]
 }
 
 #[cfg(target_arch = "x86_64")]
-fn is_x86_64_v3() -> bool {
-    is_x86_feature_detected!("avx2")
-        && is_x86_feature_detected!("fma")
-        && is_x86_feature_detected!("bmi2")
-}
-
-#[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,bmi2")]
 fn multiply_x86_64_v3(matrix: &Matrix<'_>, xs: &[&[f32]], ys: &mut [&mut [f32]]) {
     multiply_with::<X86V3>(matrix, xs, ys);
-}
-
-/// What processors do differently. A vector has [`LANES`] lanes.
-trait Processor {
-    type Vector: Copy;
-
-    fn splat(value: f32) -> Self::Vector;
-    fn load(values: &[f32; LANES]) -> Self::Vector;
-    fn store(vector: Self::Vector, values: &mut [f32; LANES]);
-    /// `a · b + c`.
-    fn multiply_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
-    /// As many codes as lanes, the first in the lowest bits.
-    fn spread(codes: u64, bits: u32) -> Self::Vector;
-}
-
-/// Any processor.
-struct Plain;
-
-impl Processor for Plain {
-    type Vector = [f32; LANES];
-
-    #[inline(always)]
-    fn splat(value: f32) -> Self::Vector {
-        [value; LANES]
-    }
-
-    #[inline(always)]
-    fn load(values: &[f32; LANES]) -> Self::Vector {
-        *values
-    }
-
-    #[inline(always)]
-    fn store(vector: Self::Vector, values: &mut [f32; LANES]) {
-        *values = vector;
-    }
-
-    #[inline(always)]
-    fn multiply_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector {
-        std::array::from_fn(|lane| match cfg!(target_arch = "aarch64") {
-            true => a[lane].mul_add(b[lane], c[lane]),
-            // Without an instruction for it, fusing would be a function call.
-            false => a[lane] * b[lane] + c[lane],
-        })
-    }
-
-    #[inline(always)]
-    fn spread(codes: u64, bits: u32) -> Self::Vector {
-        let mask = (1 << bits) - 1;
-        std::array::from_fn(|lane| ((codes >> (lane as u32 * bits)) & mask) as f32)
-    }
-}
-
-/// AVX2, FMA and BMI2, as all of Intel's have since 2013 and AMD's since 2017. Used only in functions that
-/// are compiled for them, behind a check.
-#[cfg(target_arch = "x86_64")]
-struct X86V3;
-
-#[cfg(target_arch = "x86_64")]
-impl Processor for X86V3 {
-    type Vector = x86::__m256;
-
-    #[inline(always)]
-    fn splat(value: f32) -> Self::Vector {
-        // SAFETY: see the type.
-        unsafe { x86::_mm256_set1_ps(value) }
-    }
-
-    #[inline(always)]
-    fn load(values: &[f32; LANES]) -> Self::Vector {
-        // SAFETY: see the type; a vector's worth is there.
-        unsafe { x86::_mm256_loadu_ps(values.as_ptr()) }
-    }
-
-    #[inline(always)]
-    fn store(vector: Self::Vector, values: &mut [f32; LANES]) {
-        // SAFETY: as for `load`.
-        unsafe { x86::_mm256_storeu_ps(values.as_mut_ptr(), vector) }
-    }
-
-    #[inline(always)]
-    fn multiply_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector {
-        // SAFETY: see the type.
-        unsafe { x86::_mm256_fmadd_ps(a, b, c) }
-    }
-
-    #[inline(always)]
-    fn spread(codes: u64, bits: u32) -> Self::Vector {
-        let mask = 0x0101_0101_0101_0101 * ((1 << bits) - 1);
-        // SAFETY: see the type.
-        unsafe {
-            let bytes = x86::_pdep_u64(codes, mask).cast_signed();
-            x86::_mm256_cvtepi32_ps(x86::_mm256_cvtepu8_epi32(x86::_mm_cvtsi64_si128(bytes)))
-        }
-    }
 }
 
 #[inline(always)]
@@ -234,22 +134,12 @@ fn sums<P: Processor, const ROWS: usize>(
     let mut sums = [[0.0; COLUMNS]; ROWS];
     for (sums, lanes) in sums.iter_mut().zip(&lanes) {
         for (sum, &lanes) in sums.iter_mut().zip(lanes) {
-            *sum = sum_of::<P>(lanes);
+            *sum = P::sum(lanes);
         }
     }
     sums
 }
 
-#[inline(always)]
-fn sum_of<P: Processor>(vector: P::Vector) -> f32 {
-    let mut lanes = [0.0; LANES];
-    P::store(vector, &mut lanes);
-    let [a, b, c, d, e, f, g, h] = lanes;
-    ((a + e) + (c + g)) + ((b + f) + (d + h))
-}
-
-/// Numbers that are worked on side by side: what a register holds that most processors have.
-pub(super) const LANES: usize = 8;
 /// Columns of the result, and rows of it, that are computed together: with their operands they fill the
 /// registers.
 const COLUMNS: usize = 4;
