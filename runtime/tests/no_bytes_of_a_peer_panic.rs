@@ -1,5 +1,6 @@
 //! The functions of the fuzz targets, on noise and on good inputs that were damaged: several hundred
-//! thousand inputs, the same at every run. `fuzz/` looks further, with a compiler of its own.
+//! thousand inputs, the same at every run, each given to every target; with `OFFBOOK_FUZZ_TIMES=N` so many
+//! times as many, and others. `fuzz/` looks further, with a compiler of its own.
 
 use offbook_runtime::fuzzing::{TARGETS, seeds};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -7,7 +8,7 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 #[test]
 fn noise() {
     let mut random = StdRng::seed_from_u64(1);
-    for _ in 0..200_000 {
+    for _ in 0..200_000 * times() {
         let mut bytes = vec![0; random.random_range(0..400)];
         random.fill(&mut bytes[..]);
         for (_, target) in TARGETS {
@@ -20,7 +21,7 @@ fn noise() {
 fn good_inputs_that_were_damaged() {
     let mut random = StdRng::seed_from_u64(2);
     let seeds = seeds();
-    for _ in 0..500_000 {
+    for _ in 0..500_000 * times() {
         let mut bytes = seeds[random.random_range(0..seeds.len())].clone();
         for _ in 0..random.random_range(0..4) {
             damage(&mut bytes, &seeds, &mut random);
@@ -29,6 +30,10 @@ fn good_inputs_that_were_damaged() {
             target(&bytes);
         }
     }
+}
+
+fn times() -> u64 {
+    std::env::var("OFFBOOK_FUZZ_TIMES").map_or(1, |times| times.parse().expect("a number"))
 }
 
 /// Flips, sets, cuts, repeats, or takes a piece of another input.
