@@ -11,7 +11,7 @@ use support::{Cluster, Nodes, is_alive, long_completion, send_signal};
 #[test]
 fn a_shard_of_whichever_rank() {
     let cluster = Cluster::up(&["--nodes", "3"]);
-    let request = sampled(60);
+    let request = sampled(600);
     let undisturbed = cluster.stream("/v1/completions", &request).rest();
     for rank in [0, 2] {
         let before = cluster.get("/v1/cluster").1;
@@ -43,7 +43,7 @@ fn a_shard_of_whichever_rank() {
 #[test]
 fn a_shard_that_is_only_late_keeps_its_process() {
     let cluster = Cluster::up(&["--nodes", "2"]);
-    let request = sampled(60);
+    let request = sampled(600);
     let undisturbed = cluster.stream("/v1/completions", &request).rest();
     let pid = cluster.shard_pid(1);
     let mut stream = cluster.stream("/v1/completions", &request);
@@ -60,7 +60,7 @@ fn a_shard_that_is_only_late_keeps_its_process() {
 #[test]
 fn a_node_takes_its_shard_with_it() {
     let cluster = Cluster::up(&["--nodes", "3"]);
-    let request = sampled(60);
+    let request = sampled(600);
     let undisturbed = cluster.stream("/v1/completions", &request).rest();
     let (node, shard) = (cluster.node_pid(1), cluster.shard_pid(1));
     let mut stream = cluster.stream("/v1/completions", &request);

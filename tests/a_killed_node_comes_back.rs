@@ -10,7 +10,7 @@ use support::{Cluster, long_completion, send_signal, token_ids};
 #[test]
 fn and_the_stream_goes_on() {
     let cluster = Cluster::up(&["--nodes", "2"]);
-    let mut request = long_completion(60);
+    let mut request = long_completion(600);
     request["temperature"] = json!(0.8);
     request["seed"] = json!(11);
     let undisturbed = cluster.stream("/v1/completions", &request).rest();
@@ -27,7 +27,7 @@ fn and_the_stream_goes_on() {
 fn the_head_too_and_its_streams_can_be_read_on() {
     let cluster = Cluster::up(&["--nodes", "2"]);
     let epoch = cluster.get("/v1/cluster").1["epoch"].as_u64();
-    let mut request = long_completion(300);
+    let mut request = long_completion(900);
     request["temperature"] = json!(0.8);
     request["n"] = json!(2);
     let undisturbed = cluster.stream("/v1/completions", &{
@@ -65,7 +65,7 @@ fn the_head_too_and_its_streams_can_be_read_on() {
                 .filter(|event| event["choices"][0]["index"] == choice);
             of.flat_map(token_ids).collect()
         };
-        assert_eq!(tokens(&read).len(), 300);
+        assert_eq!(tokens(&read).len(), 900);
         assert_eq!(tokens(&read), tokens(&undisturbed));
     }
     // Its beginning can be read again too, and is the same, event by event.

@@ -18,9 +18,9 @@ fn whichever_rank_it_is_in_the_pipeline_layout() {
 
 fn each_rank_in(layout: &str) {
     let cluster = Cluster::up(&["--nodes", "3", "--parallel", layout]);
-    for request in [greedy(60), sampled(60, 7)] {
+    for request in [greedy(600), sampled(600, 7)] {
         let undisturbed = cluster.stream("/v1/completions", &request).rest();
-        assert_eq!(undisturbed.len(), 60);
+        assert_eq!(undisturbed.len(), 600);
         for rank in 0..3 {
             let before = cluster.get("/v1/cluster").1;
             let mut stream = cluster.stream("/v1/completions", &request);
@@ -53,9 +53,9 @@ fn of_any_of_the_answers_under_way() {
     let requests: Vec<Value> = (0..12)
         .map(|n| {
             if n % 2 == 0 {
-                greedy(40 + n)
+                greedy(200 + n)
             } else {
-                sampled(40 + n, n.into())
+                sampled(200 + n, n.into())
             }
         })
         .collect();
@@ -108,7 +108,7 @@ fn not_even_while_the_prompt_is_read() {
 #[test]
 fn nor_when_the_next_one_follows_before_the_first_is_back() {
     let cluster = Cluster::up(&["--nodes", "3"]);
-    let request = sampled(60, 3);
+    let request = sampled(600, 3);
     let undisturbed = cluster.stream("/v1/completions", &request).rest();
     let mut stream = cluster.stream("/v1/completions", &request);
     let mut tokens = stream.tokens(5);
@@ -126,7 +126,7 @@ fn nor_when_the_next_one_follows_before_the_first_is_back() {
 #[test]
 fn of_an_answer_that_is_sent_as_a_whole() {
     let cluster = Cluster::up(&["--nodes", "2"]);
-    let mut request = sampled(80, 5);
+    let mut request = sampled(800, 5);
     request["stream"] = json!(false);
     request["logprobs"] = json!(2);
     let ask = || cluster.post("/v1/completions", &request);
@@ -151,7 +151,7 @@ fn of_an_answer_that_is_sent_as_a_whole() {
             .flatten();
         likely.filter_map(Value::as_f64).collect()
     };
-    assert_eq!(likely(choice).len(), 80);
+    assert_eq!(likely(choice).len(), 800);
     for (place, (likely, wanted)) in likely(choice).iter().zip(likely(wanted)).enumerate() {
         assert!(
             (likely - wanted).abs() < 1e-3,

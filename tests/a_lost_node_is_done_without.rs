@@ -12,7 +12,7 @@ fn and_taken_in_again_when_it_is_back() {
     let mut nodes = Nodes::start(3, &[("node_grace_seconds", "1.0")]);
     let all = |report: &Value| report["phase"] == "ready" && in_use(report) == [true; 3];
     nodes.wait_for("three nodes", all);
-    let request = long_completion(300);
+    let request = long_completion(500);
     let undisturbed = nodes.stream("/v1/completions", &request).rest();
 
     for lost in [2, 1] {

@@ -53,7 +53,7 @@ fn for_a_model_that_cannot_be_held_again() {
         fs::remove_file(model.join("model.safetensors")).expect("it is there");
         send_signal(cluster.shard_pid(1), "KILL");
     };
-    let refused = lost_for_good(&cluster, lose, "cluster_failed");
+    let refused = lost_for_good(&cluster, 500, lose, "cluster_failed");
     assert_eq!(refused["phase"], "failed");
 }
 
@@ -73,7 +73,7 @@ fn for_a_shard_that_is_given_up() {
         fs::remove_file(Path::new(folder).join("node-2/identity.pem")).expect("it is there");
         send_signal(cluster.shard_pid(1), "KILL");
     };
-    let refused = lost_for_good(&cluster, lose, "shard_lost");
+    let refused = lost_for_good(&cluster, 1900, lose, "shard_lost");
     let shard = &refused["shards"][1];
     assert_eq!(shard["alive"], false);
     // An operator reads how often it ended, how, and what it said last.
@@ -110,11 +110,16 @@ fn for_a_shard_that_is_given_up() {
 
 /// Loses a shard that does not come back: one that streams, one that does not and one that comes
 /// later are all told.
-fn lost_for_good(cluster: &Cluster, lose: impl FnOnce(&Cluster), reason: &str) -> Value {
+fn lost_for_good(
+    cluster: &Cluster,
+    length: u32,
+    lose: impl FnOnce(&Cluster),
+    reason: &str,
+) -> Value {
     let (stream, (status, answer)) = std::thread::scope(|scope| {
-        let asked = scope.spawn(|| cluster.post("/v1/completions", &whole(400)));
+        let asked = scope.spawn(|| cluster.post("/v1/completions", &whole(length)));
         cluster.wait_for("the first to run", |report| report["requests_running"] == 1);
-        let mut stream = cluster.stream("/v1/completions", &long_completion(400));
+        let mut stream = cluster.stream("/v1/completions", &long_completion(length));
         stream.tokens(1);
         lose(cluster);
         (last_of(stream), asked.join().expect("it is answered"))

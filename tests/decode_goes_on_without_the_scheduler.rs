@@ -10,7 +10,7 @@ use support::{Cluster, long_completion, send_signal, token_ids};
 #[test]
 fn for_hundreds_of_steps() {
     let cluster = Cluster::up(&["--nodes", "2"]);
-    let total = 600;
+    let total = 1200;
     let mut events = cluster.stream("/v1/completions", &long_completion(total));
     let mut tokens = 0;
     let decoding = Instant::now();

@@ -84,6 +84,6 @@ fn print(options: &BenchLoss, pauses: &[Duration]) {
     );
 }
 
-const TOKENS: u32 = 100;
+const TOKENS: u32 = 600;
 /// Far enough that the answer has a past, and a future.
 const KILL_AFTER_TOKENS: usize = 50;
