@@ -176,6 +176,8 @@ impl<'a> Loop<'a> {
         let Some(batch) = self.batch.next_batch() else {
             return Ok(false);
         };
+        // Who was preempted for this step gives up its memory before the step takes any.
+        self.stepper.forget_all_but(&self.batch);
         report.begins(batch.prefill_tokens());
         let step = self.next;
         self.next = step.next();
