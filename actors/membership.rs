@@ -44,6 +44,8 @@ pub struct ClusterSettings {
     pub prefill_chunk_tokens: u32,
     pub context_tokens: u32,
     pub sequences_max: u32,
+    /// Positions that the caches of all sequences hold together; `None` for as many as they may need.
+    pub kv_tokens: Option<u32>,
     pub collective_deadline: Duration,
     /// How long reading the weights may take.
     pub load_deadline: Duration,
@@ -151,6 +153,7 @@ impl Membership {
             prefill_chunk_tokens: settings.prefill_chunk_tokens,
             context_tokens: settings.context_tokens,
             sequences_max: settings.sequences_max,
+            kv_tokens: settings.kv_tokens,
             collective_deadline: settings.collective_deadline,
         };
         let deadline = settings.load_deadline;

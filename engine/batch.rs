@@ -3,18 +3,26 @@
 //!
 //! Steps are built one ahead of the tokens that are known. A sequence that turns out to have ended
 //! may therefore sit in one more step; its token there is dropped, on every rank alike.
+//!
+//! Caches are bounded in positions, which are the same number on every rank; bytes are not. Who joins
+//! waits here until the blocks of its prompt and its first tokens are free. When a running sequence
+//! needs a block and none is free, the youngest gives up its own and waits at the front: its known
+//! tokens are prefilled again, and it goes on with the token that it would have drawn anyway.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use offbook_protocol::{FinishReason, Join, Plan, Sampling, SequenceId};
 use thiserror::Error;
 
-/// The sequences that run, in the order in which they joined.
+/// The sequences that have not ended: those that run, then those that wait, each in the order in
+/// which they joined.
 #[derive(Debug)]
 pub struct Batch {
     limits: Limits,
     running: Vec<Sequence>,
+    waiting: VecDeque<Sequence>,
+    preemptions: u64,
     /// Who drew in the step that was built last, in row order.
     last_draws: Vec<SequenceId>,
 }
@@ -26,11 +34,26 @@ pub struct Limits {
     pub prefill_chunk_tokens: usize,
     /// Positions of one sequence, prompt included.
     pub context_tokens: usize,
+    /// Positions that the caches of all sequences hold together. Only whole blocks of
+    /// [`KV_BLOCK_TOKENS`] count, and one block is always there.
+    pub kv_tokens: usize,
+}
+
+impl Limits {
+    /// Positions that one sequence may reach: the context, or what the caches can hold.
+    fn positions(&self) -> usize {
+        self.context_tokens.min(self.kv_capacity())
+    }
+
+    fn kv_capacity(&self) -> usize {
+        (self.kv_tokens / KV_BLOCK_TOKENS).max(1) * KV_BLOCK_TOKENS
+    }
 }
 
 #[derive(Debug)]
 struct Sequence {
     id: SequenceId,
+    /// What is prefilled: after a preemption also the tokens that were known by then.
     prompt: Vec<u32>,
     /// How many tokens at the end of `prompt` belong to the answer.
     delivered: usize,
@@ -42,8 +65,12 @@ struct Sequence {
     prefilled: usize,
     /// Tokens that the steps built so far draw.
     drawn: usize,
-    /// Tokens that are known.
-    seen: usize,
+    /// Tokens that are known and not part of `prompt`.
+    seen: Vec<u32>,
+    /// Tokens on their way that were drawn before a preemption: they are drawn again.
+    stale: usize,
+    /// Positions of its cache, whole blocks; 0 while it waits.
+    reserved: usize,
 }
 
 /// The rows of one step: decode rows first, then chunks of prompts, each in the order of arrival.
@@ -61,7 +88,7 @@ pub struct Segment {
     pub input: Input,
     /// Set when the last row draws a token.
     pub draw: Option<Draw>,
-    /// Positions that this sequence may need soon, for its cache to reserve.
+    /// Positions that the cache of this sequence is to have, whole blocks.
     pub reserve: usize,
 }
 
@@ -124,6 +151,8 @@ impl Batch {
         Self {
             limits,
             running: Vec::new(),
+            waiting: VecDeque::new(),
+            preemptions: 0,
             last_draws: Vec::new(),
         }
     }
@@ -134,29 +163,31 @@ impl Batch {
         let joins: Vec<Sequence> = plan
             .joins
             .iter()
-            .map(|join| self.admit(join))
+            .map(|join| self.sequence(join))
             .collect::<Result<_, _>>()?;
         self.running.retain(|s| !plan.leaves.contains(&s.id));
-        self.running.extend(joins);
+        self.waiting.retain(|s| !plan.leaves.contains(&s.id));
+        self.waiting.extend(joins);
         Ok(())
     }
 
-    fn admit(&self, join: &Join) -> Result<Sequence, BatchError> {
+    fn sequence(&self, join: &Join) -> Result<Sequence, BatchError> {
         let sequence = join.sequence;
         if join.prompt.is_empty() {
             return Err(BatchError::EmptyPrompt { sequence });
         }
-        if join.prompt.len() >= self.limits.context_tokens {
+        let positions = self.limits.positions();
+        if join.prompt.len() >= positions {
             return Err(BatchError::PromptTooLong {
                 sequence,
                 prompt: join.prompt.len(),
-                context: self.limits.context_tokens,
+                context: positions,
             });
         }
         if self.contains(sequence) {
             return Err(BatchError::Duplicate { sequence });
         }
-        let room = self.limits.context_tokens - join.prompt.len();
+        let room = positions - join.prompt.len();
         Ok(Sequence {
             id: sequence,
             prompt: join.prompt.clone(),
@@ -166,18 +197,22 @@ impl Batch {
             draws_max: room.min(join.max_tokens.max(1) as usize),
             prefilled: 0,
             drawn: 0,
-            seen: 0,
+            seen: Vec::new(),
+            stale: 0,
+            reserved: 0,
         })
     }
 
     /// The next step, or `None` when nobody needs one before more tokens are known.
     pub fn next_batch(&mut self) -> Option<StepBatch> {
+        self.grow();
+        self.admit();
         let rows: HashMap<SequenceId, usize> =
             self.last_draws.iter().copied().zip(0usize..).collect();
         let mut segments: Vec<Segment> = self
             .running
             .iter_mut()
-            .filter(|s| s.drawn > 0 && s.drawn < s.draws_max)
+            .filter(|s| s.decodes())
             .map(|s| s.decode(rows[&s.id]))
             .collect();
         let mut budget = self.limits.prefill_chunk_tokens.max(1);
@@ -199,17 +234,56 @@ impl Batch {
         Some(StepBatch { segments })
     }
 
+    /// Gives every sequence that is about to decode the block that it needs, oldest first, at the
+    /// cost of the youngest.
+    fn grow(&mut self) {
+        let mut place = 0;
+        while place < self.running.len() {
+            let sequence = &mut self.running[place];
+            if !sequence.needs_block() {
+                place += 1;
+            } else if self.limits.kv_capacity() - held(&self.running) >= KV_BLOCK_TOKENS {
+                self.running[place].reserved += KV_BLOCK_TOKENS;
+            } else if let Some(mut youngest) = self.running.pop() {
+                youngest.preempt();
+                self.preemptions += 1;
+                self.waiting.push_front(youngest);
+            }
+        }
+    }
+
+    /// Lets those begin that fit. Nobody overtakes who waits longer, so that everybody's turn comes.
+    fn admit(&mut self) {
+        let mut free = self.limits.kv_capacity() - held(&self.running);
+        while let Some(mut sequence) = self.waiting.pop_front() {
+            let wanted = sequence.wanted();
+            if wanted > free {
+                self.waiting.push_front(sequence);
+                return;
+            }
+            free -= wanted;
+            sequence.reserved = wanted;
+            self.running.push(sequence);
+        }
+    }
+
     /// Takes in the tokens of a step: `draws[i]` drew `tokens[i]`. Sequences that end are removed.
-    /// Tokens of sequences that ended or left meanwhile are passed over.
+    /// Tokens of sequences that ended, left or were preempted meanwhile are passed over.
     pub fn observe(&mut self, draws: &[SequenceId], tokens: &[u32]) -> Vec<Observed> {
         let mut observed = Vec::with_capacity(draws.len());
         for (row, (&sequence, &token)) in draws.iter().zip(tokens).enumerate() {
-            let Some(place) = self.running.iter().position(|s| s.id == sequence) else {
+            let mut all = self.running.iter_mut().chain(&mut self.waiting);
+            let Some(drawn) = all.find(|s| s.id == sequence) else {
                 continue;
             };
-            let finish = self.running[place].see(token);
+            if drawn.stale > 0 {
+                drawn.stale -= 1;
+                continue;
+            }
+            let finish = drawn.see(token);
             if finish.is_some() {
-                self.running.remove(place);
+                // Who waits has nothing but stale tokens on its way, so it is one that runs.
+                self.running.retain(|s| s.id != sequence);
             }
             observed.push(Observed {
                 row,
@@ -222,20 +296,70 @@ impl Batch {
     }
 
     pub fn contains(&self, sequence: SequenceId) -> bool {
+        self.runs(sequence) || self.waiting.iter().any(|s| s.id == sequence)
+    }
+
+    /// Whether this sequence has a cache.
+    pub fn runs(&self, sequence: SequenceId) -> bool {
         self.running.iter().any(|s| s.id == sequence)
     }
 
     /// Sequences that have not ended.
     pub fn len(&self) -> usize {
-        self.running.len()
+        self.running.len() + self.waiting.len()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.running.is_empty()
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// What the caches hold now, and what they may.
+    pub fn kv_use(&self) -> KvUse {
+        KvUse {
+            held_tokens: held(&self.running) as u64,
+            capacity_tokens: self.limits.kv_capacity() as u64,
+            preemptions: self.preemptions,
+        }
     }
 }
 
+/// Positions that these sequences have reserved.
+fn held(running: &[Sequence]) -> usize {
+    running.iter().map(|s| s.reserved).sum()
+}
+
+/// `positions`, rounded up to whole blocks.
+fn blocks(positions: usize) -> usize {
+    positions.next_multiple_of(KV_BLOCK_TOKENS)
+}
+
 impl Sequence {
+    fn decodes(&self) -> bool {
+        self.drawn > 0 && self.drawn < self.draws_max
+    }
+
+    /// Whether the next decode row lies behind the reserved positions.
+    fn needs_block(&self) -> bool {
+        self.decodes() && self.prompt.len() + self.drawn > self.reserved
+    }
+
+    /// What it reserves when it begins: all that it will ever need, where that is not much.
+    fn wanted(&self) -> usize {
+        // The last token that is drawn is never fed back, so its position is not needed.
+        blocks(self.prompt.len() + self.draws_max.min(KV_BLOCK_TOKENS) - 1)
+    }
+
+    /// Gives up the cache. What is known is prefilled later, what is on its way drawn again.
+    fn preempt(&mut self) {
+        self.stale += self.drawn - self.seen.len();
+        self.delivered += self.seen.len();
+        self.draws_max -= self.seen.len();
+        self.prompt.append(&mut self.seen);
+        self.prefilled = 0;
+        self.drawn = 0;
+        self.reserved = 0;
+    }
+
     fn decode(&mut self, row: usize) -> Segment {
         let start = self.prompt.len() + self.drawn - 1;
         self.drawn += 1;
@@ -265,7 +389,7 @@ impl Sequence {
             start,
             input,
             draw,
-            reserve: self.prompt.len() + self.draws_max.min(RESERVE_DRAWS),
+            reserve: self.reserved,
         }
     }
 
@@ -287,11 +411,11 @@ impl Sequence {
     }
 
     fn see(&mut self, token: u32) -> Option<FinishReason> {
-        self.seen += 1;
+        self.seen.push(token);
         if self.stop_tokens.contains(&token) {
             return Some(FinishReason::Stop);
         }
-        (self.seen == self.draws_max).then_some(FinishReason::Length)
+        (self.seen.len() == self.draws_max).then_some(FinishReason::Length)
     }
 }
 
@@ -336,6 +460,16 @@ impl Segment {
     }
 }
 
+/// The memory of all sequences' caches, in positions. The same on every rank.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KvUse {
+    /// Reserved by sequences that run.
+    pub held_tokens: u64,
+    pub capacity_tokens: u64,
+    /// Sequences that had to give up their cache, since the batch began.
+    pub preemptions: u64,
+}
+
 /// A plan asks for what the scheduler should have refused.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum BatchError {
@@ -351,8 +485,10 @@ pub enum BatchError {
     Duplicate { sequence: SequenceId },
 }
 
-/// One block of the KV cache: what is reserved beyond the prompt before the first growth.
-const RESERVE_DRAWS: usize = 256;
+/// How many positions a cache grows by, and what it reserves beyond the prompt when it begins. A
+/// growth copies the buffer, so it should be rare; an unused block of MiniMax-M2.5 costs 65 MB over
+/// all layers in 16 bits.
+pub const KV_BLOCK_TOKENS: usize = 256;
 
 #[cfg(test)]
 mod tests {
@@ -363,6 +499,7 @@ mod tests {
     const LIMITS: Limits = Limits {
         prefill_chunk_tokens: 4,
         context_tokens: 16,
+        kv_tokens: 8 * KV_BLOCK_TOKENS,
     };
 
     fn join(id: u64, prompt: usize, max_tokens: u32) -> Join {
@@ -515,5 +652,143 @@ mod tests {
             batch.apply(&twice),
             Err(BatchError::Duplicate { .. })
         ));
+    }
+
+    const TIGHT: Limits = Limits {
+        prefill_chunk_tokens: 300,
+        context_tokens: 4 * KV_BLOCK_TOKENS,
+        kv_tokens: 4 * KV_BLOCK_TOKENS,
+    };
+
+    #[test]
+    fn who_does_not_fit_waits_and_nobody_overtakes() {
+        let mut batch = Batch::new(TIGHT);
+        let joins = vec![join(1, 400, 200), join(2, 400, 200), join(3, 10, 2)];
+        batch.apply(&plan(joins, vec![])).unwrap();
+        batch.next_batch().unwrap();
+        assert!(batch.runs(SequenceId(1)) && !batch.runs(SequenceId(2)));
+        assert!(!batch.runs(SequenceId(3)), "it would fit, but 2 came first");
+        assert_eq!(batch.kv_use().held_tokens, 3 * KV_BLOCK_TOKENS as u64);
+        batch.apply(&plan(vec![], vec![2])).unwrap();
+        batch.next_batch().unwrap();
+        assert!(batch.runs(SequenceId(3)));
+        batch.apply(&plan(vec![], vec![1, 3])).unwrap();
+        assert_eq!(batch.kv_use().held_tokens, 0);
+    }
+
+    #[test]
+    fn no_sequence_is_longer_than_all_caches_together() {
+        let mut batch = Batch::new(Limits {
+            context_tokens: 10_000,
+            ..TIGHT
+        });
+        let capacity = 4 * KV_BLOCK_TOKENS;
+        assert_eq!(
+            batch.apply(&plan(vec![join(1, capacity, 1)], vec![])),
+            Err(BatchError::PromptTooLong {
+                sequence: SequenceId(1),
+                prompt: capacity,
+                context: capacity,
+            })
+        );
+    }
+
+    /// The token that a sequence has at a position, whoever draws it and whenever.
+    fn token_at(sequence: SequenceId, position: usize) -> u32 {
+        100 + (sequence.0 as u32).wrapping_mul(7919) % 1000 + position as u32
+    }
+
+    /// A generator of numbers below `end`: xorshift, the same on every run.
+    struct Dice(u64);
+
+    impl Dice {
+        fn below(&mut self, end: u64) -> u64 {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            self.0 % end
+        }
+    }
+
+    /// Checks the rows of a step as a device with caches would see them.
+    fn check_rows(step: &StepBatch, cached: &mut HashMap<SequenceId, usize>) {
+        for segment in &step.segments {
+            let have = cached.entry(segment.sequence).or_default();
+            assert!(segment.start == *have || segment.start == 0, "a gap");
+            *have = segment.start + segment.rows();
+            assert!(*have <= segment.reserve, "rows behind the reserved ones");
+        }
+    }
+
+    /// Runs random plans to the end, two steps ahead, and says how often somebody was preempted.
+    fn play(seed: u64) -> u64 {
+        let mut dice = Dice(seed);
+        let mut batch = Batch::new(TIGHT);
+        let mut answers: HashMap<SequenceId, (usize, usize, Vec<u32>)> = HashMap::new();
+        let mut ahead: VecDeque<StepBatch> = VecDeque::new();
+        let mut cached = HashMap::new();
+        let mut unborn = 8;
+        for _ in 0..20_000 {
+            if unborn > 0 && (batch.is_empty() || dice.below(20) == 0) {
+                let prompt = 1 + dice.below(300) as usize;
+                let max = 1 + dice.below(700) as usize;
+                let id = SequenceId(unborn);
+                let one = Join {
+                    prompt: (0..prompt).map(|i| token_at(id, i)).collect(),
+                    ..join(id.0, prompt, max as u32)
+                };
+                batch.apply(&plan(vec![one], vec![])).unwrap();
+                answers.insert(id, (prompt, max, Vec::new()));
+                unborn -= 1;
+            }
+            while ahead.len() < 2
+                && let Some(step) = batch.next_batch()
+            {
+                let kv = batch.kv_use();
+                assert!(kv.held_tokens <= kv.capacity_tokens);
+                check_rows(&step, &mut cached);
+                ahead.push_back(step);
+            }
+            let Some(step) = ahead.pop_front() else {
+                assert!(batch.is_empty(), "nobody goes on");
+                if unborn == 0 {
+                    break;
+                }
+                continue;
+            };
+            let drawn = step
+                .segments
+                .iter()
+                .filter_map(|s| Some((s, s.draw.as_ref()?)));
+            let tokens: Vec<u32> = drawn
+                .map(|(s, d)| token_at(s.sequence, d.position))
+                .collect();
+            for segment in &step.segments {
+                if let Input::Prompt(rows) = &segment.input {
+                    let known = (segment.start..).map(|i| token_at(segment.sequence, i));
+                    assert!(rows.iter().copied().eq(known.take(rows.len())));
+                }
+            }
+            for seen in batch.observe(&step.draws(), &tokens) {
+                let (_, max, answer) = answers.get_mut(&seen.sequence).unwrap();
+                answer.push(seen.token);
+                assert_eq!(seen.finish.is_some(), answer.len() == *max);
+            }
+        }
+        for (id, (prompt, max, answer)) in &answers {
+            let expected = (*prompt..prompt + max).map(|i| token_at(*id, i));
+            assert!(answer.iter().copied().eq(expected), "seed {seed}: {id}");
+        }
+        assert_eq!((unborn, batch.kv_use().held_tokens), (0, 0));
+        batch.kv_use().preemptions
+    }
+
+    #[test]
+    fn every_token_comes_once_however_tight_the_caches_are() {
+        let preemptions: u64 = (1..=300).map(play).sum();
+        assert!(
+            preemptions > 100,
+            "{preemptions}: too few to prove anything"
+        );
     }
 }

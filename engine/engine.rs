@@ -60,6 +60,7 @@ impl Engine {
         let limits = Limits {
             prefill_chunk_tokens: spec.prefill_chunk_tokens as usize,
             context_tokens: spec.context_tokens as usize,
+            kv_tokens: spec.kv_tokens() as usize,
         };
         let share = Share {
             rank: spec.rank,
@@ -88,6 +89,8 @@ impl Engine {
         let limits = Limits {
             prefill_chunk_tokens: TRIAL_CHUNK_TOKENS,
             context_tokens: spec.context_tokens,
+            // As many as its batch asks for: the trial says itself how large that is.
+            kv_tokens: usize::MAX,
         };
         Self::of(spec.config.clone(), partition, share, limits)
     }

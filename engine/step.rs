@@ -87,9 +87,9 @@ impl<'a> Stepper<'a> {
         }
     }
 
-    /// Frees what sequences that ended or left have cached.
+    /// Frees what sequences that ended, left or were preempted have cached.
     pub(crate) fn forget_all_but(&mut self, batch: &Batch) {
-        self.caches.retain(|id, _| batch.contains(*id));
+        self.caches.retain(|id, _| batch.runs(*id));
         self.reshaping.forget_all_but(batch);
     }
 

@@ -173,9 +173,23 @@ impl<'a> Loop<'a> {
 
     /// Builds the next step, if there is one to build.
     fn submit(&mut self, report: &mut impl Report) -> Result<bool, StepError> {
-        let Some(batch) = self.batch.next_batch() else {
+        let before = self.batch.kv_use().preemptions;
+        let batch = self.batch.next_batch();
+        let kv = self.batch.kv_use();
+        if kv.preemptions > before {
+            tracing::info!(
+                rank = %self.rank,
+                preemptions = kv.preemptions,
+                held_tokens = kv.held_tokens,
+                capacity_tokens = kv.capacity_tokens,
+                "a sequence gave up its cache to an older one and will be prefilled again"
+            );
+        }
+        let Some(batch) = batch else {
             return Ok(false);
         };
+        // Who was preempted for this step gives up its memory before the step takes any.
+        self.stepper.forget_all_but(&self.batch);
         report.begins(batch.prefill_tokens());
         let step = self.next;
         self.next = step.next();

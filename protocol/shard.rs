@@ -30,8 +30,19 @@ pub struct ShardSpec {
     pub context_tokens: u32,
     /// Sequences that are worked on at the same time at most.
     pub sequences_max: u32,
+    /// Positions that the caches of all sequences hold together, the same on every rank. `None`: as
+    /// many as `sequences_max` sequences of the full context need.
+    pub kv_tokens: Option<u32>,
     /// How long a collective may take.
     pub collective_deadline: Duration,
+}
+
+impl ShardSpec {
+    /// Positions that the caches of all sequences hold together.
+    pub fn kv_tokens(&self) -> u32 {
+        let full = self.context_tokens.saturating_mul(self.sequences_max);
+        self.kv_tokens.unwrap_or(full.max(self.context_tokens))
+    }
 }
 
 /// How much of the model a node takes, relative to the others. Only ratios matter.

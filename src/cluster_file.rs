@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use offbook_actors::{ClusterSettings, SchedulerLimits, ShardKeeping, StallLimits};
+use offbook_engine::batch::KV_BLOCK_TOKENS;
 use offbook_protocol::{FastSynch, Layout, NodeWeight, Transport};
 use offbook_runtime::supervise::RestartPolicy;
 use offbook_runtime::{Identity, NodeKey, Patience, ProcessName, Trust, TrustedNode};
@@ -63,6 +64,9 @@ pub(crate) struct Limits {
     /// Positions that a sequence may reach, prompt included; 0 takes the model's own limit.
     pub(crate) context_tokens: u32,
     pub(crate) sequences_max: u32,
+    /// Positions that the caches of all sequences hold together on each node, of which only whole
+    /// blocks of 256 count; 0 takes as many as `sequences_max` sequences of the full context need.
+    pub(crate) kv_tokens: u32,
     pub(crate) queue_max: u32,
     pub(crate) prefill_chunk_tokens: u32,
     pub(crate) collective_deadline_seconds: f64,
@@ -97,6 +101,7 @@ impl Default for Limits {
         Self {
             context_tokens: 0,
             sequences_max: 8,
+            kv_tokens: 0,
             queue_max: 64,
             prefill_chunk_tokens: 256,
             collective_deadline_seconds: 10.0,
@@ -164,6 +169,10 @@ impl ClusterFile {
         ensure!(
             limits.sequences_max > 0,
             "limits.sequences_max must be at least 1"
+        );
+        ensure!(
+            limits.kv_tokens == 0 || limits.kv_tokens as usize >= KV_BLOCK_TOKENS,
+            "limits.kv_tokens must be 0, or at least one block of {KV_BLOCK_TOKENS}"
         );
         ensure!(
             limits.prefill_chunk_tokens > 0,
@@ -275,18 +284,21 @@ impl ClusterFile {
             prefill_chunk_tokens: self.limits.prefill_chunk_tokens,
             context_tokens: self.context_tokens(model_context),
             sequences_max: self.limits.sequences_max,
+            kv_tokens: (self.limits.kv_tokens > 0).then_some(self.limits.kv_tokens),
             collective_deadline: Duration::from_secs_f64(self.limits.collective_deadline_seconds),
             load_deadline: Duration::from_secs_f64(self.limits.load_deadline_seconds),
             node_grace: Duration::from_secs_f64(self.limits.node_grace_seconds),
         }
     }
 
-    /// Positions that a sequence may reach.
+    /// Positions that a sequence may reach: never more than the caches hold.
     pub(crate) fn context_tokens(&self, model_context: u32) -> u32 {
-        match self.limits.context_tokens {
-            0 => model_context,
-            wanted => wanted.min(model_context),
-        }
+        let block = KV_BLOCK_TOKENS as u32;
+        let limits = &self.limits;
+        [limits.context_tokens, limits.kv_tokens / block * block]
+            .into_iter()
+            .filter(|wanted| *wanted > 0)
+            .fold(model_context, u32::min)
     }
 
     pub(crate) fn scheduler_limits(&self) -> SchedulerLimits {
@@ -481,6 +493,17 @@ mod tests {
     }
 
     #[test]
+    fn no_sequence_may_be_longer_than_the_caches() {
+        let (_folder, path) = founded();
+        let mut file = ClusterFile::load(&path).unwrap();
+        assert_eq!(file.context_tokens(2000), 2000);
+        file.limits.kv_tokens = 1100;
+        assert_eq!(file.context_tokens(2000), 1024, "whole blocks count");
+        file.limits.context_tokens = 700;
+        assert_eq!(file.context_tokens(2000), 700);
+    }
+
+    #[test]
     fn a_folder_that_is_used_again_keeps_its_keys() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("identity.pem");
@@ -495,6 +518,7 @@ mod tests {
         for (from, to, named) in [
             ("cluster = ", "colour = 1\ncluster = ", "colour"),
             ("sequences_max = 8", "sequences_max = 0", "sequences_max"),
+            ("kv_tokens = 0", "kv_tokens = 255", "kv_tokens"),
             ("weight = 1.0", "weight = -1.0", "weight"),
             (
                 "silence_seconds = 10.0",

@@ -7,7 +7,7 @@ use offbook_engine::{Budget, Checkpoint, ModelConfig, Partition, Precision, Work
 use offbook_protocol::ShardSpec;
 
 /// An error that names the node, the rank and the bytes, when not even a short conversation would
-/// fit; a warning when the longest one would not. Whatever else is wrong with the model is for the
+/// fit, or not the caches that were asked for; a warning when the longest sequence would not. Whatever else is wrong with the model is for the
 /// loader to say.
 pub(super) fn check(spec: &ShardSpec, node: &str) -> Result<(), String> {
     let Some(available) = available_bytes() else {
@@ -25,6 +25,11 @@ pub(super) fn check(spec: &ShardSpec, node: &str) -> Result<(), String> {
         fits.map_err(|error| error.to_string())
     };
     fits(spec.context_tokens.min(SHORT_CONTEXT_TOKENS))?;
+    if let Some(kv_tokens) = spec.kv_tokens {
+        return fits(kv_tokens).map_err(|error| {
+            format!("{error}: lower limits.kv_tokens, which is {kv_tokens}, in the cluster file")
+        });
+    }
     if let Err(error) = fits(spec.context_tokens) {
         let context = spec.context_tokens;
         tracing::warn!(
@@ -36,7 +41,7 @@ pub(super) fn check(spec: &ShardSpec, node: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// What this share needs, by the length of its longest sequence.
+/// What this share needs, by the positions that all caches hold together.
 fn budgets(spec: &ShardSpec) -> Option<impl Fn(u32) -> Budget + use<>> {
     let config = ModelConfig::open(&spec.model).ok()?;
     let partition = Partition::solve(&config, spec.layout, &spec.weights).ok()?;
@@ -49,11 +54,11 @@ fn budgets(spec: &ShardSpec) -> Option<impl Fn(u32) -> Budget + use<>> {
     };
     let weight_bytes = checkpoint.share_bytes(&config, &share, precision);
     let (sequences, chunk) = (spec.sequences_max, spec.prefill_chunk_tokens);
-    Some(move |context_tokens| {
+    let context_max = spec.context_tokens;
+    Some(move |kv_tokens| {
         let workload = Workload {
-            // One sequence at its longest; more of them share what is left.
-            kv_tokens: u64::from(context_tokens),
-            context_tokens: u64::from(context_tokens),
+            kv_tokens: u64::from(kv_tokens),
+            context_tokens: u64::from(context_max.min(kv_tokens)),
             sequences: u64::from(sequences),
             prefill_chunk_tokens: u64::from(chunk),
             precision,

@@ -65,6 +65,7 @@ fn spec(model: PathBuf, context_tokens: u32) -> ShardSpec {
         prefill_chunk_tokens: 512,
         context_tokens: context_tokens + 1,
         sequences_max: 64,
+        kv_tokens: None,
         collective_deadline: Duration::from_secs(10),
     }
 }

@@ -35,6 +35,8 @@ pub(crate) struct Cluster {
     pub(crate) weights: Vec<NodeWeight>,
     pub(crate) prefill_chunk_tokens: u32,
     pub(crate) window: u32,
+    /// Positions of all caches; `None` for as many as are ever needed.
+    pub(crate) kv_tokens: Option<u32>,
 }
 
 impl Cluster {
@@ -46,6 +48,7 @@ impl Cluster {
             weights: vec![NodeWeight(1.0)],
             prefill_chunk_tokens: 512,
             window: 100,
+            kv_tokens: None,
         }
     }
 
@@ -99,6 +102,7 @@ impl Cluster {
             prefill_chunk_tokens: self.prefill_chunk_tokens,
             context_tokens: 1024,
             sequences_max: 16,
+            kv_tokens: self.kv_tokens,
             collective_deadline: DEADLINE,
         }
     }
