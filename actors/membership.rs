@@ -4,10 +4,11 @@
 //! register; then [`formation`](self::formation) decides, and this actor carries its decisions to
 //! the shards and to the scheduler. It never looks at a request or a token.
 
-mod formation;
+pub(crate) mod formation;
+pub(crate) mod presence;
 mod epoch_file;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use self::epoch_file::EpochFile;
 use self::formation::{Action, Formation, Shard};
+use self::presence::Presence;
 use crate::names;
 use crate::scheduler::{BeginEpoch, CountRequests, EndEpoch, GiveUp, RequestCounts};
 use crate::shard_worker::{JoinGroup, LeaveGroup, LoadRefusal, LoadShard, Loaded, ReadSteps};
@@ -57,9 +59,7 @@ pub struct Membership {
     settings: ClusterSettings,
     formation: Formation,
     epochs: EpochFile,
-    heard_of_nodes: HashMap<String, Instant>,
-    /// Since when a node and its shard are away.
-    away: HashMap<String, Instant>,
+    presence: Presence,
     /// What rank 0 said of the model when it had loaded: the same on every rank.
     loaded: Option<Loaded>,
     begin_epoch: Recipient<BeginEpoch>,
@@ -94,8 +94,7 @@ impl Membership {
             formation: Formation::new(nodes, last),
             system,
             epochs,
-            heard_of_nodes: HashMap::new(),
-            away: HashMap::new(),
+            presence: Presence::new(settings.node_grace),
             loaded: None,
             begin_epoch: scheduler.begin_epoch,
             end_epoch: scheduler.end_epoch,
@@ -339,16 +338,8 @@ impl Membership {
 
     /// Leaves nodes behind that have been away for too long.
     fn note_absence(&mut self, ctx: &mut Context<Self>) {
-        let now = Instant::now();
-        let gone = self.formation.members().iter();
-        let gone = gone.filter(|member| !member.node_alive && member.shard.is_none());
-        let gone: Vec<_> = gone.map(|member| member.node.clone()).collect();
-        self.away.retain(|node, _| gone.contains(node));
-        for node in gone {
-            let since = *self.away.entry(node.clone()).or_insert(now);
-            if now.duration_since(since) < self.settings.node_grace {
-                continue;
-            }
+        let members = self.formation.members();
+        for node in self.presence.away_too_long(members, Instant::now()) {
             let actions = self.formation.leave_behind(&node);
             if !actions.is_empty() {
                 tracing::warn!(
@@ -376,8 +367,7 @@ impl Membership {
 
     /// Nodes that have been silent for too long count as away. Their shards are watched apart.
     fn note_silence(&mut self) {
-        for (node, heard) in &self.heard_of_nodes {
-            let alive = heard.elapsed() < NODE_SILENCE_MAX;
+        for (node, alive) in self.presence.standings(Instant::now()) {
             if let Some(member) = self.formation.member_mut(node)
                 && member.node_alive != alive
             {
@@ -448,8 +438,7 @@ impl Handler<Announce> for Membership {
         member.last_failure.clone_from(&news.last_failure);
         member.last_lines.clone_from(&news.last_lines);
         member.given_up = news.given_up;
-        self.heard_of_nodes
-            .insert(news.node.clone(), Instant::now());
+        self.presence.heard(&news.node, Instant::now());
         if member.node_pid != news.pid || !member.node_alive {
             self.watch_node(&news.node, news.pid, ctx);
         }
@@ -487,7 +476,7 @@ impl Membership {
                     tracing::warn!(node, reason = %lost.reason, "the link to a node was lost");
                 }
                 member.node_alive = false;
-                this.heard_of_nodes.remove(&node);
+                this.presence.link_lost(&node);
             }
         }));
     }
@@ -500,10 +489,13 @@ pub struct RegisterShard {
     pub node: String,
     pub process: String,
     pub pid: u32,
+    /// The highest epoch that it was to load; 0 when there was none.
+    pub heard: Epoch,
 }
 
 impl RemoteMessage for RegisterShard {
     const NAME: &'static str = "register-shard";
+    const VERSION: u16 = 2;
     type Reply = ();
 }
 
@@ -511,17 +503,24 @@ impl Handler<RegisterShard> for Membership {
     type Result = ();
 
     fn handle(&mut self, register: RegisterShard, ctx: &mut Context<Self>) {
-        let RegisterShard { node, process, pid } = register;
+        let RegisterShard {
+            node,
+            process,
+            pid,
+            heard,
+        } = register;
         let Ok(name) = ProcessName::new(&*process) else {
             return;
         };
         tracing::info!(node, process, pid, "a shard registered");
         let watch = self.system.watch(&name).into_actor(self);
+        self.formation.heard_of(heard);
         let actions = self.formation.registered(&node, Shard { process, pid });
+        let registration = self.formation.registration(&node);
         self.carry_out(actions, ctx);
         ctx.spawn(watch.map(move |lost, this, ctx| {
             let why = format!("the link to the shard of {node} was lost: {}", lost.reason);
-            let actions = this.formation.lost(&node, pid, why);
+            let actions = this.formation.unlinked(&node, registration, why);
             this.carry_out(actions, ctx);
         }));
     }
@@ -633,7 +632,5 @@ const STEPS_DEADLINE: Duration = Duration::from_millis(500);
 const JOIN_DEADLINE: Duration = Duration::from_secs(30);
 /// How often the nodes' standing is looked at.
 const STANDING_EVERY: Duration = Duration::from_millis(250);
-/// Three announcements, and one to spare.
-const NODE_SILENCE_MAX: Duration = Duration::from_secs(4);
 /// A cluster has a few nodes, each with a message a second and a few when its shard changes.
 const MAILBOX_MAX: usize = 1024;

@@ -6,7 +6,7 @@
 //! request joins the next one with its prompt and the tokens that its client has.
 
 mod journal;
-mod admission;
+pub(crate) mod admission;
 
 use std::time::Duration;
 
