@@ -617,7 +617,7 @@ impl Handler<ReportSteps> for Membership {
 
 /// The first pause lets the news of one failure arrive together; a group that cannot form is tried
 /// less and less often.
-fn begin_pause(fruitless: u32) -> Duration {
+pub(crate) fn begin_pause(fruitless: u32) -> Duration {
     BEGIN_PAUSE_MIN
         .saturating_mul(1 << fruitless.min(10))
         .min(BEGIN_PAUSE_MAX)
@@ -629,8 +629,8 @@ const BEGIN_PAUSE_MAX: Duration = Duration::from_secs(10);
 /// others' figures.
 const STEPS_DEADLINE: Duration = Duration::from_millis(500);
 /// Meeting takes a round trip; the rest is for processes that the system has not scheduled yet.
-const JOIN_DEADLINE: Duration = Duration::from_secs(30);
+pub(crate) const JOIN_DEADLINE: Duration = Duration::from_secs(30);
 /// How often the nodes' standing is looked at.
-const STANDING_EVERY: Duration = Duration::from_millis(250);
+pub(crate) const STANDING_EVERY: Duration = Duration::from_millis(250);
 /// A cluster has a few nodes, each with a message a second and a few when its shard changes.
 const MAILBOX_MAX: usize = 1024;

@@ -266,8 +266,8 @@ const LINE_CHARS_MAX: usize = 300;
 /// The shard's name in the supervisor: a node has one.
 const SHARD: &str = "shard-0";
 /// Often enough that an operator sees a dead node at once; nothing else depends on it.
-const ANNOUNCE_EVERY: Duration = Duration::from_secs(1);
+pub(crate) const ANNOUNCE_EVERY: Duration = Duration::from_secs(1);
 /// A process says that it is there before it does anything that takes long.
-const ATTACH_DEADLINE: Duration = Duration::from_secs(60);
+pub(crate) const ATTACH_DEADLINE: Duration = Duration::from_secs(60);
 /// A shard ends within a step; the rest is for a device that does not answer.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);

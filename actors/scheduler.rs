@@ -399,8 +399,8 @@ impl Handler<CountRequests> for Scheduler {
 }
 
 /// A shard that was just told to serve answers within a round trip.
-const SUBSCRIBE_DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const SUBSCRIBE_DEADLINE: Duration = Duration::from_secs(10);
 /// Whoever lost the rank that samples, or heard of its failure, has ended the epoch by then.
-const SILENCE_GRACE: Duration = Duration::from_secs(1);
+pub(crate) const SILENCE_GRACE: Duration = Duration::from_secs(1);
 /// Requests enter here too; those beyond it are refused by the runtime as overload.
 const MAILBOX_MAX: usize = 1024;

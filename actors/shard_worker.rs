@@ -543,11 +543,11 @@ impl Handler<ReadSteps> for ShardWorker {
 }
 
 /// The head answers within a round trip; it may be starting.
-const REGISTER_DEADLINE: Duration = Duration::from_secs(5);
-const REGISTER_PAUSE: Duration = Duration::from_millis(100);
+pub(crate) const REGISTER_DEADLINE: Duration = Duration::from_secs(5);
+pub(crate) const REGISTER_PAUSE: Duration = Duration::from_millis(100);
 /// Meeting takes a round trip; the rest is for processes that the system has not scheduled yet.
 /// Shorter than what the head gives the whole join.
-const MEET_DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) const MEET_DEADLINE: Duration = Duration::from_secs(20);
 /// Plans that the engine has not taken yet. It takes them every step; one that is this late hangs.
 const PLANS_MAX: usize = 4096;
 /// Outcomes that the head has not taken yet: decode goes on while the scheduler stands still.
