@@ -25,8 +25,8 @@ use offbook_protocol::{
     Epoch, GroupSpec, Plan, Rank, ShardSpec, ShardSteps, StepOutcome, Transport,
 };
 use offbook_runtime::{
-    ActorPath, Identity, LostReason, Open, ProcessName, Remote, RemoteMessage, StreamMessage,
-    System, Trust,
+    ActorPath, AskError, Identity, LostReason, Open, ProcessName, Remote, RemoteMessage,
+    StreamMessage, System, Trust,
 };
 use rustix::process::{Signal, getpid, kill_process};
 use serde::{Deserialize, Serialize};
@@ -132,7 +132,10 @@ impl ShardWorker {
     }
 
     /// Registers with the head until it answers, then waits until its link is lost, and again.
-    fn register(&self, ctx: &mut Context<Self>) {
+    fn register(&mut self, ctx: &mut Context<Self>) {
+        // Whoever registers takes part in nothing: the head may have taken a registration whose answer
+        // did not come here.
+        self.leave_all("the link to the head is lost", ctx);
         let register = self.register.clone();
         let message = RegisterShard {
             node: self.config.node.clone(),
@@ -142,20 +145,25 @@ impl ShardWorker {
         };
         let (system, head) = (self.system.clone(), self.config.head.clone());
         let registered = async move {
-            while let Err(error) = register.ask(message.clone(), REGISTER_DEADLINE).await {
-                tracing::debug!(%error, "the head does not answer");
-                tokio::time::sleep(REGISTER_PAUSE).await;
-            }
-            system.watch(&head).await
+            register.ask(message, REGISTER_DEADLINE).await?;
+            Ok::<_, AskError>(system.watch(&head).await)
         };
-        ctx.spawn(registered.into_actor(self).map(|lost, this, ctx| {
-            if lost.reason == LostReason::Closed {
-                tracing::info!("the head says goodbye, or answers ours");
-            } else {
-                tracing::warn!(reason = %lost.reason, "the link to the head is lost");
-            }
-            this.leave_all("the link to the head is lost", ctx);
-            this.register(ctx);
+        ctx.spawn(registered.into_actor(self).map(|registered, _, ctx| {
+            let pause = match registered {
+                Ok(lost) if lost.reason == LostReason::Closed => {
+                    tracing::info!("the head says goodbye, or answers ours");
+                    Duration::ZERO
+                }
+                Ok(lost) => {
+                    tracing::warn!(reason = %lost.reason, "the link to the head is lost");
+                    Duration::ZERO
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "the head does not answer");
+                    REGISTER_PAUSE
+                }
+            };
+            ctx.run_later(pause, |this, ctx| this.register(ctx));
         }));
     }
 
