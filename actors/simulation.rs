@@ -97,6 +97,8 @@ enum Local {
     Begin,
     Mail(Mail),
     Silence(Epoch),
+    /// A plan was not sent to one of its shards.
+    Unserved(Epoch),
     Late(SequenceId),
     Left(SequenceId),
     AnnounceHere(Question),
@@ -144,7 +146,21 @@ enum Local {
     PeerGone(Epoch),
 }
 
+/// What a run is about, besides its faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Plot {
+    Faults,
+    /// Requests may take only a moment: some are too late.
+    Haste,
+    /// This machine goes in the middle of the run and never comes back.
+    Farewell(usize),
+    /// The first client's request kills every shard that reads it; nothing else goes wrong.
+    Deadly,
+}
+
 struct World {
+    plot: Plot,
+    limits: SchedulerLimits,
     began: Instant,
     timeline: Timeline<Event>,
     chance: Chance,
@@ -165,6 +181,8 @@ struct World {
     shards: BTreeMap<Pid, Shard>,
     groups: BTreeMap<Epoch, Group>,
     clients: Vec<Client>,
+    /// The next plan does not reach one of its shards.
+    loses_plan: bool,
 }
 
 /// What came of a run.
@@ -181,7 +199,22 @@ impl World {
         let mut chance = Chance::new(seed);
         let machines = 3 + chance.below(3);
         let clients = 3 + chance.below(6);
+        let plot = match chance.below(8) {
+            0 => Plot::Haste,
+            1 => Plot::Farewell(1 + chance.below(machines - 1)),
+            2 => Plot::Deadly,
+            _ => Plot::Faults,
+        };
+        let limits = match plot {
+            Plot::Haste => SchedulerLimits {
+                request_deadline: Duration::from_secs(3),
+                ..LIMITS
+            },
+            _ => LIMITS,
+        };
         let mut world = Self {
+            plot,
+            limits,
             began: Instant::now(),
             timeline: Timeline::new(),
             tells,
@@ -197,7 +230,10 @@ impl World {
             delivered_epoch: Epoch(0),
             shards: BTreeMap::new(),
             groups: BTreeMap::new(),
-            clients: (0..clients).map(|_| Client::new(&mut chance)).collect(),
+            clients: (0..clients + LATE_CLIENTS)
+                .map(|_| Client::new(&mut chance))
+                .collect(),
+            loses_plan: false,
             chance,
         };
         // No process has the number 0: the membership takes that for a node that never came.
@@ -212,8 +248,22 @@ impl World {
             let at = world.chance.ms(0, 10_000);
             world.timeline.at(at, Event::Submit(client));
         }
-        let faults = world.chance.below(13);
-        world.plan_faults(faults, FAULTS_UNTIL);
+        for late in 0..LATE_CLIENTS {
+            let at = CALM_FROM + world.chance.ms(500, 3000);
+            world.timeline.at(at, Event::Submit(clients + late));
+        }
+        let faults = world.chance.below(30);
+        match plot {
+            Plot::Deadly => {}
+            Plot::Farewell(machine) => {
+                let at = world.chance.ms(1000, 8000);
+                world
+                    .timeline
+                    .at(at, Event::Fault(Fault::Farewell(machine)));
+                world.plan_faults(faults / 4, FAULTS_UNTIL);
+            }
+            _ => world.plan_faults(faults, FAULTS_UNTIL),
+        }
         world.timeline.after(OwnTimer::TICK, Event::Tick);
         world
     }
@@ -224,6 +274,7 @@ impl World {
             self.dispatch(event);
             if !is_tick {
                 self.check_queues();
+                self.check_shards();
             } else if self.is_over() {
                 break;
             }
@@ -235,7 +286,7 @@ impl World {
     /// Everybody has what was asked for, and nothing is left to go wrong.
     fn is_over(&self) -> bool {
         let calm = self.timeline.now() > CALM_FROM;
-        calm && self.serves_all() && self.clients.iter().all(|c| c.is_over() || c.left)
+        calm && self.serves_whole() && self.clients.iter().all(|c| c.is_over() || c.left)
     }
 
     fn check_end(&self) -> Tally {
@@ -247,7 +298,10 @@ impl World {
             tally.tokens += client.journal.len() as u64;
             match &client.stage {
                 Stage::Answered => tally.answered += 1,
-                Stage::Failed(_) => tally.failed += 1,
+                Stage::Failed(why) => {
+                    tally.failed += 1;
+                    self.check_failure(id, why);
+                }
                 stage => assert!(client.left, "client {id} is left as {stage:?}"),
             }
         }
@@ -255,6 +309,20 @@ impl World {
         let left = admission.running() + admission.queued();
         assert_eq!(left, 0, "requests are left when all clients are served");
         tally
+    }
+
+    /// Nobody fails but for a reason that the run has.
+    fn check_failure(&self, id: ClientId, why: &str) {
+        let is_late = id + LATE_CLIENTS >= self.clients.len();
+        match self.plot {
+            Plot::Haste if why.contains(TIME_WAS_UP) => {}
+            _ if is_late => panic!("client {id} has met no fault, but {why}"),
+            Plot::Deadly => {
+                assert!(id == DEADLY_CLIENT, "client {id} pays for another: {why}");
+                assert!(why.contains("times in a row"), "client {id}: {why}");
+            }
+            _ => assert!(!why.contains(TIME_WAS_UP), "client {id} was forgotten"),
+        }
     }
 
     fn describe(&self) -> String {
@@ -308,10 +376,10 @@ impl World {
             Local::Standing => self.standing(pid),
             Local::Begin => self.begin(),
             Local::Mail(mail) => self.scheduler_mail(mail),
-            Local::Silence(epoch) => self.report_silence(epoch),
+            Local::Silence(epoch) | Local::Unserved(epoch) => self.report_failure(epoch),
             Local::Late(sequence) => {
                 if let Some(client) = self.withdraw(sequence) {
-                    self.client_failed(client, "its time was up");
+                    self.client_failed(client, TIME_WAS_UP);
                 }
             }
             Local::Left(sequence) => {
@@ -558,9 +626,14 @@ fn no_seed_loses_a_request_or_a_token() {
 const LIMITS: SchedulerLimits = SchedulerLimits {
     queue_max: 4,
     sequences_max: 3,
-    request_deadline: Duration::from_secs(40),
+    request_deadline: Duration::from_secs(1000),
     losses_max: 3,
 };
+/// Clients that ask when all faults are over.
+const LATE_CLIENTS: usize = 2;
+/// In a run with the plot of that name.
+const DEADLY_CLIENT: ClientId = 0;
+const TIME_WAS_UP: &str = "its time was up";
 const CONTEXT_TOKENS: u32 = 64;
 const VOCABULARY: u32 = 97;
 const NODE_GRACE: Duration = Duration::from_secs(5);
@@ -569,5 +642,5 @@ const SEEDS: u64 = 2000;
 const FAULTS_UNTIL: Duration = Duration::from_secs(14);
 /// By then every fault is made good: the longest lasts 9 s.
 const CALM_FROM: Duration = Duration::from_secs(24);
-/// A request ends by its deadline at the latest.
+/// A request that waits until then would wait for ever.
 const END: Duration = Duration::from_secs(90);

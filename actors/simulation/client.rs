@@ -54,6 +54,13 @@ impl Client {
         }
     }
 
+    pub(super) fn sequence(&self) -> Option<SequenceId> {
+        match self.stage {
+            Stage::Taken(sequence) => Some(sequence),
+            _ => None,
+        }
+    }
+
     pub(super) fn is_over(&self) -> bool {
         matches!(self.stage, Stage::Answered | Stage::Failed(_))
     }
@@ -114,7 +121,7 @@ impl World {
             Ok(sequence) => {
                 self.note(|| format!("client {id} is taken as {sequence}"));
                 self.clients[id].stage = Stage::Taken(sequence);
-                self.local_after(super::LIMITS.request_deadline, pid, Local::Late(sequence));
+                self.local_after(self.limits.request_deadline, pid, Local::Late(sequence));
                 self.send_plans();
             }
             Err((Rejection::NotReady { .. } | Rejection::Overloaded { .. }, _)) => {

@@ -14,7 +14,7 @@ use offbook_protocol::{
 use super::client::{draw, extend};
 use super::head::SAMPLING_RANK;
 use super::shard::ReplyTo;
-use super::{CONTEXT_TOKENS, Local, Pid, World};
+use super::{CONTEXT_TOKENS, DEADLY_CLIENT, Local, Pid, Plot, World};
 
 /// What a shard holds of the model: another epoch of the same needs no reading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +48,8 @@ pub(super) struct Group {
     members: Vec<Pid>,
     /// Who waits for the others.
     present: BTreeSet<Pid>,
+    /// Whose engine has run.
+    joined: BTreeSet<Pid>,
     steps: BTreeMap<Step, Rendezvous>,
 }
 
@@ -196,10 +198,26 @@ impl World {
         let group = self.groups.entry(epoch).or_insert_with(|| Group {
             members: members.clone(),
             present: BTreeSet::new(),
+            joined: BTreeSet::new(),
             steps: BTreeMap::new(),
         });
         assert_eq!(group.members, members, "epoch {epoch} has two groups");
         group.present.insert(pid);
+    }
+
+    pub(super) fn join_group(&mut self, pid: Pid, epoch: Epoch) {
+        let group = self.groups.get_mut(&epoch).expect("its members have met");
+        group.joined.insert(pid);
+    }
+
+    /// The head is about to serve: every member has joined.
+    pub(super) fn check_joined(&self, epoch: Epoch) {
+        let group = &self.groups[&epoch];
+        let missing = group.members.iter().find(|pid| !group.joined.contains(pid));
+        assert!(
+            missing.is_none(),
+            "epoch {epoch} serves without {missing:?}"
+        );
     }
 
     /// Whether this member sees all others wait for it.
@@ -361,6 +379,8 @@ impl World {
     }
 
     fn submit_step(&mut self, pid: Pid, epoch: Epoch) -> bool {
+        let most = self.limits.sequences_max as usize;
+        let deadly = (self.plot == Plot::Deadly).then(|| self.clients[DEADLY_CLIENT].sequence());
         let Some(running) = self.looping(pid, epoch) else {
             return false;
         };
@@ -370,7 +390,21 @@ impl World {
         let Some(batch) = running.batch.next_batch() else {
             return false;
         };
+        if let Some(Some(deadly)) = deadly
+            && batch
+                .segments
+                .iter()
+                .any(|segment| segment.sequence == deadly)
+        {
+            self.kill(pid);
+            return false;
+        }
         let (step, rank, control) = (running.next, running.rank, running.plans.control_word());
+        assert!(
+            running.batch.len() <= most,
+            "{} sequences in a batch",
+            running.batch.len()
+        );
         let tokens = running.compute(&batch);
         running.next = step.next();
         running.ahead.push_back(Submitted {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::network::Name;
-use super::{Event, Local, Pid, World};
+use super::{Event, Local, Pid, Plot, World};
 
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Fault {
@@ -20,6 +20,9 @@ pub(super) enum Fault {
     /// One side of a link of the head loses it, without any fault of the path.
     LoseLink(usize),
     FailStep(usize),
+    LosePlan,
+    /// The machine stays away.
+    Farewell(usize),
     SlowNetwork,
     ClientLeaves(usize),
 }
@@ -31,7 +34,7 @@ impl World {
             let at = Duration::from_millis(500) + until.mul_f64(self.chance.share());
             let machine = self.chance.below(nodes);
             let other = (machine + 1 + self.chance.below(nodes - 1)) % nodes;
-            let fault = match self.chance.below(14) {
+            let fault = match self.chance.below(15) {
                 0..=2 => Fault::KillShard(machine),
                 3 => Fault::KillNode(machine),
                 4 | 5 => Fault::FreezeShard(machine),
@@ -42,6 +45,7 @@ impl World {
                 10 => Fault::LoseLink(machine),
                 11 => Fault::FailStep(machine),
                 12 => Fault::SlowNetwork,
+                13 => Fault::LosePlan,
                 _ => Fault::ClientLeaves(self.chance.below(self.clients.len())),
             };
             self.timeline.at(at, Event::Fault(fault));
@@ -86,6 +90,8 @@ impl World {
             Fault::SlowNetwork => {
                 self.slow_until = self.timeline.now() + self.chance.ms(200, 4000);
             }
+            Fault::LosePlan => self.loses_plan = true,
+            Fault::Farewell(machine) => self.kill(self.nodes[machine].pid),
             Fault::ClientLeaves(client) => self.client_leaves(client),
         }
     }
@@ -168,8 +174,18 @@ impl World {
                 self.head = None;
                 self.clients_lost_head();
             }
-            let pause = self.chance.ms(200, 8000);
-            self.timeline.after(pause, Event::StartNode(machine));
+            if let (Plot::Farewell(away), 0) = (self.plot, machine) {
+                // A new head waits for every node that it has not heard of.
+                self.plot = Plot::Faults;
+                if !self.processes[self.nodes[away].pid as usize].alive {
+                    self.timeline
+                        .after(Duration::from_secs(8), Event::StartNode(away));
+                }
+            }
+            if self.plot != Plot::Farewell(machine) {
+                let pause = self.chance.ms(200, 8000);
+                self.timeline.after(pause, Event::StartNode(machine));
+            }
         }
     }
 

@@ -8,12 +8,13 @@ use offbook_protocol::{Epoch, Phase, Plan, Rank, SampledToken, SequenceId, StepO
 
 use super::client::ClientId;
 use super::network::{Answer, End, Lane, Name, Packet, Question, Watch};
+use super::node::Node;
 use super::{CONTEXT_TOKENS, LIMITS, Local, NODE_GRACE, Pid, VOCABULARY, World};
 use crate::membership::formation::{Action, Formation, Shard};
 use crate::membership::presence::Presence;
 use crate::membership::{JOIN_DEADLINE, STANDING_EVERY, begin_pause};
 use crate::scheduler::admission::{Admission, Serving};
-use crate::scheduler::{SILENCE_GRACE, SUBSCRIBE_DEADLINE};
+use crate::scheduler::{SILENCE_GRACE, SUBSCRIBE_DEADLINE, SchedulerLimits};
 
 /// What one life of the head knows.
 pub(super) struct Head {
@@ -39,12 +40,12 @@ pub(super) enum Mail {
 }
 
 impl Head {
-    fn new(pid: Pid, nodes: usize, last_epoch: Epoch) -> Self {
+    fn new(pid: Pid, nodes: usize, last_epoch: Epoch, limits: SchedulerLimits) -> Self {
         Self {
             pid,
             formation: Formation::new((0..nodes).map(node_name), last_epoch),
             presence: Presence::new(NODE_GRACE),
-            admission: Admission::new(LIMITS),
+            admission: Admission::new(limits),
             current: None,
             shards: Vec::new(),
             listening: None,
@@ -59,7 +60,12 @@ pub(super) fn node_name(machine: usize) -> String {
 
 impl World {
     pub(super) fn start_head(&mut self, pid: Pid) {
-        self.head = Some(Head::new(pid, self.nodes.len(), self.stored_epoch));
+        self.head = Some(Head::new(
+            pid,
+            self.nodes.len(),
+            self.stored_epoch,
+            self.limits,
+        ));
         self.local_after(STANDING_EVERY, pid, Local::Standing);
     }
 
@@ -133,6 +139,7 @@ impl World {
                 }
                 Action::Serve { epoch } => {
                     let shards = self.members();
+                    self.check_joined(epoch);
                     self.mail(Mail::Begin { epoch, shards });
                 }
                 Action::Suspend { epoch, .. } => self.mail(Mail::End { epoch }),
@@ -283,7 +290,13 @@ impl World {
     }
 
     pub(super) fn step_failed(&mut self, epoch: Epoch, rank: Rank, why: &str) {
-        let actions = self.head_mut().formation.failed(epoch, rank, why);
+        let formation = &mut self.head_mut().formation;
+        let is_old = epoch != formation.epoch();
+        let actions = formation.failed(epoch, rank, why);
+        assert!(
+            actions.is_empty() || !is_old,
+            "epoch {epoch} ends another one"
+        );
         self.carry_out(actions);
     }
 
@@ -348,7 +361,7 @@ impl World {
     fn subscribed(&mut self, epoch: Epoch, answer: Answer) {
         let head = self.head_mut();
         if answer.is_err() {
-            return self.report_silence(epoch);
+            return self.report_failure(epoch);
         }
         if head.current != Some(epoch) {
             return;
@@ -378,9 +391,13 @@ impl World {
         }
     }
 
-    pub(super) fn report_silence(&mut self, epoch: Epoch) {
+    pub(super) fn report_failure(&mut self, epoch: Epoch) {
         if self.head_mut().current == Some(epoch) {
-            self.step_failed(epoch, SAMPLING_RANK, "nothing comes from it");
+            self.step_failed(
+                epoch,
+                SAMPLING_RANK,
+                "the scheduler does not get on with it",
+            );
         }
     }
 
@@ -436,7 +453,12 @@ impl World {
 
     fn fan_out(&mut self, plan: &Plan) {
         let head = self.head_mut();
-        let (pid, shards) = (head.pid, head.shards.clone());
+        let (pid, mut shards) = (head.pid, head.shards.clone());
+        if std::mem::take(&mut self.loses_plan) {
+            // As an outbox that is full does.
+            shards.swap_remove(self.chance.below(shards.len()));
+            self.local_after(Duration::ZERO, pid, Local::Unserved(plan.epoch));
+        }
         for shard in shards {
             let machine = self.processes[shard as usize].machine;
             let links = &self.processes[pid as usize].links;
@@ -446,9 +468,12 @@ impl World {
         }
     }
 
-    pub(super) fn serves_all(&self) -> bool {
+    /// Whether the cluster serves with all the nodes that it can have.
+    pub(super) fn serves_whole(&self) -> bool {
         self.head.as_ref().is_some_and(|head| {
-            let is_whole = head.formation.group().count() == self.nodes.len();
+            let is_here = |node: &&Node| self.processes[node.pid as usize].alive;
+            let here = self.nodes.iter().filter(is_here).count();
+            let is_whole = head.formation.group().count() == here;
             is_whole && head.formation.phase() == Phase::Ready
         })
     }

@@ -194,16 +194,13 @@ impl World {
     }
 
     fn latency(&mut self) -> Duration {
-        let most = if self.timeline.now() < self.slow_until {
-            200
-        } else {
-            2
-        };
-        // A packet that was lost is sent again.
-        let most = if self.chance.once_in(20) {
-            most + 60
-        } else {
-            most
+        let is_slow = self.timeline.now() < self.slow_until;
+        let most = match self.chance.below(20) {
+            // A packet that was lost is sent again.
+            0 => 60,
+            1 => 300,
+            _ if is_slow => 200,
+            _ => 2,
         };
         self.chance.ms(0, most)
     }

@@ -16,6 +16,8 @@ pub(super) struct Node {
     pub(super) shard: Option<Pid>,
     attachments: u64,
     given_up: bool,
+    /// How often its shard has ended.
+    shard_ends: u32,
 }
 
 impl World {
@@ -27,6 +29,7 @@ impl World {
             shard: None,
             attachments: 0,
             given_up: false,
+            shard_ends: 0,
         };
         match self.nodes.get_mut(machine) {
             Some(old) => *old = node,
@@ -58,11 +61,17 @@ impl World {
             return;
         }
         node.shard = None;
+        node.shard_ends += 1;
         let pid = node.pid;
         match node.history.failed(&RestartPolicy::default(), now, chance) {
             Verdict::RestartAfter(pause) => self.local_after(pause, pid, Local::StartShard),
             Verdict::Escalate => {
                 node.given_up = true;
+                let ends = node.shard_ends;
+                assert!(
+                    ends > RestartPolicy::default().intensity,
+                    "{ends} ends are enough"
+                );
                 self.note(|| format!("node {machine} gives its shard up"));
                 self.call_operator(machine);
             }

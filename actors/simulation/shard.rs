@@ -79,7 +79,15 @@ impl World {
     }
 
     pub(super) fn register(&mut self, pid: Pid) {
+        if let Some(epoch) = self.shard_mut(pid).attendance.leave_all() {
+            self.abort(pid, epoch);
+        }
         let shard = self.shard_mut(pid);
+        let running = shard.attendance.running();
+        assert!(
+            running.is_none(),
+            "shard {pid} registers while it runs {running:?}"
+        );
         let question = Question::Register {
             machine: shard.machine,
             heard: shard.attendance.heard(),
@@ -116,12 +124,7 @@ impl World {
 
     pub(super) fn shard_lost_link(&mut self, pid: Pid, watch: Watch) {
         match watch {
-            Watch::Head => {
-                if let Some(epoch) = self.shard_mut(pid).attendance.leave_all() {
-                    self.abort(pid, epoch);
-                }
-                self.register(pid);
-            }
+            Watch::Head => self.register(pid),
             Watch::OwnNode => self.attach(pid),
             _ => unreachable!("a shard watches nobody else"),
         }
@@ -138,6 +141,19 @@ impl World {
             reply,
         });
         self.next_order(pid);
+    }
+
+    /// Each shard works for the epoch that it heard of last, or for none.
+    pub(super) fn check_shards(&self) {
+        for (pid, shard) in &self.shards {
+            if let Some((epoch, _)) = shard.attendance.running() {
+                let heard = shard.attendance.heard();
+                assert!(
+                    epoch >= heard,
+                    "shard {pid} runs {epoch} and was to load {heard}"
+                );
+            }
+        }
     }
 
     /// The share is held: opens the endpoint for the meeting.
@@ -187,6 +203,7 @@ impl World {
 
     /// The engine runs: its group can be ended from now on.
     pub(super) fn begun(&mut self, pid: Pid, epoch: Epoch, rank: Rank, reply: ReplyTo) {
+        self.join_group(pid, epoch);
         let shard = self.shard_mut(pid);
         shard.group = Some(epoch);
         if shard.attendance.begin(epoch, rank).is_err() {
