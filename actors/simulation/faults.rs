@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::network::Name;
-use super::{Event, Local, Pid, Plot, World};
+use super::{Event, FAULTS_UNTIL, Local, Pid, Plot, World};
 
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Fault {
@@ -49,6 +49,21 @@ impl World {
                 _ => Fault::ClientLeaves(self.chance.below(self.clients.len())),
             };
             self.timeline.at(at, Event::Fault(fault));
+        }
+    }
+
+    /// What goes wrong while a group forms meets the most that is under way at once.
+    pub(super) fn disturb_formation(&mut self) {
+        let disturbs = matches!(self.plot, Plot::Faults | Plot::Haste) && self.chance.once_in(6);
+        if disturbs && self.timeline.now() < FAULTS_UNTIL {
+            let machine = self.chance.below(self.nodes.len());
+            let fault = match self.chance.below(3) {
+                0 => Fault::KillShard(machine),
+                1 => Fault::LoseLink(machine),
+                _ => Fault::FailStep(machine),
+            };
+            let pause = self.chance.ms(0, 80);
+            self.timeline.after(pause, Event::Fault(fault));
         }
     }
 

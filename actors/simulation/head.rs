@@ -107,6 +107,7 @@ impl World {
             );
             self.stored_epoch = epoch;
             self.note(|| format!("epoch {epoch} begins"));
+            self.disturb_formation();
         }
         self.carry_out(actions);
     }
