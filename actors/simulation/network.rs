@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use offbook_protocol::{Epoch, Plan, Rank, StepOutcome};
 use offbook_runtime::{Detector, OwnTimer, Patience, Pulse, Standing};
 
-use super::{Event, Local, Pid, World};
+use super::{Event, Local, Pid, Role, World};
 
 /// What the peers of a process call it: it keeps its name when it is started again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -125,8 +125,16 @@ struct Side {
 }
 
 impl Side {
-    fn new(pid: Pid, now: Instant) -> Self {
-        let patience = Patience::default();
+    fn new(pid: Pid, role: Role, now: Instant) -> Self {
+        let patience = match role {
+            Role::Node => Patience::default(),
+            // A head that stands still for a while costs no step.
+            Role::Shard => Patience {
+                lose_min: SHARD_SILENCE,
+                lose_max: SHARD_SILENCE,
+                ..Patience::default()
+            },
+        };
         Self {
             pid,
             open: false,
@@ -153,7 +161,7 @@ impl World {
         let now = self.instant();
         let link = self.links.len();
         self.links.push(Link {
-            sides: [Side::new(from, now), Side::new(peer, now)],
+            sides: [from, peer].map(|pid| Side::new(pid, self.processes[pid as usize].role, now)),
         });
         let end = End { link, side: 0 };
         self.links[link].sides[0].open = true;
@@ -281,11 +289,12 @@ impl World {
             self.lose(old);
         }
         let now = self.instant();
+        let role = self.processes[pid as usize].role;
         let side = &mut self.links[end.link].sides[end.side];
         *side = Side {
             open: true,
             last: std::mem::take(&mut side.last),
-            ..Side::new(pid, now)
+            ..Side::new(pid, role, now)
         };
         self.processes[pid as usize].links.insert(name, end);
     }
@@ -385,3 +394,6 @@ impl World {
         }
     }
 }
+
+/// How long a shard bears the silence of others: the default of a cluster's file.
+const SHARD_SILENCE: Duration = Duration::from_secs(10);
