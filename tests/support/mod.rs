@@ -142,6 +142,20 @@ impl Cluster {
         Events::of(answer)
     }
 
+    /// The same, unless there is nobody to ask, or nobody who knows the answer yet.
+    pub fn try_resume(&self, path: &str, last_event: u64) -> Option<Events> {
+        let asked = self.client.get(self.url(path));
+        let asked = asked.header("Last-Event-ID", last_event.to_string());
+        let answer = asked.send().ok()?;
+        answer.status().is_success().then(|| Events::of(answer))
+    }
+
+    /// Sends a request that streams, unless there is nobody to take it.
+    pub fn try_stream(&self, path: &str, body: &Value) -> Option<Events> {
+        let answer = self.client.post(self.url(path)).json(body).send().ok()?;
+        answer.status().is_success().then(|| Events::of(answer))
+    }
+
     /// All events of an answer.
     pub fn resume_from_start(&self, path: &str) -> Events {
         let answer = self.client.get(self.url(path)).send();
