@@ -27,6 +27,7 @@ use self::epoch_file::EpochFile;
 use self::formation::{Action, Formation, Shard};
 use self::presence::Presence;
 use crate::names;
+use crate::node_agent::{PROBE_DEADLINE, Probe};
 use crate::scheduler::{BeginEpoch, CountRequests, EndEpoch, GiveUp, RequestCounts};
 use crate::shard_worker::{JoinGroup, LeaveGroup, LoadRefusal, LoadShard, Loaded, ReadSteps};
 
@@ -465,7 +466,7 @@ impl Membership {
         }
         let watch = self.system.watch(&process).into_actor(self);
         let node = node.to_owned();
-        ctx.spawn(watch.map(move |lost, this, _| {
+        ctx.spawn(watch.map(move |lost, this, ctx| {
             let Some(member) = this.formation.member_mut(&node) else {
                 return;
             };
@@ -477,8 +478,38 @@ impl Membership {
                 }
                 member.node_alive = false;
                 this.presence.link_lost(&node);
+                if lost.reason != LostReason::Closed {
+                    this.probe(&node, ctx);
+                }
             }
         }));
+    }
+
+    /// Asks all other nodes whether they reach one that is lost to the head.
+    fn probe(&self, node: &str, ctx: &mut Context<Self>) {
+        let own = self.system.process().node().to_owned();
+        let members = self.formation.members().iter();
+        let others = members.filter(|member| member.node_alive && member.node != own);
+        for by in others.map(|member| member.node.clone()) {
+            let Ok(process) = ProcessName::new(&*by) else {
+                continue;
+            };
+            let agent = ActorPath::new(process, names::NODE_AGENT);
+            let asked = self.system.remote::<Probe>(&agent);
+            let probe = Probe { node: node.into() };
+            let node = node.to_owned();
+            let asked = async move { asked.ask(probe, PROBE_DEADLINE * 2).await };
+            ctx.spawn(asked.into_actor(self).map(move |reached, this, _| {
+                if reached.is_ok_and(|reached| reached) {
+                    tracing::warn!(
+                        node,
+                        by,
+                        "a node is lost to the head alone: is a cable cut?"
+                    );
+                    this.formation.reached(&node, &by);
+                }
+            }));
+        }
     }
 }
 

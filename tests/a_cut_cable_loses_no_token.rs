@@ -42,6 +42,12 @@ fn whichever_way_is_cut() {
         }
         nodes.wait_for("the cut to be noticed", |report| report["phase"] != "ready");
         let noticed = began.elapsed();
+        if cut == both(0, 1) {
+            nodes.wait_for("the cause by its name", |report| {
+                let detail = report["detail"].as_str().unwrap_or_default();
+                detail.contains("node-2 (which node-3 can reach, and the head cannot)")
+            });
+        }
         network.set_all(Way::default());
         tokens.extend(stream.rest());
         assert_eq!(tokens, undisturbed, "cut: {what}");

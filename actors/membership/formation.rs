@@ -48,6 +48,8 @@ pub(crate) struct Member {
     pub(crate) given_up: bool,
     /// It was away for too long: epochs begin without it.
     left_behind: bool,
+    /// Nodes that reach it while the head does not.
+    reached_by: Vec<String>,
 }
 
 impl Member {
@@ -177,6 +179,7 @@ impl Formation {
             return Vec::new();
         };
         member.node_alive = true;
+        member.reached_by.clear();
         let first = std::mem::replace(&mut member.node_pid, pid) == 0;
         if member.is_here() {
             member.left_behind = false;
@@ -188,6 +191,21 @@ impl Formation {
             }];
         }
         Vec::new()
+    }
+
+    /// The head has lost its link to `node`, and another node has not: the way between is cut, and the
+    /// node is well. A shard that the head cannot reach is of no use to it all the same, so this names
+    /// the cause and changes nothing else.
+    pub(crate) fn reached(&mut self, node: &str, by: &str) {
+        let Some(member) = self.member_mut(node).filter(|member| !member.node_alive) else {
+            return;
+        };
+        if !member.reached_by.iter().any(|known| known == by) {
+            member.reached_by.push(by.to_owned());
+        }
+        if matches!(self.stage, Stage::Gathering) {
+            self.detail = self.who_is_missing();
+        }
     }
 
     /// A shard process of `node` has registered, for the first time or in place of a lost one.
@@ -472,7 +490,13 @@ impl Formation {
             .iter()
             .map(|at| &self.members[*at])
             .filter(|member| !member.is_here())
-            .map(|member| member.node.as_str())
+            .map(|member| match member.reached_by.join(", ") {
+                by if by.is_empty() => member.node.clone(),
+                by => format!(
+                    "{} (which {by} can reach, and the head cannot)",
+                    member.node
+                ),
+            })
             .collect();
         if missing.is_empty() {
             "shards are about to load".into()
@@ -498,6 +522,24 @@ mod tests {
         let new = formation.registration("b");
         assert!(!formation.unlinked("b", new, "lost".into()).is_empty());
         assert!(formation.begin().is_empty());
+    }
+
+    #[test]
+    fn a_node_that_others_reach_is_waited_for_by_that_name() {
+        let mut formation = serving();
+        formation.reached("b", "c");
+        assert_eq!(formation.detail(), "", "it is alive");
+        let registration = formation.registration("b");
+        formation.unlinked("b", registration, "silent".into());
+        formation.member_mut("b").unwrap().node_alive = false;
+        formation.reached("b", "c");
+        formation.reached("b", "c");
+        let detail = "waiting for b (which c can reach, and the head cannot)";
+        assert_eq!(formation.detail(), detail);
+        formation.announced("b", 12);
+        formation.lost("a", 1, "killed".into());
+        formation.leave_behind("b");
+        assert!(!formation.detail().contains("which"), "it is back");
     }
 
     #[test]
