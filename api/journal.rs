@@ -317,6 +317,20 @@ mod tests {
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 
+    #[test]
+    fn a_process_that_ends_in_order_leaves_its_records_to_the_next() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Journal::open(folder.path().to_owned()).unwrap();
+        let mut record = journal.begin(&asked("one")).unwrap();
+        record.token(0, &token(3, None));
+        journal.clone().keep_all();
+        drop(record);
+        let next = Journal::open(folder.path().to_owned()).unwrap();
+        let found = next.unfinished().unwrap();
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].tokens, [(0, token(3, None))]);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn an_answer_that_is_over_is_kept_for_a_while() {
         let folder = tempfile::tempdir().unwrap();
