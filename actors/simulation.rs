@@ -261,7 +261,11 @@ impl World {
                     .at(at, Event::Fault(Fault::Farewell(machine)));
                 world.plan_faults(faults / 4, FAULTS_UNTIL);
             }
-            _ => world.plan_faults(faults, FAULTS_UNTIL),
+            _ => {
+                world.plan_faults(faults, FAULTS_UNTIL);
+                let leaving = world.chance.below(clients / 2 + 1);
+                world.plan_departures(leaving, FAULTS_UNTIL);
+            }
         }
         world.timeline.after(OwnTimer::TICK, Event::Tick);
         world

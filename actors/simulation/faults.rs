@@ -34,7 +34,7 @@ impl World {
             let at = Duration::from_millis(500) + until.mul_f64(self.chance.share());
             let machine = self.chance.below(nodes);
             let other = (machine + 1 + self.chance.below(nodes - 1)) % nodes;
-            let fault = match self.chance.below(15) {
+            let fault = match self.chance.below(14) {
                 0..=2 => Fault::KillShard(machine),
                 3 => Fault::KillNode(machine),
                 4 | 5 => Fault::FreezeShard(machine),
@@ -45,16 +45,25 @@ impl World {
                 10 => Fault::LoseLink(machine),
                 11 => Fault::FailStep(machine),
                 12 => Fault::SlowNetwork,
-                13 => Fault::LosePlan,
-                _ => Fault::ClientLeaves(self.chance.below(self.clients.len())),
+                _ => Fault::LosePlan,
             };
             self.timeline.at(at, Event::Fault(fault));
         }
     }
 
+    /// Clients that do not wait for the end of their answers.
+    pub(super) fn plan_departures(&mut self, count: usize, until: Duration) {
+        for _ in 0..count {
+            let at = until.mul_f64(self.chance.share());
+            let client = self.chance.below(self.clients.len());
+            self.timeline
+                .at(at, Event::Fault(Fault::ClientLeaves(client)));
+        }
+    }
+
     /// What goes wrong while a group forms meets the most that is under way at once.
     pub(super) fn disturb_formation(&mut self) {
-        let disturbs = matches!(self.plot, Plot::Faults | Plot::Haste) && self.chance.once_in(6);
+        let disturbs = matches!(self.plot, Plot::Faults | Plot::Haste) && self.chance.once_in(3);
         if disturbs && self.timeline.now() < FAULTS_UNTIL {
             let machine = self.chance.below(self.nodes.len());
             let fault = match self.chance.below(3) {
