@@ -131,10 +131,7 @@ impl Handler<Meet> for Collective {
 
     fn handle(&mut self, meet: Meet, _: &mut Context<Self>) -> Self::Result {
         let Meet { spec, deadline } = meet;
-        let bound = self
-            .endpoint
-            .take()
-            .filter(|(epoch, _)| *epoch == spec.epoch);
+        let bound = self.endpoint.take_if(|(epoch, _)| *epoch == spec.epoch);
         let seed = async move {
             let Some((_, bound)) = bound else {
                 return Err(MeetError::NotBound(spec.epoch));

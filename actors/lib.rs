@@ -15,6 +15,8 @@ mod node_agent;
 mod shard_worker;
 mod collective;
 mod throttle;
+#[cfg(test)]
+mod simulation;
 
 pub use membership::{ClusterSettings, Membership, ReportCluster, ReportSteps, SchedulerLinks};
 pub use node_agent::{NodeAgent, ShardKeeping, ShardLaunch, StopShard};

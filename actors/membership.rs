@@ -4,10 +4,11 @@
 //! register; then [`formation`](self::formation) decides, and this actor carries its decisions to
 //! the shards and to the scheduler. It never looks at a request or a token.
 
-mod formation;
+pub(crate) mod formation;
+pub(crate) mod presence;
 mod epoch_file;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,9 @@ use serde::{Deserialize, Serialize};
 
 use self::epoch_file::EpochFile;
 use self::formation::{Action, Formation, Shard};
+use self::presence::Presence;
 use crate::names;
+use crate::node_agent::{PROBE_DEADLINE, Probe};
 use crate::scheduler::{BeginEpoch, CountRequests, EndEpoch, GiveUp, RequestCounts};
 use crate::shard_worker::{JoinGroup, LeaveGroup, LoadRefusal, LoadShard, Loaded, ReadSteps};
 
@@ -59,9 +62,7 @@ pub struct Membership {
     settings: ClusterSettings,
     formation: Formation,
     epochs: EpochFile,
-    heard_of_nodes: HashMap<String, Instant>,
-    /// Since when a node and its shard are away.
-    away: HashMap<String, Instant>,
+    presence: Presence,
     /// What rank 0 said of the model when it had loaded: the same on every rank.
     loaded: Option<Loaded>,
     begin_epoch: Recipient<BeginEpoch>,
@@ -96,8 +97,7 @@ impl Membership {
             formation: Formation::new(nodes, last),
             system,
             epochs,
-            heard_of_nodes: HashMap::new(),
-            away: HashMap::new(),
+            presence: Presence::new(settings.node_grace),
             loaded: None,
             begin_epoch: scheduler.begin_epoch,
             end_epoch: scheduler.end_epoch,
@@ -342,16 +342,8 @@ impl Membership {
 
     /// Leaves nodes behind that have been away for too long.
     fn note_absence(&mut self, ctx: &mut Context<Self>) {
-        let now = Instant::now();
-        let gone = self.formation.members().iter();
-        let gone = gone.filter(|member| !member.node_alive && member.shard.is_none());
-        let gone: Vec<_> = gone.map(|member| member.node.clone()).collect();
-        self.away.retain(|node, _| gone.contains(node));
-        for node in gone {
-            let since = *self.away.entry(node.clone()).or_insert(now);
-            if now.duration_since(since) < self.settings.node_grace {
-                continue;
-            }
+        let members = self.formation.members();
+        for node in self.presence.away_too_long(members, Instant::now()) {
             let actions = self.formation.leave_behind(&node);
             if !actions.is_empty() {
                 tracing::warn!(
@@ -379,8 +371,7 @@ impl Membership {
 
     /// Nodes that have been silent for too long count as away. Their shards are watched apart.
     fn note_silence(&mut self) {
-        for (node, heard) in &self.heard_of_nodes {
-            let alive = heard.elapsed() < NODE_SILENCE_MAX;
+        for (node, alive) in self.presence.standings(Instant::now()) {
             if let Some(member) = self.formation.member_mut(node)
                 && member.node_alive != alive
             {
@@ -451,8 +442,7 @@ impl Handler<Announce> for Membership {
         member.last_failure.clone_from(&news.last_failure);
         member.last_lines.clone_from(&news.last_lines);
         member.given_up = news.given_up;
-        self.heard_of_nodes
-            .insert(news.node.clone(), Instant::now());
+        self.presence.heard(&news.node, Instant::now());
         if member.node_pid != news.pid || !member.node_alive {
             self.watch_node(&news.node, news.pid, ctx);
         }
@@ -479,7 +469,7 @@ impl Membership {
         }
         let watch = self.system.watch(&process).into_actor(self);
         let node = node.to_owned();
-        ctx.spawn(watch.map(move |lost, this, _| {
+        ctx.spawn(watch.map(move |lost, this, ctx| {
             let Some(member) = this.formation.member_mut(&node) else {
                 return;
             };
@@ -490,9 +480,39 @@ impl Membership {
                     tracing::warn!(node, reason = %lost.reason, "the link to a node was lost");
                 }
                 member.node_alive = false;
-                this.heard_of_nodes.remove(&node);
+                this.presence.link_lost(&node);
+                if lost.reason != LostReason::Closed {
+                    this.probe(&node, ctx);
+                }
             }
         }));
+    }
+
+    /// Asks all other nodes whether they reach one that is lost to the head.
+    fn probe(&self, node: &str, ctx: &mut Context<Self>) {
+        let own = self.system.process().node().to_owned();
+        let members = self.formation.members().iter();
+        let others = members.filter(|member| member.node_alive && member.node != own);
+        for by in others.map(|member| member.node.clone()) {
+            let Ok(process) = ProcessName::new(&*by) else {
+                continue;
+            };
+            let agent = ActorPath::new(process, names::NODE_AGENT);
+            let asked = self.system.remote::<Probe>(&agent);
+            let probe = Probe { node: node.into() };
+            let node = node.to_owned();
+            let asked = async move { asked.ask(probe, PROBE_DEADLINE * 2).await };
+            ctx.spawn(asked.into_actor(self).map(move |reached, this, _| {
+                if reached.is_ok_and(|reached| reached) {
+                    tracing::warn!(
+                        node,
+                        by,
+                        "a node is lost to the head alone: is a cable cut?"
+                    );
+                    this.formation.reached(&node, &by);
+                }
+            }));
+        }
     }
 }
 
@@ -503,10 +523,13 @@ pub struct RegisterShard {
     pub node: String,
     pub process: String,
     pub pid: u32,
+    /// The highest epoch that it was to load; 0 when there was none.
+    pub heard: Epoch,
 }
 
 impl RemoteMessage for RegisterShard {
     const NAME: &'static str = "register-shard";
+    const VERSION: u16 = 2;
     type Reply = ();
 }
 
@@ -514,17 +537,24 @@ impl Handler<RegisterShard> for Membership {
     type Result = ();
 
     fn handle(&mut self, register: RegisterShard, ctx: &mut Context<Self>) {
-        let RegisterShard { node, process, pid } = register;
+        let RegisterShard {
+            node,
+            process,
+            pid,
+            heard,
+        } = register;
         let Ok(name) = ProcessName::new(&*process) else {
             return;
         };
         tracing::info!(node, process, pid, "a shard registered");
         let watch = self.system.watch(&name).into_actor(self);
+        self.formation.heard_of(heard);
         let actions = self.formation.registered(&node, Shard { process, pid });
+        let registration = self.formation.registration(&node);
         self.carry_out(actions, ctx);
         ctx.spawn(watch.map(move |lost, this, ctx| {
             let why = format!("the link to the shard of {node} was lost: {}", lost.reason);
-            let actions = this.formation.lost(&node, pid, why);
+            let actions = this.formation.unlinked(&node, registration, why);
             this.carry_out(actions, ctx);
         }));
     }
@@ -621,7 +651,7 @@ impl Handler<ReportSteps> for Membership {
 
 /// The first pause lets the news of one failure arrive together; a group that cannot form is tried
 /// less and less often.
-fn begin_pause(fruitless: u32) -> Duration {
+pub(crate) fn begin_pause(fruitless: u32) -> Duration {
     BEGIN_PAUSE_MIN
         .saturating_mul(1 << fruitless.min(10))
         .min(BEGIN_PAUSE_MAX)
@@ -633,10 +663,8 @@ const BEGIN_PAUSE_MAX: Duration = Duration::from_secs(10);
 /// others' figures.
 const STEPS_DEADLINE: Duration = Duration::from_millis(500);
 /// Meeting takes a round trip; the rest is for processes that the system has not scheduled yet.
-const JOIN_DEADLINE: Duration = Duration::from_secs(30);
+pub(crate) const JOIN_DEADLINE: Duration = Duration::from_secs(30);
 /// How often the nodes' standing is looked at.
-const STANDING_EVERY: Duration = Duration::from_millis(250);
-/// Three announcements, and one to spare.
-const NODE_SILENCE_MAX: Duration = Duration::from_secs(4);
+pub(crate) const STANDING_EVERY: Duration = Duration::from_millis(250);
 /// A cluster has a few nodes, each with a message a second and a few when its shard changes.
 const MAILBOX_MAX: usize = 1024;

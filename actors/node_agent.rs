@@ -7,6 +7,7 @@ use actix::{
     Actor, ActorFutureExt, AsyncContext, Context, Handler, Message, ResponseFuture, StreamHandler,
     WrapFuture,
 };
+use futures::future;
 use offbook_runtime::supervise::{
     ChildSpec, ChildState, Event, Exit, Restart, RestartPolicy, Supervisor, SupervisorError,
 };
@@ -145,6 +146,8 @@ impl Actor for NodeAgent {
         }
         self.system
             .register::<Attach>(names::NODE_AGENT, ctx.address().recipient());
+        self.system
+            .register::<Probe>(names::NODE_AGENT, ctx.address().recipient());
         ctx.run_interval(ANNOUNCE_EVERY, |this, ctx| this.announce(None, ctx));
     }
 }
@@ -223,6 +226,39 @@ impl Handler<Attach> for NodeAgent {
     }
 }
 
+/// Do you reach this node? The node itself says yes.
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "bool")]
+pub(crate) struct Probe {
+    pub(crate) node: String,
+}
+
+impl RemoteMessage for Probe {
+    const NAME: &'static str = "probe";
+    type Reply = bool;
+}
+
+impl Handler<Probe> for NodeAgent {
+    type Result = ResponseFuture<bool>;
+
+    fn handle(&mut self, probe: Probe, _: &mut Context<Self>) -> Self::Result {
+        if probe.node == self.node {
+            return Box::pin(future::ready(true));
+        }
+        let Ok(process) = ProcessName::new(&*probe.node) else {
+            return Box::pin(future::ready(false));
+        };
+        let agent = ActorPath::new(process, names::NODE_AGENT);
+        let asked = self.system.remote::<Probe>(&agent);
+        Box::pin(async move {
+            asked
+                .ask(probe, PROBE_DEADLINE)
+                .await
+                .is_ok_and(|reached| reached)
+        })
+    }
+}
+
 /// Stops the shard in order, and resolves when its process is gone.
 #[derive(Debug, Message)]
 #[rtype(result = "()")]
@@ -261,13 +297,15 @@ fn describe(restart: &Restart) -> String {
     }
 }
 
+/// Two nodes that have no link yet make one in a few round trips.
+pub(crate) const PROBE_DEADLINE: Duration = Duration::from_secs(1);
 /// As much of a line as an operator reads: fifty take 60 kB at most.
 const LINE_CHARS_MAX: usize = 300;
 /// The shard's name in the supervisor: a node has one.
 const SHARD: &str = "shard-0";
 /// Often enough that an operator sees a dead node at once; nothing else depends on it.
-const ANNOUNCE_EVERY: Duration = Duration::from_secs(1);
+pub(crate) const ANNOUNCE_EVERY: Duration = Duration::from_secs(1);
 /// A process says that it is there before it does anything that takes long.
-const ATTACH_DEADLINE: Duration = Duration::from_secs(60);
+pub(crate) const ATTACH_DEADLINE: Duration = Duration::from_secs(60);
 /// A shard ends within a step; the rest is for a device that does not answer.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);

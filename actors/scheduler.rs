@@ -6,7 +6,7 @@
 //! request joins the next one with its prompt and the tokens that its client has.
 
 mod journal;
-mod admission;
+pub(crate) mod admission;
 
 use std::time::Duration;
 
@@ -81,10 +81,11 @@ impl Scheduler {
     }
 
     fn fan_out(&self, plan: &Plan) {
-        for shard in &self.shards {
+        for (rank, shard) in (0..).map(Rank).zip(&self.shards) {
             if let Err(error) = shard.try_tell(ApplyPlan(plan.clone())) {
-                // The shard will miss the plan's number and end the epoch; the membership knows.
-                tracing::warn!(shard = %shard.path(), error = %error.reason, "a plan was not sent");
+                // The shard would miss the plan's number when the next one comes, and wait until then.
+                let why = format!("a plan was not sent to it: {}", error.reason);
+                self.report_failure(plan.epoch, rank, why);
             }
         }
     }
@@ -245,7 +246,7 @@ impl Handler<BeginEpoch> for Scheduler {
                     Ok(_) => {}
                     Err(error) => {
                         let why = format!("the head cannot listen to it: {error}");
-                        this.report_silence(epoch, begin.sampling_rank, why);
+                        this.report_failure(epoch, begin.sampling_rank, why);
                     }
                 }),
         );
@@ -271,9 +272,9 @@ impl Scheduler {
         self.send_plans();
     }
 
-    /// Nothing comes from the rank that samples. If nobody has ended the epoch for a better reason,
-    /// this ends it: an epoch without outcomes would keep its requests waiting for ever.
-    fn report_silence(&self, epoch: Epoch, rank: Rank, why: String) {
+    /// Nothing comes from the rank that samples, or a plan did not go to a rank. If nobody has ended
+    /// the epoch for a better reason, this ends it: it would keep its requests waiting for ever.
+    fn report_failure(&self, epoch: Epoch, rank: Rank, why: String) {
         if self.current != Some(epoch) {
             return;
         }
@@ -316,7 +317,7 @@ impl StreamHandler<News> for Scheduler {
             }
             News::Silence { epoch, rank } => {
                 ctx.run_later(SILENCE_GRACE, move |this, _| {
-                    this.report_silence(epoch, rank, "its outcomes have ended".into());
+                    this.report_failure(epoch, rank, "its outcomes have ended".into());
                 });
             }
         }
@@ -399,8 +400,8 @@ impl Handler<CountRequests> for Scheduler {
 }
 
 /// A shard that was just told to serve answers within a round trip.
-const SUBSCRIBE_DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const SUBSCRIBE_DEADLINE: Duration = Duration::from_secs(10);
 /// Whoever lost the rank that samples, or heard of its failure, has ended the epoch by then.
-const SILENCE_GRACE: Duration = Duration::from_secs(1);
+pub(crate) const SILENCE_GRACE: Duration = Duration::from_secs(1);
 /// Requests enter here too; those beyond it are refused by the runtime as overload.
 const MAILBOX_MAX: usize = 1024;

@@ -4,6 +4,7 @@
 //! The thread decodes by itself, step after step; this actor hands it plans and takes its outcomes
 //! away. When the head is lost, so is the epoch: the shard leaves its group and registers again.
 
+pub(crate) mod attendance;
 mod engine_thread;
 mod memory;
 mod step_record;
@@ -18,19 +19,20 @@ use actix::{
     Actor, ActorFutureExt, Addr, AsyncContext, Context, Handler, Message, ResponseActFuture,
     WrapFuture,
 };
-use futures::FutureExt;
+use futures::{FutureExt, future};
 use offbook_engine::Command;
 use offbook_protocol::{
     Epoch, GroupSpec, Plan, Rank, ShardSpec, ShardSteps, StepOutcome, Transport,
 };
 use offbook_runtime::{
-    ActorPath, Identity, LostReason, Open, ProcessName, Remote, RemoteMessage, StreamMessage,
-    System, Trust,
+    ActorPath, AskError, Identity, LostReason, Open, ProcessName, Remote, RemoteMessage,
+    StreamMessage, System, Trust,
 };
 use rustix::process::{Signal, getpid, kill_process};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+use self::attendance::Attendance;
 use self::engine_thread::{EngineThread, News, Run};
 use self::step_record::{StepRecord, Steps};
 use self::watchdog::Progress;
@@ -65,7 +67,7 @@ pub struct ShardWorker {
     news: Option<mpsc::Receiver<News>>,
     collective: Addr<Collective>,
     throttle: Addr<Throttle>,
-    epoch: Option<Running>,
+    attendance: Attendance<Running>,
     steps: StepRecord,
     attach: Remote<Attach>,
     register: Remote<RegisterShard>,
@@ -75,12 +77,23 @@ pub struct ShardWorker {
 
 /// The epoch under way on the engine's thread.
 struct Running {
-    epoch: Epoch,
     rank: Rank,
     transport: Transport,
     commands: std::sync::mpsc::SyncSender<Command>,
     /// Until somebody watches them.
     outcomes: Option<mpsc::Receiver<StepOutcome>>,
+}
+
+impl Running {
+    /// The group is poisoned, or about to be; the thread that runs it gets no more commands.
+    fn end(self) {
+        if self.transport.is_of_mlx() {
+            // MLX's ring can neither be interrupted nor formed twice in a process, and MLX must not be
+            // torn down under the engine's thread.
+            tracing::warn!("the ring is left by ending the process");
+            let _ = kill_process(getpid(), Signal::KILL);
+        }
+    }
 }
 
 impl ShardWorker {
@@ -107,7 +120,7 @@ impl ShardWorker {
             news: Some(news),
             collective,
             throttle: throttle.start(),
-            epoch: None,
+            attendance: Attendance::new(),
             steps,
             attach: system.remote(&ActorPath::new(node, names::NODE_AGENT)),
             register: system.remote(&head),
@@ -119,31 +132,38 @@ impl ShardWorker {
     }
 
     /// Registers with the head until it answers, then waits until its link is lost, and again.
-    fn register(&self, ctx: &mut Context<Self>) {
+    fn register(&mut self, ctx: &mut Context<Self>) {
+        // Whoever registers takes part in nothing: the head may have taken a registration whose answer
+        // did not come here.
+        self.leave_all("the link to the head is lost", ctx);
         let register = self.register.clone();
         let message = RegisterShard {
             node: self.config.node.clone(),
             process: self.system.process().to_string(),
             pid: std::process::id(),
+            heard: self.attendance.heard(),
         };
         let (system, head) = (self.system.clone(), self.config.head.clone());
         let registered = async move {
-            while let Err(error) = register.ask(message.clone(), REGISTER_DEADLINE).await {
-                tracing::debug!(%error, "the head does not answer");
-                tokio::time::sleep(REGISTER_PAUSE).await;
-            }
-            system.watch(&head).await
+            register.ask(message, REGISTER_DEADLINE).await?;
+            Ok::<_, AskError>(system.watch(&head).await)
         };
-        ctx.spawn(registered.into_actor(self).map(|lost, this, ctx| {
-            if lost.reason == LostReason::Closed {
-                tracing::info!("the head says goodbye, or answers ours");
-            } else {
-                tracing::warn!(reason = %lost.reason, "the link to the head is lost");
-            }
-            if let Some(running) = &this.epoch {
-                this.leave(running.epoch, "the link to the head is lost".into(), ctx);
-            }
-            this.register(ctx);
+        ctx.spawn(registered.into_actor(self).map(|registered, _, ctx| {
+            let pause = match registered {
+                Ok(lost) if lost.reason == LostReason::Closed => {
+                    tracing::info!("the head says goodbye, or answers ours");
+                    Duration::ZERO
+                }
+                Ok(lost) => {
+                    tracing::warn!(reason = %lost.reason, "the link to the head is lost");
+                    Duration::ZERO
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "the head does not answer");
+                    REGISTER_PAUSE
+                }
+            };
+            ctx.run_later(pause, |this, ctx| this.register(ctx));
         }));
     }
 
@@ -173,20 +193,24 @@ impl ShardWorker {
 
     /// Ends the work of an epoch and of those before it. The engine's thread follows as soon as the
     /// operation that it waits in returns.
-    fn leave(&self, epoch: Epoch, why: String, ctx: &mut Context<Self>) {
+    fn leave(&mut self, epoch: Epoch, why: String, ctx: &mut Context<Self>) {
+        self.attendance.leave(epoch);
+        self.abort(epoch, why, ctx);
+    }
+
+    /// Ends the work of every epoch that this shard has heard of.
+    fn leave_all(&mut self, why: &str, ctx: &mut Context<Self>) {
+        if let Some(epoch) = self.attendance.leave_all() {
+            self.abort(epoch, why.into(), ctx);
+        }
+    }
+
+    fn abort(&self, epoch: Epoch, why: String, ctx: &mut Context<Self>) {
         let abort = Abort { epoch, why };
-        let ring = self
-            .epoch
-            .as_ref()
-            .is_some_and(|running| running.epoch <= epoch && running.transport.is_of_mlx());
         let aborted = self.collective.send(abort).into_actor(self);
-        ctx.spawn(aborted.map(move |_, this, _| {
-            this.epoch.take_if(|running| running.epoch <= epoch);
-            if ring {
-                // MLX's ring can neither be interrupted nor formed twice in a process, and MLX must
-                // not be torn down under the engine's thread.
-                tracing::warn!("the ring is left by ending the process");
-                let _ = kill_process(getpid(), Signal::KILL);
+        ctx.spawn(aborted.map(|_, this, _| {
+            if let Some((_, running)) = this.attendance.drop_left() {
+                running.end();
             }
         }));
     }
@@ -210,7 +234,7 @@ impl ShardWorker {
     }
 
     fn ended(&mut self, epoch: Epoch, failure: Option<String>, ctx: &mut Context<Self>) {
-        let Some(running) = self.epoch.take_if(|running| running.epoch == epoch) else {
+        let Some(running) = self.attendance.ended(epoch) else {
             return;
         };
         let Some(why) = failure else { return };
@@ -307,20 +331,22 @@ impl Handler<LoadShard> for ShardWorker {
         if let Some(model) = &self.config.model {
             spec.model.clone_from(model);
         }
-        if let Some(running) = &self.epoch {
-            // The head begins anew without this shard having heard of the end.
-            self.leave(running.epoch, "a new epoch begins".into(), ctx);
-        }
+        let passing = |detail: String| LoadRefusal {
+            detail,
+            lasting: false,
+        };
+        let Some(before) = self.attendance.load(spec.epoch) else {
+            let refused = Err(passing(format!("epoch {} is over", spec.epoch)));
+            return Box::pin(future::ready(refused).into_actor(self));
+        };
+        // The head may begin anew without this shard having heard of the end.
+        self.abort(before, "a new epoch begins".into(), ctx);
         let bind = Bind {
             epoch: spec.epoch,
             transport: spec.transport,
         };
         let loading = self.engine.load(spec);
         let collective = self.collective.clone();
-        let passing = |detail: String| LoadRefusal {
-            detail,
-            lasting: false,
-        };
         let loaded = async move {
             let loaded = loading.await?;
             let bound = collective
@@ -394,16 +420,21 @@ impl Handler<JoinGroup> for ShardWorker {
         Box::pin(
             joined
                 .into_actor(self)
-                .map(move |joined: Result<_, String>, this, _| {
+                .map(move |joined: Result<_, String>, this, ctx| {
                     let (transport, collectives) = joined?;
                     tracing::debug!(%epoch, %rank, collectives, "joined");
-                    this.epoch = Some(Running {
-                        epoch,
+                    let running = Running {
                         rank,
                         transport,
                         commands,
                         outcomes: Some(watched),
-                    });
+                    };
+                    if let Err(running) = this.attendance.begin(epoch, running) {
+                        running.end();
+                        let why = "it was left while its group met";
+                        this.abort(epoch, why.into(), ctx);
+                        return Err(format!("epoch {epoch} is over: {why}"));
+                    }
                     Ok(Joined { collectives })
                 }),
         )
@@ -425,10 +456,7 @@ impl Handler<Open<WatchOutcomes>> for ShardWorker {
     type Result = ();
 
     fn handle(&mut self, open: Open<WatchOutcomes>, ctx: &mut Context<Self>) {
-        let running = self
-            .epoch
-            .as_mut()
-            .filter(|running| running.epoch == open.message.epoch);
+        let running = self.attendance.current_mut(open.message.epoch);
         let Some(mut outcomes) = running.and_then(|running| running.outcomes.take()) else {
             tracing::debug!(epoch = %open.message.epoch, "nothing to watch");
             return;
@@ -461,11 +489,7 @@ impl Handler<ApplyPlan> for ShardWorker {
 
     fn handle(&mut self, apply: ApplyPlan, ctx: &mut Context<Self>) {
         let ApplyPlan(plan) = apply;
-        let running = self
-            .epoch
-            .as_ref()
-            .filter(|running| running.epoch == plan.epoch);
-        let Some(running) = running else {
+        let Some(running) = self.attendance.current_mut(plan.epoch) else {
             tracing::debug!(epoch = %plan.epoch, "a plan of another epoch is refused");
             return;
         };
@@ -515,7 +539,7 @@ impl Handler<ReadSteps> for ShardWorker {
     type Result = Option<ShardSteps>;
 
     fn handle(&mut self, _: ReadSteps, _: &mut Context<Self>) -> Self::Result {
-        let rank = self.epoch.as_ref()?.rank;
+        let rank = self.attendance.running()?.1.rank;
         let Steps { decode, prefill } = self.steps.read();
         Some(ShardSteps {
             rank,
@@ -527,11 +551,11 @@ impl Handler<ReadSteps> for ShardWorker {
 }
 
 /// The head answers within a round trip; it may be starting.
-const REGISTER_DEADLINE: Duration = Duration::from_secs(5);
-const REGISTER_PAUSE: Duration = Duration::from_millis(100);
+pub(crate) const REGISTER_DEADLINE: Duration = Duration::from_secs(5);
+pub(crate) const REGISTER_PAUSE: Duration = Duration::from_millis(100);
 /// Meeting takes a round trip; the rest is for processes that the system has not scheduled yet.
 /// Shorter than what the head gives the whole join.
-const MEET_DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) const MEET_DEADLINE: Duration = Duration::from_secs(20);
 /// Plans that the engine has not taken yet. It takes them every step; one that is this late hangs.
 const PLANS_MAX: usize = 4096;
 /// Outcomes that the head has not taken yet: decode goes on while the scheduler stands still.

@@ -11,6 +11,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use offbook_protocol::{Candidate, FinishReason, SampledToken, SequenceId};
@@ -21,6 +23,8 @@ use serde_json::Value;
 #[derive(Clone, Debug)]
 pub struct Journal {
     folder: PathBuf,
+    /// Records stay, whatever becomes of their answers.
+    kept: Arc<AtomicBool>,
 }
 
 /// What was asked: enough to ask it again, word for word.
@@ -62,6 +66,7 @@ pub(crate) struct Record {
     file: File,
     /// None once it is not to go with this value.
     path: Option<PathBuf>,
+    kept: Arc<AtomicBool>,
     /// Writing failed once: nothing more is written, and that was said.
     broken: bool,
 }
@@ -76,7 +81,14 @@ impl Journal {
             .recursive(true)
             .mode(0o700)
             .create(&folder)?;
-        Ok(Self { folder })
+        let kept = Arc::new(AtomicBool::new(false));
+        Ok(Self { folder, kept })
+    }
+
+    /// This process is about to end, in order: what breaks off from now on is left to the next one, as if
+    /// it had been killed.
+    pub fn keep_all(&self) {
+        self.kept.store(true, Ordering::Release);
     }
 
     /// Begins the record of an answer. Waits for the disk.
@@ -90,6 +102,7 @@ impl Journal {
         let mut record = Record {
             file,
             path: Some(path),
+            kept: Arc::clone(&self.kept),
             broken: false,
         };
         record.line(asked)?;
@@ -106,7 +119,7 @@ impl Journal {
             if path.extension().is_none_or(|suffix| suffix != SUFFIX) {
                 continue;
             }
-            match read(&path) {
+            match read(&path, &self.kept) {
                 Ok(found) => unfinished.push(found),
                 Err(error) => {
                     let file = path.display();
@@ -153,7 +166,9 @@ impl Record {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        if let Some(path) = &self.path {
+        if let Some(path) = &self.path
+            && !self.kept.load(Ordering::Acquire)
+        {
             remove(path);
         }
     }
@@ -166,7 +181,7 @@ fn remove(path: &Path) {
     }
 }
 
-fn read(path: &Path) -> io::Result<Unfinished> {
+fn read(path: &Path, kept: &Arc<AtomicBool>) -> io::Result<Unfinished> {
     let text = fs::read(path)?;
     let mut lines = text.split_inclusive(|&byte| byte == b'\n');
     let asked = serde_json::from_slice(lines.next().unwrap_or_default())?;
@@ -187,6 +202,7 @@ fn read(path: &Path) -> io::Result<Unfinished> {
         record: Record {
             file,
             path: Some(path.to_owned()),
+            kept: Arc::clone(kept),
             broken: false,
         },
     })
@@ -299,6 +315,20 @@ mod tests {
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
         drop(record);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_process_that_ends_in_order_leaves_its_records_to_the_next() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Journal::open(folder.path().to_owned()).unwrap();
+        let mut record = journal.begin(&asked("one")).unwrap();
+        record.token(0, &token(3, None));
+        journal.clone().keep_all();
+        drop(record);
+        let next = Journal::open(folder.path().to_owned()).unwrap();
+        let found = next.unfinished().unwrap();
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].tokens, [(0, token(3, None))]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -15,6 +15,7 @@ mod engine;
 pub mod step_loop;
 mod trial;
 pub mod batch;
+mod plan_inbox;
 mod step;
 mod step_log;
 mod models;
@@ -28,6 +29,7 @@ pub use checkpoint::{Checkpoint, CheckpointError};
 pub use config::{ConfigError, ModelConfig};
 pub use engine::{Engine, EngineError};
 pub use partition::{Collectives, Partition, PartitionError, PlanReport, RankPlan, RankShare};
+pub use plan_inbox::{PlanGap, PlanInbox};
 pub use precision::Precision;
 pub use step_log::StepTiming;
 pub use step_loop::{

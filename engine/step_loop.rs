@@ -23,6 +23,7 @@ use thiserror::Error;
 use crate::batch::{Batch, BatchError, Observed};
 use crate::engine::Engine;
 use crate::models::Fault;
+use crate::plan_inbox::{PlanGap, PlanInbox};
 use crate::sampler::RowLogprobs;
 use crate::step::{Answer, Orders, Stepper, Submitted, Work};
 use crate::step_log::{Noted, StepTiming};
@@ -194,7 +195,7 @@ impl<'a> Loop<'a> {
         let step = self.next;
         self.next = step.next();
         let orders = Orders {
-            control: self.inbox.received.0 as u32,
+            control: self.inbox.plans.control_word(),
             window: self.options.window.load(Ordering::Relaxed).max(1) as usize,
         };
         let since = Instant::now();
@@ -227,11 +228,8 @@ impl<'a> Loop<'a> {
                 tokens: sampled(&observed, &answer),
             });
         }
-        let upto = match answer.control {
-            Some(word) => self.inbox.named(word),
-            None => self.inbox.received,
-        };
-        while self.inbox.applied < upto {
+        let upto = self.inbox.plans.upto(answer.control);
+        while self.inbox.plans.applied() < upto {
             let plan = self.inbox.wait(step, self.rank)?;
             self.batch.apply(&plan).map_err(StepError::Plan)?;
         }
@@ -244,7 +242,7 @@ impl<'a> Loop<'a> {
     fn begin(&mut self, report: &mut impl Report) -> Result<bool, StepError> {
         loop {
             report.idles();
-            if let Some(plan) = self.inbox.next() {
+            if let Some(plan) = self.inbox.plans.next_plan() {
                 self.batch.apply(&plan).map_err(StepError::Plan)?;
                 self.clock.restart(self.handle.waited());
                 return Ok(true);
@@ -318,14 +316,11 @@ fn sampled(observed: &[Observed], answer: &Answer) -> Vec<SampledToken> {
         .collect()
 }
 
-/// Plans that came and have not taken effect.
+/// Where commands come in.
 struct Inbox<'a> {
     commands: &'a Receiver<Command>,
     options: &'a LoopOptions,
-    waiting: VecDeque<Plan>,
-    applied: PlanNumber,
-    /// The highest number that came; plans come without gaps.
-    received: PlanNumber,
+    plans: PlanInbox,
     shutdown: bool,
 }
 
@@ -334,9 +329,7 @@ impl<'a> Inbox<'a> {
         Self {
             commands,
             options,
-            waiting: VecDeque::new(),
-            applied: PlanNumber(0),
-            received: PlanNumber(0),
+            plans: PlanInbox::new(options.epoch),
             shutdown: false,
         }
     }
@@ -344,7 +337,7 @@ impl<'a> Inbox<'a> {
     /// Takes what has come, without waiting. What does not fit stays in the channel, whose own bound
     /// then holds its senders back.
     fn drain(&mut self) -> Result<(), StepError> {
-        while !self.shutdown && self.waiting.len() < PLANS_WAITING_MAX {
+        while !self.shutdown && self.plans.waiting() < PLANS_WAITING_MAX {
             match self.commands.try_recv() {
                 Ok(command) => self.take(command)?,
                 Err(TryRecvError::Empty) => break,
@@ -367,40 +360,22 @@ impl<'a> Inbox<'a> {
     fn take(&mut self, command: Command) -> Result<(), StepError> {
         match command {
             Command::Shutdown => self.shutdown = true,
-            Command::Plan(plan) if plan.epoch != self.options.epoch => {
-                tracing::debug!(epoch = %plan.epoch, "a plan of another epoch was passed over");
-            }
-            Command::Plan(plan) if plan.number != self.received.next() => {
-                return Err(StepError::PlanOrder {
-                    expected: self.received.next(),
-                    came: plan.number,
-                });
-            }
             Command::Plan(plan) => {
-                self.received = plan.number;
-                self.waiting.push_back(plan);
+                let taken = self.plans.take(plan);
+                taken.map_err(|PlanGap { expected, came }| StepError::PlanOrder {
+                    expected,
+                    came,
+                })?;
             }
         }
         Ok(())
-    }
-
-    fn next(&mut self) -> Option<Plan> {
-        let plan = self.waiting.pop_front()?;
-        self.applied = plan.number;
-        Some(plan)
-    }
-
-    /// The plan number that a control word means: its low 32 bits, never below what is applied.
-    fn named(&self, word: u32) -> PlanNumber {
-        let ahead = word.wrapping_sub(self.applied.0 as u32);
-        PlanNumber(self.applied.0 + u64::from(ahead))
     }
 
     /// The next plan, which the sampling rank has; waits for it when it is late.
     fn wait(&mut self, step: Step, rank: Rank) -> Result<Plan, StepError> {
         let deadline = Instant::now() + self.options.plan_deadline;
         loop {
-            if let Some(plan) = self.next() {
+            if let Some(plan) = self.plans.next_plan() {
                 return Ok(plan);
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -408,7 +383,7 @@ impl<'a> Inbox<'a> {
                 return Err(StepError::PlanMissing {
                     rank,
                     step,
-                    number: self.applied.next(),
+                    number: self.plans.applied().next(),
                 });
             }
             self.sleep(left)?;

@@ -56,8 +56,9 @@ pub(crate) async fn run(options: Node) -> Result<()> {
         // Who started this node for a whole cluster has looked already.
         cluster.fast_synch = fast_synch::chosen(None, cluster.fast_synch)?;
     }
+    let mut answers = None;
     if is_head {
-        start_head(&system, &cluster, &options).await?;
+        answers = Some(start_head(&system, &cluster, &options).await?);
     }
     let head = ProcessName::new(&*cluster.head().name)?;
     let agent = NodeAgent::new(&system, head, launch(&options)?, cluster.shard_keeping()).start();
@@ -70,12 +71,15 @@ pub(crate) async fn run(options: Node) -> Result<()> {
             _ = interrupt.recv() => if !options.supervised { break },
         }
     }
+    if let Some(answers) = answers {
+        answers.keep_all();
+    }
     stop(&agent, &system).await;
     Ok(())
 }
 
-/// Scheduler, membership and API.
-async fn start_head(system: &System, cluster: &ClusterFile, options: &Node) -> Result<()> {
+/// Scheduler, membership and API; the journal is that of the answers under way.
+async fn start_head(system: &System, cluster: &ClusterFile, options: &Node) -> Result<Journal> {
     let model = &cluster.model;
     let config = ModelConfig::open(model)
         .with_context(|| format!("cannot serve the model in {}", model.display()))?;
@@ -95,14 +99,14 @@ async fn start_head(system: &System, cluster: &ClusterFile, options: &Node) -> R
     let answers = options.data_dir.join("answers");
     let journal = Journal::open(answers.clone())
         .with_context(|| format!("cannot keep answers in {}", answers.display()))?;
-    let service = backend::service(system, membership, cluster, &config, journal)?;
+    let service = backend::service(system, membership, cluster, &config, journal.clone())?;
     actix::spawn(async move {
         let served = offbook_api::serve(listener, Arc::new(service), std::future::pending()).await;
         if let Err(error) = served {
             tracing::error!(%error, "the API has stopped");
         }
     });
-    Ok(())
+    Ok(journal)
 }
 
 fn launch(options: &Node) -> Result<ShardLaunch> {

@@ -13,8 +13,10 @@ use offbook_protocol::{Epoch, LoadProgress, Phase, Rank, RequestFailure};
 /// The state of the group. Ranks are those nodes of it that are not left behind, in the order of the
 /// cluster file.
 #[derive(Debug)]
-pub(super) struct Formation {
+pub(crate) struct Formation {
     epoch: Epoch,
+    /// The highest epoch that any shard has heard of: the head may have lost what it had stored.
+    heard: Epoch,
     stage: Stage,
     members: Vec<Member>,
     /// Of which members the epoch is or was, in rank order.
@@ -29,21 +31,25 @@ pub(super) struct Formation {
 
 /// One node and its shard.
 #[derive(Debug, Default)]
-pub(super) struct Member {
-    pub(super) node: String,
-    pub(super) node_pid: u32,
-    pub(super) node_alive: bool,
+pub(crate) struct Member {
+    pub(crate) node: String,
+    pub(crate) node_pid: u32,
+    pub(crate) node_alive: bool,
     /// The shard that registered last and is not known to be lost.
-    pub(super) shard: Option<Shard>,
-    pub(super) load: Option<LoadProgress>,
+    pub(crate) shard: Option<Shard>,
+    /// How often a shard of this node has registered: each time over a link of its own.
+    registrations: u64,
+    pub(crate) load: Option<LoadProgress>,
     /// The way that its collectives take, in the group that it joined last.
-    pub(super) collectives: String,
-    pub(super) restarts: u32,
-    pub(super) last_failure: String,
-    pub(super) last_lines: Vec<String>,
-    pub(super) given_up: bool,
+    pub(crate) collectives: String,
+    pub(crate) restarts: u32,
+    pub(crate) last_failure: String,
+    pub(crate) last_lines: Vec<String>,
+    pub(crate) given_up: bool,
     /// It was away for too long: epochs begin without it.
     left_behind: bool,
+    /// Nodes that reach it while the head does not.
+    reached_by: Vec<String>,
 }
 
 impl Member {
@@ -54,9 +60,9 @@ impl Member {
 
 /// A shard process that has registered.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Shard {
-    pub(super) process: String,
-    pub(super) pid: u32,
+pub(crate) struct Shard {
+    pub(crate) process: String,
+    pub(crate) pid: u32,
 }
 
 #[derive(Debug)]
@@ -70,7 +76,7 @@ enum Stage {
 
 /// What the actor around this is to do. Actions are to be carried out in order.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Action {
+pub(crate) enum Action {
     /// Call [`Formation::begin`] after a pause that grows with the number of fruitless attempts.
     BeginSoon {
         fruitless: u32,
@@ -105,7 +111,7 @@ pub(super) enum Action {
 
 impl Formation {
     /// A group of the shards of these nodes, whose first epoch follows `last_epoch`.
-    pub(super) fn new(nodes: impl IntoIterator<Item = String>, last_epoch: Epoch) -> Self {
+    pub(crate) fn new(nodes: impl IntoIterator<Item = String>, last_epoch: Epoch) -> Self {
         let member = |node| Member {
             node,
             ..Member::default()
@@ -115,6 +121,7 @@ impl Formation {
             group: (0..members.len()).collect(),
             too_small: Vec::new(),
             epoch: last_epoch,
+            heard: Epoch(0),
             stage: Stage::Gathering,
             members,
             fruitless: 0,
@@ -124,39 +131,39 @@ impl Formation {
         formation
     }
 
-    pub(super) fn epoch(&self) -> Epoch {
+    pub(crate) fn epoch(&self) -> Epoch {
         self.epoch
     }
 
-    pub(super) fn members(&self) -> &[Member] {
+    pub(crate) fn members(&self) -> &[Member] {
         &self.members
     }
 
     /// The members of the epoch, in rank order.
-    pub(super) fn group(&self) -> impl Iterator<Item = &Member> {
+    pub(crate) fn group(&self) -> impl Iterator<Item = &Member> {
         self.group.iter().map(|member| &self.members[*member])
     }
 
     /// The member of a rank of the epoch.
-    pub(super) fn ranked(&self, rank: Rank) -> Option<&Member> {
+    pub(crate) fn ranked(&self, rank: Rank) -> Option<&Member> {
         self.members.get(*self.group.get(rank.index())?)
     }
 
     /// The place of a member in the epoch, if it has one.
-    pub(super) fn rank_of(&self, node: &str) -> Option<Rank> {
+    pub(crate) fn rank_of(&self, node: &str) -> Option<Rank> {
         let rank = self.group().position(|member| member.node == node)?;
         Some(Rank(rank as u32))
     }
 
-    pub(super) fn member_mut(&mut self, node: &str) -> Option<&mut Member> {
+    pub(crate) fn member_mut(&mut self, node: &str) -> Option<&mut Member> {
         self.members.iter_mut().find(|member| member.node == node)
     }
 
-    pub(super) fn detail(&self) -> &str {
+    pub(crate) fn detail(&self) -> &str {
         &self.detail
     }
 
-    pub(super) fn phase(&self) -> Phase {
+    pub(crate) fn phase(&self) -> Phase {
         match self.stage {
             Stage::Gathering => Phase::Gathering,
             Stage::Loading(_) | Stage::Joining(_) => Phase::Loading,
@@ -167,11 +174,12 @@ impl Formation {
 
     /// The agent of `node` has said that it is there, as process `pid`. Its shard may have been
     /// quicker: no epoch begins with a node of which nothing is known.
-    pub(super) fn announced(&mut self, node: &str, pid: u32) -> Vec<Action> {
+    pub(crate) fn announced(&mut self, node: &str, pid: u32) -> Vec<Action> {
         let Some(member) = self.member_mut(node) else {
             return Vec::new();
         };
         member.node_alive = true;
+        member.reached_by.clear();
         let first = std::mem::replace(&mut member.node_pid, pid) == 0;
         if member.is_here() {
             member.left_behind = false;
@@ -185,46 +193,82 @@ impl Formation {
         Vec::new()
     }
 
+    /// The head has lost its link to `node`, and another node has not: the way between is cut, and the
+    /// node is well. A shard that the head cannot reach is of no use to it all the same, so this names
+    /// the cause and changes nothing else.
+    pub(crate) fn reached(&mut self, node: &str, by: &str) {
+        let Some(member) = self.member_mut(node).filter(|member| !member.node_alive) else {
+            return;
+        };
+        if !member.reached_by.iter().any(|known| known == by) {
+            member.reached_by.push(by.to_owned());
+        }
+        if matches!(self.stage, Stage::Gathering) {
+            self.detail = self.who_is_missing();
+        }
+    }
+
     /// A shard process of `node` has registered, for the first time or in place of a lost one.
-    pub(super) fn registered(&mut self, node: &str, shard: Shard) -> Vec<Action> {
+    pub(crate) fn registered(&mut self, node: &str, shard: Shard) -> Vec<Action> {
         let Some(at) = self.members.iter().position(|member| member.node == node) else {
             return Vec::new();
         };
         let mut actions = Vec::new();
-        if self.members[at]
-            .shard
-            .as_ref()
-            .is_some_and(|known| *known != shard)
-        {
-            actions = self.lose(at, format!("the shard of {node} was replaced"));
+        if let Some(known) = &self.members[at].shard {
+            // A process that registers again has lost its link, and left its group for that.
+            let how = if *known == shard {
+                "has lost its link"
+            } else {
+                "was replaced"
+            };
+            actions = self.lose(at, format!("the shard of {node} {how}"));
         }
-        if self.members[at].shard.is_none() {
-            self.members[at].shard = Some(shard);
-            self.members[at].load = None;
-            if self.members[at].is_here() {
-                self.members[at].left_behind = false;
-            }
-            if matches!(self.stage, Stage::Failed) {
-                // A new process may find what the old one missed: a disk, a file, memory.
-                self.stage = Stage::Gathering;
-            }
-            if matches!(self.stage, Stage::Gathering) {
-                self.detail = self.who_is_missing();
-            }
-            if !actions
-                .iter()
-                .any(|action| matches!(action, Action::BeginSoon { .. }))
-            {
-                actions.push(Action::BeginSoon {
-                    fruitless: self.fruitless,
-                });
-            }
+        let member = &mut self.members[at];
+        member.registrations += 1;
+        member.shard = Some(shard);
+        member.load = None;
+        if member.is_here() {
+            member.left_behind = false;
+        }
+        if matches!(self.stage, Stage::Failed) {
+            // A new process may find what the old one missed: a disk, a file, memory.
+            self.stage = Stage::Gathering;
+        }
+        if matches!(self.stage, Stage::Gathering) {
+            self.detail = self.who_is_missing();
+        }
+        let is_due = |action: &Action| matches!(action, Action::BeginSoon { .. });
+        if !actions.iter().any(is_due) {
+            actions.push(Action::BeginSoon {
+                fruitless: self.fruitless,
+            });
         }
         actions
     }
 
-    /// A shard process is gone. Anything but the one that is registered changes nothing.
-    pub(super) fn lost(&mut self, node: &str, pid: u32, why: String) -> Vec<Action> {
+    /// A shard has heard of this epoch, and takes part in none up to it again.
+    pub(crate) fn heard_of(&mut self, epoch: Epoch) {
+        self.heard = self.heard.max(epoch);
+    }
+
+    /// The number of the last registration of this node's shard: what [`Formation::unlinked`] asks for.
+    pub(crate) fn registration(&self, node: &str) -> u64 {
+        let member = self.members.iter().find(|member| member.node == node);
+        member.map_or(0, |member| member.registrations)
+    }
+
+    /// The link over which a shard registered is lost. Its process may have registered over another one
+    /// before this news came: then it changes nothing.
+    pub(crate) fn unlinked(&mut self, node: &str, registration: u64, why: String) -> Vec<Action> {
+        let lost = self.members.iter().position(|member| {
+            let is_last = member.registrations == registration;
+            member.node == node && is_last && member.shard.is_some()
+        });
+        lost.map_or_else(Vec::new, |at| self.lose(at, why))
+    }
+
+    /// A shard process has ended. Anything but the one that is registered changes nothing.
+    pub(crate) fn lost(&mut self, node: &str, pid: u32, why: String) -> Vec<Action> {
         let lost = self.members.iter().position(|member| {
             member.node == node && member.shard.as_ref().is_some_and(|shard| shard.pid == pid)
         });
@@ -247,7 +291,7 @@ impl Formation {
 
     /// A node, and its shard with it, has been away for too long: the others go on without it. The
     /// head cannot be away, and a node that never came may be waited for.
-    pub(super) fn leave_behind(&mut self, node: &str) -> Vec<Action> {
+    pub(crate) fn leave_behind(&mut self, node: &str) -> Vec<Action> {
         let Some(member) = self.member_mut(node) else {
             return Vec::new();
         };
@@ -265,7 +309,7 @@ impl Formation {
     }
 
     /// Is a node back that the epoch which serves is without?
-    pub(super) fn could_be_more(&self) -> bool {
+    pub(crate) fn could_be_more(&self) -> bool {
         let group = self.next_group();
         matches!(self.stage, Stage::Serving)
             && group.len() > self.group.len()
@@ -273,7 +317,7 @@ impl Formation {
     }
 
     /// Ends an epoch in which nothing runs for one that has those nodes too which are back.
-    pub(super) fn take_back(&mut self) -> Vec<Action> {
+    pub(crate) fn take_back(&mut self) -> Vec<Action> {
         if !self.could_be_more() {
             return Vec::new();
         }
@@ -300,14 +344,14 @@ impl Formation {
     }
 
     /// Begins an epoch if every node and shard of it is there and none is under way.
-    pub(super) fn begin(&mut self) -> Vec<Action> {
+    pub(crate) fn begin(&mut self) -> Vec<Action> {
         let group = self.next_group();
         let all_here = group.iter().all(|at| self.members[*at].is_here());
         if !all_here || !matches!(self.stage, Stage::Gathering) {
             return Vec::new();
         }
         self.group = group;
-        self.epoch = self.epoch.next();
+        self.epoch = self.epoch.max(self.heard).next();
         self.stage = Stage::Loading(vec![None; self.group.len()]);
         self.detail = "shards are loading".into();
         let epoch = self.epoch;
@@ -317,7 +361,7 @@ impl Formation {
     }
 
     /// A shard holds its weights and can be met at `address`.
-    pub(super) fn loaded(&mut self, epoch: Epoch, rank: Rank, address: SocketAddr) -> Vec<Action> {
+    pub(crate) fn loaded(&mut self, epoch: Epoch, rank: Rank, address: SocketAddr) -> Vec<Action> {
         let Stage::Loading(addresses) = &mut self.stage else {
             return Vec::new();
         };
@@ -339,7 +383,7 @@ impl Formation {
     }
 
     /// A shard cannot hold its share: trying again would not help.
-    pub(super) fn refused(&mut self, epoch: Epoch, rank: Rank, why: &str) -> Vec<Action> {
+    pub(crate) fn refused(&mut self, epoch: Epoch, rank: Rank, why: &str) -> Vec<Action> {
         if epoch != self.epoch || !matches!(self.stage, Stage::Loading(_)) {
             return Vec::new();
         }
@@ -358,7 +402,7 @@ impl Formation {
     }
 
     /// A shard has met all its peers; `collectives` is the way that its operations take.
-    pub(super) fn joined(&mut self, epoch: Epoch, rank: Rank, collectives: String) -> Vec<Action> {
+    pub(crate) fn joined(&mut self, epoch: Epoch, rank: Rank, collectives: String) -> Vec<Action> {
         let Stage::Joining(joined) = &mut self.stage else {
             return Vec::new();
         };
@@ -377,7 +421,7 @@ impl Formation {
     }
 
     /// A shard that is still alive could not load, join or step; all may try again.
-    pub(super) fn failed(&mut self, epoch: Epoch, rank: Rank, why: &str) -> Vec<Action> {
+    pub(crate) fn failed(&mut self, epoch: Epoch, rank: Rank, why: &str) -> Vec<Action> {
         if epoch != self.epoch || matches!(self.stage, Stage::Gathering | Stage::Failed) {
             return Vec::new();
         }
@@ -387,7 +431,7 @@ impl Formation {
     }
 
     /// A shard was given up by its node: an operator has to act.
-    pub(super) fn given_up(&mut self, node: &str, why: &str) -> Vec<Action> {
+    pub(crate) fn given_up(&mut self, node: &str, why: &str) -> Vec<Action> {
         let why = format!("the shard of {node} was given up: {why}");
         self.fail(why, |detail| RequestFailure::ShardLost { detail })
     }
@@ -446,7 +490,13 @@ impl Formation {
             .iter()
             .map(|at| &self.members[*at])
             .filter(|member| !member.is_here())
-            .map(|member| member.node.as_str())
+            .map(|member| match member.reached_by.join(", ") {
+                by if by.is_empty() => member.node.clone(),
+                by => format!(
+                    "{} (which {by} can reach, and the head cannot)",
+                    member.node
+                ),
+            })
             .collect();
         if missing.is_empty() {
             "shards are about to load".into()
@@ -459,6 +509,48 @@ impl Formation {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn news_of_a_link_that_was_replaced_changes_nothing() {
+        let mut formation = serving();
+        let old = formation.registration("b");
+        let actions = formation.registered("b", shard(2));
+        let suspends = |action: &Action| matches!(action, Action::Suspend { .. });
+        assert!(actions.iter().any(suspends), "its group was left");
+        assert!(formation.unlinked("b", old, "late".into()).is_empty());
+        assert_eq!(formation.begin().len(), 2, "the shard is still there");
+        let new = formation.registration("b");
+        assert!(!formation.unlinked("b", new, "lost".into()).is_empty());
+        assert!(formation.begin().is_empty());
+    }
+
+    #[test]
+    fn a_node_that_others_reach_is_waited_for_by_that_name() {
+        let mut formation = serving();
+        formation.reached("b", "c");
+        assert_eq!(formation.detail(), "", "it is alive");
+        let registration = formation.registration("b");
+        formation.unlinked("b", registration, "silent".into());
+        formation.member_mut("b").unwrap().node_alive = false;
+        formation.reached("b", "c");
+        formation.reached("b", "c");
+        let detail = "waiting for b (which c can reach, and the head cannot)";
+        assert_eq!(formation.detail(), detail);
+        formation.announced("b", 12);
+        formation.lost("a", 1, "killed".into());
+        formation.leave_behind("b");
+        assert!(!formation.detail().contains("which"), "it is back");
+    }
+
+    #[test]
+    fn an_epoch_that_a_shard_has_heard_of_is_never_begun_again() {
+        let mut formation = Formation::new(["a".into()], Epoch(0));
+        formation.announced("a", 11);
+        formation.heard_of(Epoch(7));
+        formation.registered("a", shard(1));
+        formation.begin();
+        assert_eq!(formation.epoch(), Epoch(8));
+    }
 
     const ADDRESS: SocketAddr =
         SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 1);

@@ -26,7 +26,7 @@ pub struct SchedulerLimits {
 ///
 /// There are at most `queue_max + sequences_max` of them, none longer than the context.
 #[derive(Debug)]
-pub(super) struct Admission<C> {
+pub(crate) struct Admission<C> {
     limits: SchedulerLimits,
     journal: Journal<C>,
     leaving: Vec<SequenceId>,
@@ -38,23 +38,23 @@ pub(super) struct Admission<C> {
 
 /// The epoch under way and what its model can take.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Serving {
-    pub(super) epoch: Epoch,
-    pub(super) context_tokens: u32,
-    pub(super) vocabulary: u32,
+pub(crate) struct Serving {
+    pub(crate) epoch: Epoch,
+    pub(crate) context_tokens: u32,
+    pub(crate) vocabulary: u32,
 }
 
 /// What the end of an epoch means for those that were running.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Ended<C> {
+pub(crate) struct Ended<C> {
     /// They go on with the next epoch.
-    pub(super) paused: Vec<SequenceId>,
+    pub(crate) paused: Vec<SequenceId>,
     /// They have been there too often.
-    pub(super) given_up: Vec<(C, RequestFailure)>,
+    pub(crate) given_up: Vec<(C, RequestFailure)>,
 }
 
 impl<C> Admission<C> {
-    pub(super) fn new(limits: SchedulerLimits) -> Self {
+    pub(crate) fn new(limits: SchedulerLimits) -> Self {
         Self {
             limits,
             journal: Journal::new(),
@@ -70,7 +70,7 @@ impl<C> Admission<C> {
     ///
     /// # Errors
     /// The reason, and the client's end back.
-    pub(super) fn submit(
+    pub(crate) fn submit(
         &mut self,
         request: Request,
         client: C,
@@ -110,7 +110,7 @@ impl<C> Admission<C> {
 
     /// Notes a token of the shards and says whose it is. Whatever does not belong to the epoch under
     /// way is nobody's: its place in the answer is, or will be, filled by the present shards.
-    pub(super) fn note(&mut self, epoch: Epoch, token: &SampledToken) -> Option<&C> {
+    pub(crate) fn note(&mut self, epoch: Epoch, token: &SampledToken) -> Option<&C> {
         if self.epoch() != Some(epoch) {
             return None;
         }
@@ -119,7 +119,7 @@ impl<C> Admission<C> {
 
     /// The request is over before its last token, and its client is handed out for the last time.
     /// The place among the shards is free with the next plan.
-    pub(super) fn withdraw(&mut self, sequence: SequenceId) -> Option<C> {
+    pub(crate) fn withdraw(&mut self, sequence: SequenceId) -> Option<C> {
         let entry = self.journal.close(sequence)?;
         if entry.is_running() {
             self.leaving.push(sequence);
@@ -128,13 +128,13 @@ impl<C> Admission<C> {
     }
 
     /// The shards have drawn the last token of this sequence.
-    pub(super) fn finish(&mut self, sequence: SequenceId) {
+    pub(crate) fn finish(&mut self, sequence: SequenceId) {
         self.journal.close(sequence);
     }
 
     /// The plan that is due now, if anything is to change. Another one may be due after it: a plan has
     /// to fit into a message.
-    pub(super) fn next_plan(&mut self) -> Option<Plan> {
+    pub(crate) fn next_plan(&mut self) -> Option<Plan> {
         let serving = self.serving?;
         let mut joins = Vec::new();
         let mut positions = 0;
@@ -179,7 +179,7 @@ impl<C> Admission<C> {
     }
 
     /// An epoch begins: plans count from 1 again. Requests that do not fit its model are handed back.
-    pub(super) fn begin(&mut self, serving: Serving) -> Vec<(C, RequestFailure)> {
+    pub(crate) fn begin(&mut self, serving: Serving) -> Vec<(C, RequestFailure)> {
         self.serving = Some(serving);
         self.closed = None;
         self.last_plan = PlanNumber(0);
@@ -195,7 +195,7 @@ impl<C> Admission<C> {
     }
 
     /// The epoch is over. `None` when it was not the one under way.
-    pub(super) fn end(&mut self, epoch: Epoch) -> Option<Ended<C>> {
+    pub(crate) fn end(&mut self, epoch: Epoch) -> Option<Ended<C>> {
         self.serving.take_if(|serving| serving.epoch == epoch)?;
         self.leaving.clear();
         let losses_max = self.limits.losses_max;
@@ -214,27 +214,27 @@ impl<C> Admission<C> {
 
     /// No epoch will come before an operator has acted: hands out all clients, and refuses requests
     /// until one does.
-    pub(super) fn close(&mut self, why: String) -> Vec<C> {
+    pub(crate) fn close(&mut self, why: String) -> Vec<C> {
         self.serving = None;
         self.leaving.clear();
         self.closed = Some(why);
         self.journal.close_all()
     }
 
-    pub(super) fn client(&self, sequence: SequenceId) -> Option<&C> {
+    pub(crate) fn client(&self, sequence: SequenceId) -> Option<&C> {
         self.journal.get(sequence).map(|entry| &entry.client)
     }
 
-    pub(super) fn epoch(&self) -> Option<Epoch> {
+    pub(crate) fn epoch(&self) -> Option<Epoch> {
         self.serving.map(|serving| serving.epoch)
     }
 
-    pub(super) fn running(&self) -> u32 {
+    pub(crate) fn running(&self) -> u32 {
         self.journal.running().count() as u32
     }
 
     /// Those that go on with the next epoch included.
-    pub(super) fn queued(&self) -> u32 {
+    pub(crate) fn queued(&self) -> u32 {
         self.journal.waiting().count() as u32
     }
 }

@@ -7,7 +7,7 @@ use offbook_protocol::{Join, Request, SampledToken, SequenceId};
 
 /// The requests in their order of arrival. `C` is the client's end of one.
 #[derive(Debug)]
-pub(super) struct Journal<C> {
+pub(crate) struct Journal<C> {
     /// Numbers rise with each request, so this is the order of arrival.
     entries: BTreeMap<SequenceId, Entry<C>>,
     last: SequenceId,
@@ -15,9 +15,9 @@ pub(super) struct Journal<C> {
 
 /// One request.
 #[derive(Debug)]
-pub(super) struct Entry<C> {
-    pub(super) request: Request,
-    pub(super) client: C,
+pub(crate) struct Entry<C> {
+    pub(crate) request: Request,
+    pub(crate) client: C,
     /// The tokens that went to the client.
     delivered: Vec<u32>,
     standing: Standing,
@@ -35,7 +35,7 @@ enum Standing {
 }
 
 impl<C> Journal<C> {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             entries: BTreeMap::new(),
             last: SequenceId(0),
@@ -43,7 +43,7 @@ impl<C> Journal<C> {
     }
 
     /// A request begins its life; it waits.
-    pub(super) fn open(&mut self, mut request: Request, client: C) -> SequenceId {
+    pub(crate) fn open(&mut self, mut request: Request, client: C) -> SequenceId {
         self.last = self.last.next();
         let delivered = std::mem::take(&mut request.delivered);
         let entry = Entry {
@@ -58,25 +58,25 @@ impl<C> Journal<C> {
     }
 
     /// The end of it, for whatever reason.
-    pub(super) fn close(&mut self, sequence: SequenceId) -> Option<Entry<C>> {
+    pub(crate) fn close(&mut self, sequence: SequenceId) -> Option<Entry<C>> {
         self.entries.remove(&sequence)
     }
 
     /// The end of them all, in their order of arrival.
-    pub(super) fn close_all(&mut self) -> Vec<C> {
+    pub(crate) fn close_all(&mut self) -> Vec<C> {
         let entries = std::mem::take(&mut self.entries);
         entries.into_values().map(|entry| entry.client).collect()
     }
 
     /// The end of all those of which this is true.
-    pub(super) fn close_if(&mut self, is_over: impl Fn(&Entry<C>) -> bool) -> Vec<Entry<C>> {
+    pub(crate) fn close_if(&mut self, is_over: impl Fn(&Entry<C>) -> bool) -> Vec<Entry<C>> {
         let over = self.entries.extract_if(.., |_, entry| is_over(entry));
         over.map(|(_, entry)| entry).collect()
     }
 
     /// Notes a token that the shards of the epoch under way have drawn, and says whose it is: nobody's
     /// if the shards were not asked for it.
-    pub(super) fn note(&mut self, token: &SampledToken) -> Option<&C> {
+    pub(crate) fn note(&mut self, token: &SampledToken) -> Option<&C> {
         let entry = self.entries.get_mut(&token.sequence)?;
         if !entry.is_running() {
             return None;
@@ -89,7 +89,7 @@ impl<C> Journal<C> {
 
     /// What tells the shards to begin with this request, or to go on with it. `None` when they do so
     /// already.
-    pub(super) fn join(&mut self, sequence: SequenceId, context_tokens: u32) -> Option<Join> {
+    pub(crate) fn join(&mut self, sequence: SequenceId, context_tokens: u32) -> Option<Join> {
         let entry = self.entries.get_mut(&sequence)?;
         if entry.is_running() {
             return None;
@@ -99,7 +99,7 @@ impl<C> Journal<C> {
     }
 
     /// The epoch is lost: what was running waits. Returned in their order of arrival.
-    pub(super) fn interrupt(&mut self) -> Vec<SequenceId> {
+    pub(crate) fn interrupt(&mut self) -> Vec<SequenceId> {
         let running = self.entries.iter_mut().filter(|(_, e)| e.is_running());
         let interrupted = running.map(|(sequence, entry)| {
             entry.standing = Standing::Waiting;
@@ -109,41 +109,41 @@ impl<C> Journal<C> {
         interrupted.collect()
     }
 
-    pub(super) fn get(&self, sequence: SequenceId) -> Option<&Entry<C>> {
+    pub(crate) fn get(&self, sequence: SequenceId) -> Option<&Entry<C>> {
         self.entries.get(&sequence)
     }
 
     /// Who waits, in the order of arrival: those that were interrupted arrived before all others.
-    pub(super) fn waiting(&self) -> impl Iterator<Item = (SequenceId, &Entry<C>)> {
+    pub(crate) fn waiting(&self) -> impl Iterator<Item = (SequenceId, &Entry<C>)> {
         let entries = self.entries.iter().map(|(sequence, e)| (*sequence, e));
         entries.filter(|(_, entry)| !entry.is_running())
     }
 
-    pub(super) fn running(&self) -> impl Iterator<Item = &Entry<C>> {
+    pub(crate) fn running(&self) -> impl Iterator<Item = &Entry<C>> {
         self.entries.values().filter(|entry| entry.is_running())
     }
 }
 
 impl<C> Entry<C> {
-    pub(super) fn is_running(&self) -> bool {
+    pub(crate) fn is_running(&self) -> bool {
         self.standing != Standing::Waiting
     }
 
-    pub(super) fn is_proven(&self) -> bool {
+    pub(crate) fn is_proven(&self) -> bool {
         self.standing == Standing::Proven
     }
 
     /// No shard has ever worked on it.
-    pub(super) fn is_new(&self) -> bool {
+    pub(crate) fn is_new(&self) -> bool {
         !self.is_running() && self.losses == 0
     }
 
-    pub(super) fn losses(&self) -> u32 {
+    pub(crate) fn losses(&self) -> u32 {
         self.losses
     }
 
     /// Positions that the prompt and the tokens so far fill.
-    pub(super) fn positions(&self) -> u32 {
+    pub(crate) fn positions(&self) -> u32 {
         (self.request.prompt.len() + self.delivered.len()) as u32
     }
 

@@ -5,7 +5,11 @@
     reason = "every test file uses another part of it"
 )]
 
+#[cfg(target_os = "linux")]
+pub mod cables;
+
 use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -138,6 +142,20 @@ impl Cluster {
         Events::of(answer)
     }
 
+    /// The same, unless there is nobody to ask, or nobody who knows the answer yet.
+    pub fn try_resume(&self, path: &str, last_event: u64) -> Option<Events> {
+        let asked = self.client.get(self.url(path));
+        let asked = asked.header("Last-Event-ID", last_event.to_string());
+        let answer = asked.send().ok()?;
+        answer.status().is_success().then(|| Events::of(answer))
+    }
+
+    /// Sends a request that streams, unless there is nobody to take it.
+    pub fn try_stream(&self, path: &str, body: &Value) -> Option<Events> {
+        let answer = self.client.post(self.url(path)).json(body).send().ok()?;
+        answer.status().is_success().then(|| Events::of(answer))
+    }
+
     /// All events of an answer.
     pub fn resume_from_start(&self, path: &str) -> Events {
         let answer = self.client.get(self.url(path)).send();
@@ -169,6 +187,8 @@ impl Drop for Cluster {
 
 /// Nodes that nobody starts again: each is a process of this test's own, on the f32 checkpoint.
 pub struct Nodes {
+    /// Begins the command of each.
+    launch: Box<dyn Fn(usize) -> Command>,
     folder: tempfile::TempDir,
     http: String,
     nodes: Vec<Option<Child>>,
@@ -178,16 +198,40 @@ pub struct Nodes {
 impl Nodes {
     /// Starts so many, with these lines among the limits of the cluster file.
     pub fn start(count: usize, limits: &[(&str, &str)]) -> Self {
-        let folder = tempfile::tempdir().expect("there is room");
         let free_udp = || {
             let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("a port is free");
             socket.local_addr().expect("it is bound")
         };
+        let addresses: Vec<_> = (0..count).map(|_| free_udp()).collect();
+        Self::start_at(&addresses, limits, Box::new(|_| offbook()))
+    }
+
+    /// Starts so many, each on its machine. The calling thread has to be on the first.
+    #[cfg(target_os = "linux")]
+    pub fn on(network: &cables::Network, count: usize, limits: &[(&str, &str)]) -> Self {
+        let addresses: Vec<_> = (0..count).map(|node| network.address(node)).collect();
+        let machines = network.machines();
+        let launch = move |node: usize| {
+            let mut command = cables::on(&machines[node]);
+            command
+                .arg(env!("CARGO_BIN_EXE_offbook"))
+                .stdout(Stdio::piped());
+            command
+        };
+        Self::start_at(&addresses, limits, Box::new(launch))
+    }
+
+    fn start_at(
+        addresses: &[SocketAddr],
+        limits: &[(&str, &str)],
+        launch: Box<dyn Fn(usize) -> Command>,
+    ) -> Self {
+        let count = addresses.len();
+        let folder = tempfile::tempdir().expect("there is room");
         let mut init = offbook();
         init.args(["cluster", "init"]).arg(folder.path());
         init.arg("--model").arg(fixture("dense-f32"));
-        for node in 0..count {
-            let address = free_udp();
+        for (node, address) in addresses.iter().enumerate() {
             init.arg("--node")
                 .arg(format!("node-{}={address}", node + 1));
         }
@@ -210,6 +254,7 @@ impl Nodes {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port is free");
         let client = reqwest::blocking::Client::builder().timeout(PATIENCE);
         let mut nodes = Self {
+            launch,
             http: listener.local_addr().expect("it is bound").to_string(),
             folder,
             nodes: (0..count).map(|_| None).collect(),
@@ -225,7 +270,7 @@ impl Nodes {
     pub fn start_node(&mut self, node: usize) {
         let name = format!("node-{}", node + 1);
         let folder = self.folder.path();
-        let started = offbook()
+        let started = (self.launch)(node)
             .args([
                 "node",
                 "--supervised",
