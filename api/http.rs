@@ -7,6 +7,7 @@
 //! (`sse.rs`). A client that leaves drops the answers, and that cancels them.
 
 mod error;
+mod caller;
 mod body;
 mod fields;
 mod options;

@@ -64,6 +64,11 @@ pub(crate) struct Limits {
     pub(crate) context_tokens: u32,
     pub(crate) sequences_max: u32,
     pub(crate) queue_max: u32,
+    /// Tokens at most of the requests that wait: those of their prompts, and those that may be
+    /// generated for them.
+    pub(crate) queue_tokens_max: u64,
+    /// How long a request may wait for a shard to begin with it.
+    pub(crate) queue_deadline_seconds: f64,
     pub(crate) prefill_chunk_tokens: u32,
     pub(crate) collective_deadline_seconds: f64,
     pub(crate) load_deadline_seconds: f64,
@@ -98,6 +103,8 @@ impl Default for Limits {
             context_tokens: 0,
             sequences_max: 8,
             queue_max: 64,
+            queue_tokens_max: 8 << 20,
+            queue_deadline_seconds: 120.0,
             prefill_chunk_tokens: 256,
             collective_deadline_seconds: 10.0,
             load_deadline_seconds: 1800.0,
@@ -191,6 +198,7 @@ impl ClusterFile {
             ("prefill_stall_seconds", limits.prefill_stall_seconds),
             ("decode_stall_seconds", limits.decode_stall_seconds),
             ("request_deadline_seconds", limits.request_deadline_seconds),
+            ("queue_deadline_seconds", limits.queue_deadline_seconds),
         ] {
             ensure!(
                 Duration::try_from_secs_f64(seconds).is_ok_and(|d| !d.is_zero()),
@@ -292,6 +300,8 @@ impl ClusterFile {
     pub(crate) fn scheduler_limits(&self) -> SchedulerLimits {
         SchedulerLimits {
             queue_max: self.limits.queue_max,
+            queue_tokens_max: self.limits.queue_tokens_max,
+            queue_deadline: Duration::from_secs_f64(self.limits.queue_deadline_seconds),
             sequences_max: self.limits.sequences_max,
             request_deadline: Duration::from_secs_f64(self.limits.request_deadline_seconds),
             losses_max: self.limits.request_losses_max,

@@ -186,7 +186,11 @@ fn continued(backend: Arc<dyn Backend>, request: Request, told: Vec<SampledToken
             match backend.submit(request.clone()).await {
                 Ok(tokens) => return Ok(tokens),
                 // The group is forming, or others came first.
-                Err(Rejection::NotReady { .. } | Rejection::Overloaded { .. }) => {
+                Err(
+                    Rejection::NotReady { .. }
+                    | Rejection::Overloaded { .. }
+                    | Rejection::ShareUsed { .. },
+                ) => {
                     tokio::time::sleep(RESUME_PAUSE).await;
                 }
                 Err(rejection) => {
