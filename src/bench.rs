@@ -4,6 +4,7 @@ mod collective;
 mod decode;
 mod loss;
 pub(crate) mod message;
+mod serve;
 mod step;
 pub(crate) mod ranks;
 pub(crate) mod wire;
@@ -22,6 +23,7 @@ pub(crate) async fn run(command: BenchCommand) -> Result<()> {
         BenchCommand::Decode(options) => decode::run(options).await,
         BenchCommand::Loss(options) => loss::run(options).await,
         BenchCommand::Message(options) => message::run(options).await,
+        BenchCommand::Serve(options) => serve::run(options).await,
         BenchCommand::Step(options) => step::run(options).await,
     }
 }
