@@ -119,6 +119,9 @@ pub(crate) struct LocalOptions {
     /// How long a request may take from its arrival to its last token, waits included
     #[arg(long, value_name = "TIME", default_value = "10min", value_parser = duration)]
     pub(crate) request_timeout: Duration,
+    /// How long answers that are under way may go on when the cluster is told to stop
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
+    pub(crate) drain: Duration,
     /// A process that ends so often within a minute, and once more, is given up
     #[arg(long, value_name = "N", default_value_t = 5)]
     pub(crate) restarts: u32,

@@ -95,6 +95,8 @@ pub(crate) struct Limits {
     /// A request that runs while so many epochs in a row are lost, without a token in between, is
     /// given up.
     pub(crate) request_losses_max: u32,
+    /// How long a head that is told to stop lets answers under way go on; new ones are refused.
+    pub(crate) drain_seconds: f64,
 }
 
 impl Default for Limits {
@@ -119,6 +121,7 @@ impl Default for Limits {
             restart_pause_max_seconds: RestartPolicy::default().backoff_max.as_secs_f64(),
             request_deadline_seconds: 600.0,
             request_losses_max: 3,
+            drain_seconds: 30.0,
         }
     }
 }
@@ -199,6 +202,7 @@ impl ClusterFile {
             ("decode_stall_seconds", limits.decode_stall_seconds),
             ("request_deadline_seconds", limits.request_deadline_seconds),
             ("queue_deadline_seconds", limits.queue_deadline_seconds),
+            ("drain_seconds", limits.drain_seconds),
         ] {
             ensure!(
                 Duration::try_from_secs_f64(seconds).is_ok_and(|d| !d.is_zero()),
@@ -306,6 +310,11 @@ impl ClusterFile {
             request_deadline: Duration::from_secs_f64(self.limits.request_deadline_seconds),
             losses_max: self.limits.request_losses_max,
         }
+    }
+
+    /// How long answers under way may go on when the head is told to stop.
+    pub(crate) fn drain(&self) -> Duration {
+        Duration::from_secs_f64(self.limits.drain_seconds)
     }
 
     pub(crate) fn shard_keeping(&self) -> ShardKeeping {

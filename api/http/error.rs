@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use axum::Json;
-use axum::http::header::RETRY_AFTER;
+use axum::http::header::{CONNECTION, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use offbook_protocol::{Rejection, RequestFailure};
@@ -45,6 +45,11 @@ pub(super) enum ApiError {
     Rejected(Rejection),
     #[error("{0}")]
     Lost(StreamError),
+    #[error("this node is about to stop and takes no more requests: ask again later")]
+    Draining {
+        /// For answers that are under way.
+        left: Duration,
+    },
     #[error("{why}")]
     Internal { why: String },
 }
@@ -114,6 +119,7 @@ impl ApiError {
                 StatusCode::GATEWAY_TIMEOUT
             }
             Self::Rejected(Rejection::NotReady { .. } | Rejection::Overloaded { .. })
+            | Self::Draining { .. }
             | Self::Lost(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -145,6 +151,7 @@ impl ApiError {
             }
             Self::Rejected(Rejection::Overloaded { .. }) => Some("overloaded"),
             Self::Rejected(Rejection::ShareUsed { .. }) => Some("rate_limit_exceeded"),
+            Self::Draining { .. } => Some("draining"),
             Self::Rejected(Rejection::NotReady { .. }) => Some("not_ready"),
             Self::Lost(StreamError::Failed(failure)) => Some(match failure {
                 RequestFailure::ShardLost { .. } => "shard_lost",
@@ -174,6 +181,7 @@ impl ApiError {
                 retry_after_seconds,
                 ..
             })) => Some(Duration::from_secs(u64::from(*retry_after_seconds))),
+            Self::Draining { left } => Some(left.saturating_add(RETRY_NOT_READY)),
             // It would end in the same way.
             Self::Lost(StreamError::Failed(
                 RequestFailure::DeadlineExceeded { .. } | RequestFailure::LostRepeatedly { .. },
@@ -187,6 +195,10 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status(), Json(self.body())).into_response();
+        if let Self::Draining { .. } = self {
+            let close = HeaderValue::from_static("close");
+            response.headers_mut().insert(CONNECTION, close);
+        }
         if let Some(after) = self.retry_after() {
             response
                 .headers_mut()

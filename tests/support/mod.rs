@@ -40,6 +40,8 @@ impl Cluster {
     pub fn up(arguments: &[&str]) -> Self {
         let mut up = offbook()
             .args(["up", "--json", "--http", "127.0.0.1:0"])
+            // Tests end with answers under way.
+            .args(["--drain", "1s"])
             .args(arguments)
             .spawn()
             .expect("offbook starts");
@@ -149,6 +151,11 @@ impl Cluster {
     /// Waits until the cluster's report satisfies `wanted`.
     pub fn wait_for(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         wait_for(&self.client, &self.url(""), what, wanted)
+    }
+
+    /// Waits for the end of the cluster's first process.
+    pub fn wait_for_end(&mut self) -> std::process::ExitStatus {
+        wait_for_exit(&mut self.up)
     }
 
     /// Sends a signal to the cluster's first process and waits for its end.
