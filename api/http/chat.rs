@@ -143,6 +143,7 @@ impl Prompt {
             detokenizer: service.text.as_ref().map(Text::detokenizer),
             parser,
             stop: StopFinder::new(request.options.stop.clone()),
+            unstoppable: request.options.sampling.min_tokens,
         }
     }
 }

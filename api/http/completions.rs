@@ -97,6 +97,7 @@ fn reading(service: &Service, options: &Options) -> Reading {
         detokenizer: service.text.as_ref().map(Text::detokenizer),
         parser: AnswerParser::plain(),
         stop: StopFinder::new(options.stop.clone()),
+        unstoppable: options.sampling.min_tokens,
     }
 }
 

@@ -39,14 +39,8 @@ impl Options {
             stop_tokens.extend(&service.defaults.stop_tokens);
         }
         let stream = flag(fields, "stream")?;
-        let sampling = sampling(fields, service)?;
-        if sampling.min_tokens > 0 && !stop.is_empty() {
-            // The shards hold tokens back, and know no strings.
-            let why = "above 0 cannot be combined with 'stop': use 'stop_token_ids'";
-            return Err(ApiError::unsupported("min_tokens", why));
-        }
         Ok(Self {
-            sampling,
+            sampling: sampling(fields, service)?,
             max_tokens: max_tokens(fields)?,
             stop_tokens,
             stop,

@@ -46,7 +46,6 @@ async fn what_cannot_be_honoured_in_a_chat_is_refused_by_name() {
         ),
         (json!({"min_tokens": -2}), "min_tokens"),
         (json!({"min_tokens": 9, "max_tokens": 8}), "min_tokens"),
-        (json!({"min_tokens": 1, "stop": "x"}), "min_tokens"),
         (json!({"ignore_eos": 1}), "ignore_eos"),
         (json!({"stop": ["a", "b", "c", "d", "e"]}), "stop"),
         (json!({"stop": ""}), "stop"),
