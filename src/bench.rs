@@ -1,5 +1,6 @@
 //! `offbook bench`: figures that anybody can measure again.
 
+mod api;
 mod collective;
 mod decode;
 mod loss;
@@ -19,6 +20,7 @@ use crate::logging;
 pub(crate) async fn run(command: BenchCommand) -> Result<()> {
     logging::start("bench");
     match command {
+        BenchCommand::Api(options) => api::run(options).await,
         BenchCommand::Collective(options) => collective::run(options).await,
         BenchCommand::Decode(options) => decode::run(options).await,
         BenchCommand::Loss(options) => loss::run(options).await,

@@ -360,6 +360,12 @@ pub(crate) enum BenchCommand {
     /// were under way; the time to the first text, and from one event with text to the next, in
     /// milliseconds, median and 99th percentile; and how many failed, by status.
     Serve(BenchServe),
+    /// What API, scheduler and messages add to a token
+    ///
+    /// A scripted shard draws a token at each step of a fixed length. Scheduler, messages over QUIC and
+    /// API are the real ones, on this machine. Printed, in milliseconds: from the moment at which a token
+    /// is drawn to that at which an HTTP client has it, and from token to token as the client sees it.
+    Api(BenchApi),
     /// Decode speed of one node, of several, and of mlx-lm if Python has it
     Decode(BenchDecode),
     /// How long an answer pauses when a shard is killed
@@ -657,6 +663,22 @@ pub(crate) struct BenchServe {
     #[arg(long, value_name = "TIME", default_value = "600s", value_parser = duration)]
     pub(crate) timeout: Duration,
     /// Print one JSON object per row
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BenchApi {
+    /// How long each step takes
+    #[arg(long, value_name = "TIME", default_value = "2.6ms", value_parser = duration)]
+    pub(crate) step: Duration,
+    /// Tokens of each answer
+    #[arg(long, value_name = "N", default_value_t = 500, value_parser = clap::value_parser!(u32).range(2..))]
+    pub(crate) tokens: u32,
+    /// Answers, after one that is not counted
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) runs: u32,
+    /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -126,6 +126,19 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    pub(crate) fn scheduler(&self) -> SchedulerLimits {
+        SchedulerLimits {
+            queue_max: self.queue_max,
+            queue_tokens_max: self.queue_tokens_max,
+            queue_deadline: Duration::from_secs_f64(self.queue_deadline_seconds),
+            sequences_max: self.sequences_max,
+            request_deadline: Duration::from_secs_f64(self.request_deadline_seconds),
+            losses_max: self.request_losses_max,
+        }
+    }
+}
+
 impl ClusterFile {
     pub(crate) fn load(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path)
@@ -302,14 +315,7 @@ impl ClusterFile {
     }
 
     pub(crate) fn scheduler_limits(&self) -> SchedulerLimits {
-        SchedulerLimits {
-            queue_max: self.limits.queue_max,
-            queue_tokens_max: self.limits.queue_tokens_max,
-            queue_deadline: Duration::from_secs_f64(self.limits.queue_deadline_seconds),
-            sequences_max: self.limits.sequences_max,
-            request_deadline: Duration::from_secs_f64(self.limits.request_deadline_seconds),
-            losses_max: self.limits.request_losses_max,
-        }
+        self.limits.scheduler()
     }
 
     /// How long answers under way may go on when the head is told to stop.

@@ -3,8 +3,8 @@
 //! It speaks plain streaming completions, so that it drives any such server. Several servers take
 //! turns, block by block, with the same prompts: a machine whose speed drifts is unfair to none.
 
-mod client;
-mod figures;
+pub(super) mod client;
+pub(super) mod figures;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

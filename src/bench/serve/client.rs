@@ -7,15 +7,15 @@ use reqwest::Client;
 use serde_json::Value;
 
 /// An OpenAI-compatible server.
-pub(super) struct Server {
-    pub(super) url: String,
+pub(in crate::bench) struct Server {
+    pub(in crate::bench) url: String,
     model: String,
     client: Client,
 }
 
 /// What became of one request.
 #[derive(Debug, PartialEq)]
-pub(super) enum Answer {
+pub(in crate::bench) enum Answer {
     Complete {
         first: Duration,
         /// From each event with text to the next.
@@ -29,7 +29,11 @@ pub(super) enum Answer {
 
 impl Server {
     /// Asks which model is served, if none is named.
-    pub(super) async fn find(url: &str, model: Option<&str>, timeout: Duration) -> Result<Self> {
+    pub(in crate::bench) async fn find(
+        url: &str,
+        model: Option<&str>,
+        timeout: Duration,
+    ) -> Result<Self> {
         let url = url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
         let client = Client::builder().timeout(timeout).build()?;
         let model = match model {
@@ -44,7 +48,7 @@ impl Server {
         Ok(Self { url, model, client })
     }
 
-    pub(super) async fn ask(&self, body: &Value) -> Answer {
+    pub(in crate::bench) async fn ask(&self, body: &Value) -> Answer {
         let mut body = body.clone();
         body["model"] = self.model.clone().into();
         let begun = Instant::now();

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::client::Answer;
 
-pub(super) struct Figures {
+pub(in crate::bench) struct Figures {
     url: String,
     at_once: u32,
     complete: u64,
@@ -22,10 +22,10 @@ pub(super) struct Figures {
 }
 
 impl Figures {
-    pub(super) const HEADING: &str = "url                             at once    done  failed   req/s   \
+    pub(in crate::bench) const HEADING: &str = "url                             at once    done  failed   req/s   \
         tok/s  TTFT p50      p99   ITL p50      p99   (ms)";
 
-    pub(super) fn new(url: &str, at_once: u32) -> Self {
+    pub(in crate::bench) fn new(url: &str, at_once: u32) -> Self {
         Self {
             url: url.to_owned(),
             at_once,
@@ -38,7 +38,7 @@ impl Figures {
         }
     }
 
-    pub(super) fn add(&mut self, answers: Vec<Answer>, took: Duration) {
+    pub(in crate::bench) fn add(&mut self, answers: Vec<Answer>, took: Duration) {
         self.took += took;
         for answer in answers {
             match answer {
@@ -59,7 +59,7 @@ impl Figures {
         self.between.sort_unstable();
     }
 
-    pub(super) fn json(&self) -> Value {
+    pub(in crate::bench) fn json(&self) -> Value {
         json!({
             "url": self.url,
             "concurrency": self.at_once,
@@ -105,7 +105,7 @@ impl fmt::Display for Figures {
 }
 
 /// In milliseconds; the least value that no smaller a share of all is at or below.
-pub(super) fn percentile(sorted: &[Duration], share: f64) -> Option<f64> {
+pub(in crate::bench) fn percentile(sorted: &[Duration], share: f64) -> Option<f64> {
     let place = (sorted.len() as f64 * share).ceil() as usize;
     let value = sorted.get(place.saturating_sub(1))?;
     Some(value.as_secs_f64() * 1e3)
