@@ -15,12 +15,14 @@ mod node_agent;
 mod shard_worker;
 mod collective;
 mod throttle;
+mod scripted_shard;
 #[cfg(test)]
 mod simulation;
 
 pub use membership::{ClusterSettings, Membership, ReportCluster, ReportSteps, SchedulerLinks};
 pub use node_agent::{NodeAgent, ShardKeeping, ShardLaunch, StopShard};
-pub use scheduler::{Scheduler, SchedulerLimits, Submit};
+pub use scheduler::{BeginEpoch, Scheduler, SchedulerLimits, Submit};
+pub use scripted_shard::{Drawn, ScriptedShard};
 pub use shard_worker::{ShardWorker, ShardWorkerConfig, StallLimits};
 pub use throttle::WindowSettings;
 

@@ -6,9 +6,10 @@
 //! request joins the next one with its prompt and the tokens that its client has.
 
 mod journal;
+mod queue;
 pub(crate) mod admission;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use actix::{
     Actor, ActorFutureExt, AsyncContext, Context, Handler, Message, StreamHandler, WrapFuture,
@@ -40,6 +41,8 @@ pub struct Scheduler {
     shards: Vec<Remote<ApplyPlan>>,
     /// The epoch that was begun last and not ended: what was asked for an earlier one is dropped.
     current: Option<Epoch>,
+    /// When the last tokens came, if others are due after them.
+    stepped: Option<Instant>,
 }
 
 /// The client's end of a request.
@@ -65,6 +68,7 @@ impl Scheduler {
             admission: Admission::new(limits),
             shards: Vec::new(),
             current: None,
+            stepped: None,
         }
     }
 
@@ -87,6 +91,16 @@ impl Scheduler {
                 let why = format!("a plan was not sent to it: {}", error.reason);
                 self.report_failure(plan.epoch, rank, why);
             }
+        }
+    }
+
+    /// How long steps take is measured while they follow each other.
+    fn note_step(&mut self) {
+        let now = Instant::now();
+        if let Some(before) = self.stepped.replace(now)
+            && self.admission.running() > 0
+        {
+            self.admission.note_step((now - before).min(STEP_MAX));
         }
     }
 
@@ -130,7 +144,7 @@ pub struct Submit(pub Request);
 
 impl StreamMessage for Submit {
     const NAME: &'static str = "submit";
-    const VERSION: u16 = 3;
+    const VERSION: u16 = 4;
     type Item = RequestEvent;
 }
 
@@ -153,7 +167,15 @@ impl Handler<Open<Submit>> for Scheduler {
                 tracing::debug!(request = %sequence, prompt, max_tokens, "accepted");
                 // The queue is empty: it takes the first event.
                 let _ = items.try_send(RequestEvent::Accepted);
-                self.watch(sequence, items, over, ctx);
+                let arrived = Instant::now();
+                let watched = Watched {
+                    sequence,
+                    items,
+                    over,
+                    last: arrived + self.limits.request_deadline,
+                };
+                let begun_by = arrived + self.limits.queue_deadline;
+                self.watch(watched, begun_by, ctx);
                 self.send_plans();
             }
             Err((rejection, client)) => {
@@ -164,34 +186,59 @@ impl Handler<Open<Submit>> for Scheduler {
     }
 }
 
+/// A request that may end before its last token.
+struct Watched {
+    sequence: SequenceId,
+    items: ItemSender<RequestEvent>,
+    over: oneshot::Receiver<()>,
+    /// When it has to be complete.
+    last: Instant,
+}
+
 impl Scheduler {
-    /// Waits until a request is over, its client has left, or its time is up.
-    fn watch(
-        &self,
-        sequence: SequenceId,
-        items: ItemSender<RequestEvent>,
-        over: oneshot::Receiver<()>,
-        ctx: &mut Context<Self>,
-    ) {
-        let deadline = self.limits.request_deadline;
+    /// Waits until a request is over, its client has left, or its time is up: at `deadline` a shard
+    /// has to have begun with it, and at its last one it has to be complete.
+    fn watch(&self, mut watched: Watched, deadline: Instant, ctx: &mut Context<Self>) {
+        let deadline = deadline.min(watched.last);
         let watch = async move {
-            tokio::select! {
-                _ = over => None,
-                () = items.closed() => Some(Untimely::Left),
-                () = tokio::time::sleep(deadline) => Some(Untimely::Late),
-            }
-        };
-        ctx.spawn(watch.into_actor(self).map(move |end, this, _| {
-            let Some(end) = end else { return };
-            let Some(client) = this.admission.withdraw(sequence) else {
-                return;
+            let end = tokio::select! {
+                _ = &mut watched.over => None,
+                () = watched.items.closed() => Some(Untimely::Left),
+                () = tokio::time::sleep_until(deadline.into()) => Some(Untimely::Late),
             };
-            if matches!(end, Untimely::Late) {
-                let seconds = deadline.as_secs();
-                Self::give_up(&client, RequestFailure::DeadlineExceeded { seconds });
+            (watched, end)
+        };
+        ctx.spawn(
+            watch
+                .into_actor(self)
+                .map(move |(watched, end), this, ctx| match end {
+                    None => {}
+                    Some(Untimely::Left) => {
+                        this.admission.withdraw(watched.sequence);
+                        this.send_plans();
+                    }
+                    Some(Untimely::Late) => this.end_late(watched, deadline, ctx),
+                }),
+        );
+    }
+
+    fn end_late(&mut self, watched: Watched, deadline: Instant, ctx: &mut Context<Self>) {
+        let failure = if deadline >= watched.last {
+            let seconds = self.limits.request_deadline.as_secs();
+            RequestFailure::DeadlineExceeded { seconds }
+        } else if self.admission.is_unbegun(watched.sequence) {
+            RequestFailure::NotBegun {
+                seconds: self.limits.queue_deadline.as_secs(),
+                retry_after_seconds: self.admission.retry_after_seconds(),
             }
-            this.send_plans();
-        }));
+        } else {
+            let last = watched.last;
+            return self.watch(watched, last, ctx);
+        };
+        if let Some(client) = self.admission.withdraw(watched.sequence) {
+            Self::give_up(&client, failure);
+            self.send_plans();
+        }
     }
 }
 
@@ -310,10 +357,14 @@ impl StreamHandler<News> for Scheduler {
     fn handle(&mut self, news: News, ctx: &mut Context<Self>) {
         match news {
             News::Outcome(outcome) => {
+                self.note_step();
                 for token in outcome.tokens {
                     self.deliver(outcome.epoch, token);
                 }
                 self.send_plans();
+                if self.admission.running() == 0 {
+                    self.stepped = None;
+                }
             }
             News::Silence { epoch, rank } => {
                 ctx.run_later(SILENCE_GRACE, move |this, _| {
@@ -403,5 +454,7 @@ impl Handler<CountRequests> for Scheduler {
 pub(crate) const SUBSCRIBE_DEADLINE: Duration = Duration::from_secs(10);
 /// Whoever lost the rank that samples, or heard of its failure, has ended the epoch by then.
 pub(crate) const SILENCE_GRACE: Duration = Duration::from_secs(1);
+/// Longer than any step but one that waits for somebody who is lost.
+const STEP_MAX: Duration = Duration::from_secs(10);
 /// Requests enter here too; those beyond it are refused by the runtime as overload.
 const MAILBOX_MAX: usize = 1024;

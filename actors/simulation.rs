@@ -543,6 +543,8 @@ impl World {
 
 const LIMITS: SchedulerLimits = SchedulerLimits {
     queue_max: 4,
+    queue_tokens_max: 400,
+    queue_deadline: Duration::from_secs(1000),
     sequences_max: 3,
     request_deadline: Duration::from_secs(1000),
     losses_max: 3,

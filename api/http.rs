@@ -7,6 +7,8 @@
 //! (`sse.rs`). A client that leaves drops the answers, and that cancels them.
 
 mod error;
+mod drain;
+mod caller;
 mod body;
 mod fields;
 mod options;
@@ -31,6 +33,7 @@ use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::http::{Method, Uri};
 use axum::routing::{get, post};
+use axum::serve::ListenerExt;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -38,6 +41,7 @@ use tokio_util::sync::CancellationToken;
 use crate::Backend;
 use crate::journal::{Asked, Journal, Record};
 use crate::text::{Defaults, Text};
+use drain::Drain;
 use error::ApiError;
 use metrics::Metrics;
 use resumed::Resumed;
@@ -60,32 +64,45 @@ pub struct Service {
     pub journal: Option<Journal>,
 }
 
-/// Serves until `shutdown` resolves. Answers under way then have five seconds to end; those that
-/// take longer end with an error.
+/// Serves until `shutdown` resolves. New requests are refused from then on, and answers under way may
+/// take as long as `drain` to end; those that take longer end with an error.
 pub async fn serve(
     listener: TcpListener,
     service: Arc<Service>,
+    drain: Duration,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
     let stopping = CancellationToken::new();
-    let asked_to_stop = CancellationToken::new();
+    let closing = CancellationToken::new();
     let api = Api {
         service,
         metrics: Arc::new(Metrics::new()),
         resumed: Arc::default(),
+        drain: Drain::default(),
         stopping: stopping.clone(),
     };
+    let draining = api.drain.clone();
+    let journal = api.service.journal.clone();
     resumed::begin(&api);
     let router = router(api);
-    let asked = asked_to_stop.clone();
-    let graceful = axum::serve(listener, router).with_graceful_shutdown(async move {
-        shutdown.await;
-        asked.cancel();
+    let closed = closing.clone().cancelled_owned();
+    // A token is a small packet, and must not wait until the client has acknowledged the last one.
+    let listener = listener.tap_io(|connection| {
+        if let Err(error) = connection.set_nodelay(true) {
+            tracing::debug!(%error, "a client may get its tokens late");
+        }
     });
+    let graceful = axum::serve(listener, router).with_graceful_shutdown(closed);
     let deadline = async {
-        asked_to_stop.cancelled().await;
-        tokio::time::sleep(SHUTDOWN_GRACE).await;
+        shutdown.await;
+        // Whoever comes now is still answered, with a refusal.
+        draining.run(drain).await;
+        // What is not answered by now is left to the next process.
+        if let Some(journal) = journal {
+            journal.keep_all();
+        }
         stopping.cancel();
+        closing.cancel();
         tokio::time::sleep(LAST_WORDS).await;
     };
     tokio::select! {
@@ -100,6 +117,7 @@ struct Api {
     service: Arc<Service>,
     metrics: Arc<Metrics>,
     resumed: Arc<Resumed>,
+    drain: Drain,
     /// Cancelled when answers under way have to end.
     stopping: CancellationToken,
 }
@@ -135,10 +153,14 @@ impl Api {
 }
 
 fn router(api: Api) -> Router {
+    let refuse = axum::middleware::from_fn_with_state(api.clone(), drain::refuse);
     Router::new()
-        .route("/v1/chat/completions", post(chat::create))
+        .route(
+            "/v1/chat/completions",
+            post(chat::create).layer(refuse.clone()),
+        )
         .route("/v1/chat/completions/{id}", get(resumed::events))
-        .route("/v1/completions", post(completions::create))
+        .route("/v1/completions", post(completions::create).layer(refuse))
         .route("/v1/completions/{id}", get(resumed::events))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
@@ -197,7 +219,5 @@ fn usage(prompt: usize, generated: usize) -> Value {
     })
 }
 
-/// What a short answer still needs, and what somebody who stops a node still waits for.
-const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
-/// For the events that say why an answer ends.
-const LAST_WORDS: Duration = Duration::from_millis(200);
+/// For what is written and not read yet, and for the events that say why an answer ends.
+const LAST_WORDS: Duration = Duration::from_secs(1);

@@ -18,7 +18,7 @@ pub use cluster::{ClusterReport, NodeReport, Phase, ShardReport};
 pub use ids::{Epoch, PlanNumber, Rank, SequenceId, Step};
 pub use outcome::{Candidate, FinishReason, SampledToken, StepOutcome};
 pub use plan::{Join, Plan};
-pub use request::{Rejection, Request, RequestEvent, RequestFailure};
+pub use request::{ClientId, Rejection, Request, RequestEvent, RequestFailure};
 pub use sampling::{LogitBias, Sampling, SamplingError};
 pub use shard::{
     FastSynch, GroupMember, GroupSpec, Layout, LoadProgress, NodeWeight, ShardSpec, Transport,

@@ -15,10 +15,26 @@ pub struct Request {
     pub max_tokens: u32,
     /// Tokens that end the answer; empty to go on until `max_tokens`.
     pub stop_tokens: Vec<u32>,
+    /// Lower is sooner, from [`Request::PRIORITY_MIN`] to [`Request::PRIORITY_MAX`]; 0 for most.
+    pub priority: i32,
+    /// Who asks: those who wait take turns by this.
+    pub client: ClientId,
     /// The answer's first tokens, when it was begun before: it goes on behind them. They count among
     /// `max_tokens`, and are fewer.
     pub delivered: Vec<u32>,
 }
+
+impl Request {
+    pub const PRIORITY_MIN: i32 = -1000;
+    pub const PRIORITY_MAX: i32 = 1000;
+}
+
+/// Tells one client from another, and nothing else about it: made from its API key in a way that does
+/// not lead back to the key. The default is everybody who does not say.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+pub struct ClientId(pub u64);
 
 /// What becomes of a request, in this order: one `Accepted` or `Rejected`, then every token once,
 /// until one carries a finish reason, or `Failed`.
@@ -50,13 +66,30 @@ pub enum RequestFailure {
          not send it again as it is"
     )]
     LostRepeatedly { losses: u32 },
+    #[error("no shard had begun with the request after {seconds} s: others came first")]
+    NotBegun {
+        seconds: u64,
+        retry_after_seconds: u32,
+    },
 }
 
 /// Why a request was not taken. Nothing was computed for it.
 #[derive(Clone, Debug, PartialEq, Eq, Error, Serialize, Deserialize)]
 pub enum Rejection {
-    #[error("{queued} requests wait already: try again later")]
-    Overloaded { queued: u32 },
+    /// The queue is full, whoever asks.
+    #[error("{queued} requests of {tokens} tokens wait already: try again later")]
+    Overloaded {
+        queued: u32,
+        /// Of their prompts, and those that may be generated.
+        tokens: u64,
+        retry_after_seconds: u32,
+    },
+    /// What is left of the queue is for others.
+    #[error("{queued} requests of yours wait already: try again later")]
+    ShareUsed {
+        queued: u32,
+        retry_after_seconds: u32,
+    },
     #[error("the cluster is not ready: {detail}")]
     NotReady { detail: String },
     #[error("the prompt has {prompt_tokens} tokens, the context holds {context_tokens}")]

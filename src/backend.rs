@@ -58,21 +58,7 @@ struct ClusterBackend {
 
 impl Backend for ClusterBackend {
     fn submit(&self, request: Request) -> BoxFuture<'_, Result<Tokens, Rejection>> {
-        Box::pin(async move {
-            let not_ready = |detail: String| Rejection::NotReady { detail };
-            let subscribed = self
-                .scheduler
-                .subscribe(Submit(request), SUBMIT_DEADLINE)
-                .await;
-            let mut events = subscribed.map_err(|error| not_ready(error.to_string()))?;
-            match events.next().await {
-                Some(Ok(RequestEvent::Accepted)) => Ok(tokens(events)),
-                Some(Ok(RequestEvent::Rejected(rejection))) => Err(rejection),
-                Some(Ok(_)) => Err(not_ready("the scheduler spoke out of turn".into())),
-                Some(Err(error)) => Err(not_ready(error.to_string())),
-                None => Err(not_ready("the scheduler has ended".into())),
-            }
-        })
+        Box::pin(submit(&self.scheduler, request))
     }
 
     fn cluster(&self) -> BoxFuture<'_, Result<ClusterReport, String>> {
@@ -87,6 +73,23 @@ impl Backend for ClusterBackend {
             let steps = self.membership.send(ReportSteps).await;
             steps.unwrap_or_default()
         })
+    }
+}
+
+/// Hands a request to the scheduler, and waits until it is accepted or rejected.
+pub(crate) async fn submit(
+    scheduler: &RemoteStream<Submit>,
+    request: Request,
+) -> Result<Tokens, Rejection> {
+    let not_ready = |detail: String| Rejection::NotReady { detail };
+    let subscribed = scheduler.subscribe(Submit(request), SUBMIT_DEADLINE).await;
+    let mut events = subscribed.map_err(|error| not_ready(error.to_string()))?;
+    match events.next().await {
+        Some(Ok(RequestEvent::Accepted)) => Ok(tokens(events)),
+        Some(Ok(RequestEvent::Rejected(rejection))) => Err(rejection),
+        Some(Ok(_)) => Err(not_ready("the scheduler spoke out of turn".into())),
+        Some(Err(error)) => Err(not_ready(error.to_string())),
+        None => Err(not_ready("the scheduler has ended".into())),
     }
 }
 

@@ -1,9 +1,11 @@
 //! `offbook bench`: figures that anybody can measure again.
 
+mod api;
 mod collective;
 mod decode;
 mod loss;
 pub(crate) mod message;
+mod serve;
 mod step;
 pub(crate) mod ranks;
 pub(crate) mod wire;
@@ -18,10 +20,12 @@ use crate::logging;
 pub(crate) async fn run(command: BenchCommand) -> Result<()> {
     logging::start("bench");
     match command {
+        BenchCommand::Api(options) => api::run(options).await,
         BenchCommand::Collective(options) => collective::run(options).await,
         BenchCommand::Decode(options) => decode::run(options).await,
         BenchCommand::Loss(options) => loss::run(options).await,
         BenchCommand::Message(options) => message::run(options).await,
+        BenchCommand::Serve(options) => serve::run(options).await,
         BenchCommand::Step(options) => step::run(options).await,
     }
 }

@@ -119,6 +119,9 @@ pub(crate) struct LocalOptions {
     /// How long a request may take from its arrival to its last token, waits included
     #[arg(long, value_name = "TIME", default_value = "10min", value_parser = duration)]
     pub(crate) request_timeout: Duration,
+    /// How long answers that are under way may go on when the cluster is told to stop
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
+    pub(crate) drain: Duration,
     /// A process that ends so often within a minute, and once more, is given up
     #[arg(long, value_name = "N", default_value_t = 5)]
     pub(crate) restarts: u32,
@@ -349,6 +352,20 @@ pub(crate) enum BenchCommand {
     /// bulk`: one ask of 64 bytes after the other while a subscription of 64 KiB items runs over the
     /// same link as fast as it can; its MiB/s are those of the subscription.
     Message(BenchMessage),
+    /// What clients of an OpenAI-compatible server wait for, under load
+    ///
+    /// Sends streaming completions, prompts of words or of token ids that all differ, and asks that
+    /// answers do not end early (`ignore_eos`, where the server knows it). Several --url take turns,
+    /// block by block, with the same prompts. Columns: requests and tokens per second while requests
+    /// were under way; the time to the first text, and from one event with text to the next, in
+    /// milliseconds, median and 99th percentile; and how many failed, by status.
+    Serve(BenchServe),
+    /// What API, scheduler and messages add to a token
+    ///
+    /// A scripted shard draws a token at each step of a fixed length. Scheduler, messages over QUIC and
+    /// API are the real ones, on this machine. Printed, in milliseconds: from the moment at which a token
+    /// is drawn to that at which an HTTP client has it, and from token to token as the client sees it.
+    Api(BenchApi),
     /// Decode speed of one node, of several, and of mlx-lm if Python has it
     Decode(BenchDecode),
     /// How long an answer pauses when a shard is killed
@@ -604,6 +621,64 @@ pub(crate) struct BenchDecode {
     #[arg(long, value_name = "FILE")]
     pub(crate) python: Option<PathBuf>,
     /// Print JSON instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchServe {
+    /// Where a server is, as in http://127.0.0.1:8080; several are compared
+    #[arg(long, required = true, value_name = "URL")]
+    pub(crate) url: Vec<String>,
+    /// The model's name; without it, the first that the server lists
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model: Option<String>,
+    /// Requests to each server, at each --concurrency
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) requests: u32,
+    /// Requests under way at the same time at most; several are measured one after the other
+    #[arg(
+        long,
+        value_name = "C,C,…",
+        value_delimiter = ',',
+        default_value = "1,4"
+    )]
+    pub(crate) concurrency: Vec<u32>,
+    /// Words, or token ids, of each prompt
+    #[arg(long, value_name = "I", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) input_tokens: u32,
+    /// Tokens of each answer at most
+    #[arg(long, value_name = "O", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) output_tokens: u32,
+    /// Send prompts of token ids below this instead of words
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) token_ids_below: Option<u32>,
+    /// Requests that arrive per second, at random; without it, each when another one ends
+    #[arg(long, value_name = "R")]
+    pub(crate) rate: Option<f64>,
+    /// Prompts and arrivals follow from it
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// How long one answer may take
+    #[arg(long, value_name = "TIME", default_value = "600s", value_parser = duration)]
+    pub(crate) timeout: Duration,
+    /// Print one JSON object per row
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BenchApi {
+    /// How long each step takes
+    #[arg(long, value_name = "TIME", default_value = "2.6ms", value_parser = duration)]
+    pub(crate) step: Duration,
+    /// Tokens of each answer
+    #[arg(long, value_name = "N", default_value_t = 500, value_parser = clap::value_parser!(u32).range(2..))]
+    pub(crate) tokens: u32,
+    /// Answers, after one that is not counted
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) runs: u32,
+    /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
 }

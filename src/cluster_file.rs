@@ -68,6 +68,11 @@ pub(crate) struct Limits {
     /// blocks of 256 count; 0 takes as many as `sequences_max` sequences of the full context need.
     pub(crate) kv_tokens: u32,
     pub(crate) queue_max: u32,
+    /// Tokens at most of the requests that wait: those of their prompts, and those that may be
+    /// generated for them.
+    pub(crate) queue_tokens_max: u64,
+    /// How long a request may wait for a shard to begin with it.
+    pub(crate) queue_deadline_seconds: f64,
     pub(crate) prefill_chunk_tokens: u32,
     pub(crate) collective_deadline_seconds: f64,
     pub(crate) load_deadline_seconds: f64,
@@ -94,6 +99,8 @@ pub(crate) struct Limits {
     /// A request that runs while so many epochs in a row are lost, without a token in between, is
     /// given up.
     pub(crate) request_losses_max: u32,
+    /// How long a head that is told to stop lets answers under way go on; new ones are refused.
+    pub(crate) drain_seconds: f64,
 }
 
 impl Default for Limits {
@@ -103,6 +110,8 @@ impl Default for Limits {
             sequences_max: 8,
             kv_tokens: 0,
             queue_max: 64,
+            queue_tokens_max: 8 << 20,
+            queue_deadline_seconds: 120.0,
             prefill_chunk_tokens: 256,
             collective_deadline_seconds: 10.0,
             load_deadline_seconds: 1800.0,
@@ -117,6 +126,20 @@ impl Default for Limits {
             restart_pause_max_seconds: RestartPolicy::default().backoff_max.as_secs_f64(),
             request_deadline_seconds: 600.0,
             request_losses_max: 3,
+            drain_seconds: 30.0,
+        }
+    }
+}
+
+impl Limits {
+    pub(crate) fn scheduler(&self) -> SchedulerLimits {
+        SchedulerLimits {
+            queue_max: self.queue_max,
+            queue_tokens_max: self.queue_tokens_max,
+            queue_deadline: Duration::from_secs_f64(self.queue_deadline_seconds),
+            sequences_max: self.sequences_max,
+            request_deadline: Duration::from_secs_f64(self.request_deadline_seconds),
+            losses_max: self.request_losses_max,
         }
     }
 }
@@ -200,6 +223,8 @@ impl ClusterFile {
             ("prefill_stall_seconds", limits.prefill_stall_seconds),
             ("decode_stall_seconds", limits.decode_stall_seconds),
             ("request_deadline_seconds", limits.request_deadline_seconds),
+            ("queue_deadline_seconds", limits.queue_deadline_seconds),
+            ("drain_seconds", limits.drain_seconds),
         ] {
             ensure!(
                 Duration::try_from_secs_f64(seconds).is_ok_and(|d| !d.is_zero()),
@@ -302,12 +327,12 @@ impl ClusterFile {
     }
 
     pub(crate) fn scheduler_limits(&self) -> SchedulerLimits {
-        SchedulerLimits {
-            queue_max: self.limits.queue_max,
-            sequences_max: self.limits.sequences_max,
-            request_deadline: Duration::from_secs_f64(self.limits.request_deadline_seconds),
-            losses_max: self.limits.request_losses_max,
-        }
+        self.limits.scheduler()
+    }
+
+    /// How long answers under way may go on when the head is told to stop.
+    pub(crate) fn drain(&self) -> Duration {
+        Duration::from_secs_f64(self.limits.drain_seconds)
     }
 
     pub(crate) fn shard_keeping(&self) -> ShardKeeping {

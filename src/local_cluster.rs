@@ -20,6 +20,10 @@ use crate::{demo_model, fast_synch};
 /// A running cluster. Its processes end with this value, and with this process.
 pub(crate) struct LocalCluster {
     supervisor: Arc<Supervisor>,
+    /// The node that serves the API.
+    head: String,
+    /// How long it lets answers go on when it is told to stop.
+    drain: Duration,
     /// Ends with this value.
     _tending: JoinSet<()>,
     /// Removed at the end, unless the user named a folder.
@@ -59,6 +63,7 @@ impl LocalCluster {
             limits.restarts_max = options.restarts;
             limits.restart_pause_max_seconds = options.restart_pause_max.as_secs_f64();
             limits.request_deadline_seconds = options.request_timeout.as_secs_f64();
+            limits.drain_seconds = options.drain.as_secs_f64();
             ClusterFile {
                 cluster: format!("local-{}", std::process::id()),
                 model: model.clone(),
@@ -98,11 +103,13 @@ impl LocalCluster {
         let head = nodes[0].0.clone();
         tending.spawn(tend(
             Arc::clone(&supervisor),
-            head,
+            head.clone(),
             format!("http://{http}"),
         ));
         Ok(Self {
             supervisor,
+            head,
+            drain: options.drain,
             _tending: tending,
             _scratch: scratch,
             model,
@@ -161,8 +168,13 @@ impl LocalCluster {
         &self.client
     }
 
-    /// Stops every process, in order.
+    /// Stops every process, in order: the head first, which finishes the answers under way, while the
+    /// others work for it.
     pub(crate) async fn stop(self) {
+        let deadline = self.drain + STOP_DEADLINE;
+        if let Err(error) = self.supervisor.stop_child(&self.head, deadline).await {
+            tracing::debug!(%error, "the head is gone already");
+        }
         self.supervisor.stop(STOP_DEADLINE).await;
     }
 }

@@ -55,7 +55,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Status(options) => on_this_thread(status::run(options)),
         Command::Stress(options) => on_this_thread(stress::run(options)),
         // Measured actors need an actix system around them.
-        Command::Bench(command @ BenchCommand::Message(_)) => {
+        Command::Bench(command @ (BenchCommand::Message(_) | BenchCommand::Api(_))) => {
             actix::System::new().block_on(bench::run(command))
         }
         Command::Bench(command) => on_this_thread(bench::run(command)),

@@ -1,5 +1,9 @@
 //! `offbook node`: one machine of a cluster. It keeps its shard process running; the head, which is
 //! the first node of the cluster file, also forms the group, schedules and serves the API.
+//!
+//! SIGTERM or Ctrl-C has a head refuse new requests and finish those under way, within the cluster
+//! file's `drain_seconds`, before its shard ends; the second one stops it at once. Another node stops at
+//! once, and the epoch with it: to stop a whole cluster, stop its head first.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -13,6 +17,8 @@ use offbook_runtime::supervise::lifeline;
 use offbook_runtime::{Identity, ProcessName, System, SystemConfig};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 use crate::backend;
 use crate::cli::Node;
@@ -56,30 +62,55 @@ pub(crate) async fn run(options: Node) -> Result<()> {
         // Who started this node for a whole cluster has looked already.
         cluster.fast_synch = fast_synch::chosen(None, cluster.fast_synch)?;
     }
-    let mut answers = None;
+    let mut api = None;
     if is_head {
-        answers = Some(start_head(&system, &cluster, &options).await?);
+        api = Some(start_head(&system, &cluster, &options).await?);
     }
     let head = ProcessName::new(&*cluster.head().name)?;
     let agent = NodeAgent::new(&system, head, launch(&options)?, cluster.shard_keeping()).start();
 
-    loop {
+    let mut told_to_stop = async || loop {
         tokio::select! {
             _ = terminate.recv() => break,
             // A Ctrl-C in a terminal reaches every process of the group at once; whoever started
             // this node then stops it in order.
             _ = interrupt.recv() => if !options.supervised { break },
         }
-    }
-    if let Some(answers) = answers {
-        answers.keep_all();
+    };
+    told_to_stop().await;
+    if let Some(api) = api {
+        let journal = api.journal.clone();
+        tokio::select! {
+            () = api.drain() => {}
+            // Whoever says it twice means at once.
+            () = told_to_stop() => {}
+        }
+        journal.keep_all();
     }
     stop(&agent, &system).await;
     Ok(())
 }
 
-/// Scheduler, membership and API; the journal is that of the answers under way.
-async fn start_head(system: &System, cluster: &ClusterFile, options: &Node) -> Result<Journal> {
+/// The API of a head.
+struct Api {
+    /// Of the answers under way.
+    journal: Journal,
+    stop: oneshot::Sender<()>,
+    served: JoinHandle<()>,
+}
+
+impl Api {
+    /// Has it refuse new requests, and waits until those under way are answered, or out of time.
+    async fn drain(self) {
+        drop(self.stop);
+        if let Err(error) = self.served.await {
+            tracing::error!(%error, "the API has ended before its time");
+        }
+    }
+}
+
+/// Scheduler, membership and API.
+async fn start_head(system: &System, cluster: &ClusterFile, options: &Node) -> Result<Api> {
     let model = &cluster.model;
     let config = ModelConfig::open(model)
         .with_context(|| format!("cannot serve the model in {}", model.display()))?;
@@ -100,13 +131,20 @@ async fn start_head(system: &System, cluster: &ClusterFile, options: &Node) -> R
     let journal = Journal::open(answers.clone())
         .with_context(|| format!("cannot keep answers in {}", answers.display()))?;
     let service = backend::service(system, membership, cluster, &config, journal.clone())?;
-    actix::spawn(async move {
-        let served = offbook_api::serve(listener, Arc::new(service), std::future::pending()).await;
+    let (stop, stopped) = oneshot::channel::<()>();
+    let drain = cluster.drain();
+    let served = actix::spawn(async move {
+        let stopped = async move { drop(stopped.await) };
+        let served = offbook_api::serve(listener, Arc::new(service), drain, stopped).await;
         if let Err(error) = served {
             tracing::error!(%error, "the API has stopped");
         }
     });
-    Ok(journal)
+    Ok(Api {
+        journal,
+        stop,
+        served,
+    })
 }
 
 fn launch(options: &Node) -> Result<ShardLaunch> {

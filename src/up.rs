@@ -1,4 +1,5 @@
-//! `offbook up`: a whole cluster on this machine, in the foreground, until it is told to stop.
+//! `offbook up`: a whole cluster on this machine, in the foreground, until it is told to stop: once to
+//! finish the answers that are under way, twice to end at once.
 
 use anyhow::{Context, Result};
 use offbook_protocol::ClusterReport;
@@ -38,7 +39,12 @@ pub(crate) async fn run(options: Up) -> Result<()> {
         Ok(None) => Ok(()),
         Err(error) => Err(error).context("the cluster did not come up"),
     };
-    cluster.stop().await;
+    tokio::select! {
+        () = cluster.stop() => {}
+        // Whoever says it twice means at once: the nodes end with this process.
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
     outcome
 }
 

@@ -40,9 +40,10 @@ fn and_each_answer_is_what_it_would_be_alone() {
 fn and_what_is_too_much_is_refused_at_once_until_somebody_leaves() {
     let cluster = Cluster::up(&["--nodes", "1", "--sequences", "1"]);
     let running = cluster.stream("/v1/completions", &long_completion(1900));
-    // The shard stands still, so that nothing finishes while the queue of 64 fills behind it.
+    // The shard stands still, so that nothing finishes while the queue of 64 fills behind it. One
+    // client may hold three quarters of it.
     send_signal(cluster.shard_pid(0), "STOP");
-    let waiting: Vec<_> = (0..64)
+    let waiting: Vec<_> = (0..48)
         .map(|_| {
             let body = long_completion(1900);
             let url = cluster.url("/v1/completions");
@@ -54,19 +55,52 @@ fn and_what_is_too_much_is_refused_at_once_until_somebody_leaves() {
             })
         })
         .collect();
-    cluster.wait_for("a full queue", |report| report["requests_queued"] == 64);
+    cluster.wait_for("a full queue", |report| report["requests_queued"] == 48);
     let (status, refusal) = cluster.post("/v1/completions", &long_completion(1));
     assert_eq!(status, 429, "{refusal}");
-    assert!(refusal["error"]["message"].is_string(), "{refusal}");
+    assert_eq!(refusal["error"]["code"], "rate_limit_exceeded");
+    let mut body = long_completion(1900);
+    body["user"] = "somebody else".into();
+    let waits = cluster.stream("/v1/completions", &body);
+    cluster.wait_for("it to wait", |report| report["requests_queued"] == 49);
+    drop(waits);
+    cluster.wait_for("it to leave", |report| report["requests_queued"] == 48);
 
     // A client that leaves: the next one in the queue takes its place.
     drop(running);
     cluster.wait_for("the next one to run", |report| {
-        report["requests_queued"] == 63 && report["requests_running"] == 1
+        report["requests_queued"] == 47 && report["requests_running"] == 1
     });
     send_signal(cluster.shard_pid(0), "CONT");
     drop(cluster);
     waiting
         .into_iter()
         .for_each(|thread| thread.join().expect("it ends with the cluster"));
+}
+
+#[test]
+fn and_whoever_leaves_while_a_prompt_is_read_frees_its_place() {
+    let cluster = Cluster::up(&["--nodes", "1", "--sequences", "1"]);
+    // Many chunks of prefill: no token comes for a while.
+    let prompt: Vec<u64> = (0..1900).map(|n| n % 500 + 4).collect();
+    let body = json!({"prompt": prompt, "max_tokens": 100, "stream": true, "ignore_eos": true,
+                      "return_token_ids": true});
+    let reading = cluster.stream("/v1/completions", &body);
+    cluster.wait_for("it to run", |report| report["requests_running"] == 1);
+    let generated = |cluster: &Cluster| {
+        let metrics = cluster.get_text("/metrics");
+        let line = metrics
+            .lines()
+            .find_map(|line| line.strip_prefix("offbook_generated_tokens_total "));
+        let count = line.expect("it is counted");
+        count.parse::<u64>().expect("a number")
+    };
+    assert_eq!(generated(&cluster), 0, "its prompt is still read");
+    drop(reading);
+    let next = cluster
+        .stream("/v1/completions", &long_completion(5))
+        .rest();
+    assert_eq!(next.len(), 5);
+    assert_eq!(generated(&cluster), 5, "nothing for who had left");
+    cluster.wait_for("nothing to run", |report| report["requests_running"] == 0);
 }

@@ -7,12 +7,18 @@ use offbook_protocol::{
 };
 
 use super::journal::{Entry, Journal};
+use super::queue::Queue;
 
 /// The bounds of the scheduler.
 #[derive(Clone, Copy, Debug)]
 pub struct SchedulerLimits {
     /// Requests that no shard has begun at most; the next one is refused.
     pub queue_max: u32,
+    /// Tokens at most that their prompts have and that may be generated for them. A single request
+    /// that has more may wait alone.
+    pub queue_tokens_max: u64,
+    /// How long a request may wait for a shard to begin with it.
+    pub queue_deadline: Duration,
     /// Sequences that the shards work on at the same time at most.
     pub sequences_max: u32,
     /// How long a request may take from its arrival to its last token.
@@ -24,11 +30,13 @@ pub struct SchedulerLimits {
 
 /// All requests that are not finished. `C` is the client's end of one.
 ///
-/// There are at most `queue_max + sequences_max` of them, none longer than the context.
+/// There are at most `queue_max + sequences_max` of them, none longer than the context, and those that
+/// an earlier process of the head had within the same bounds.
 #[derive(Debug)]
 pub(crate) struct Admission<C> {
     limits: SchedulerLimits,
     journal: Journal<C>,
+    queue: Queue,
     leaving: Vec<SequenceId>,
     last_plan: PlanNumber,
     serving: Option<Serving>,
@@ -58,6 +66,7 @@ impl<C> Admission<C> {
         Self {
             limits,
             journal: Journal::new(),
+            queue: Queue::new(limits.queue_max, limits.queue_tokens_max),
             leaving: Vec::new(),
             last_plan: PlanNumber(0),
             serving: None,
@@ -76,7 +85,10 @@ impl<C> Admission<C> {
         client: C,
     ) -> Result<SequenceId, (Rejection, C)> {
         match self.check(&request) {
-            Ok(()) => Ok(self.journal.open(request, client)),
+            Ok(()) => {
+                self.queue.arrive(request.client, &self.journal);
+                Ok(self.journal.open(request, client))
+            }
             Err(rejection) => Err((rejection, client)),
         }
     }
@@ -94,6 +106,10 @@ impl<C> Admission<C> {
         if request.delivered.len() >= request.max_tokens as usize {
             return invalid("an answer that is complete cannot go on".into());
         }
+        let priorities = Request::PRIORITY_MIN..=Request::PRIORITY_MAX;
+        if !priorities.contains(&request.priority) {
+            return invalid(format!("the priority must be in {priorities:?}"));
+        }
         if let Err(error) = request.sampling.validate() {
             return invalid(error.to_string());
         }
@@ -101,11 +117,8 @@ impl<C> Admission<C> {
             let positions = request.prompt.len() + request.delivered.len();
             check_size(positions as u32, request, serving)?;
         }
-        let queued = self.journal.waiting().filter(|(_, e)| e.is_new()).count() as u32;
-        if queued >= self.limits.queue_max {
-            return Err(Rejection::Overloaded { queued });
-        }
-        Ok(())
+        let places = self.limits.sequences_max;
+        self.queue.check(request, &self.journal, places)
     }
 
     /// Notes a token of the shards and says whose it is. Whatever does not belong to the epoch under
@@ -114,13 +127,30 @@ impl<C> Admission<C> {
         if self.epoch() != Some(epoch) {
             return None;
         }
+        self.queue.note(&self.journal, token.sequence);
         self.journal.note(token)
+    }
+
+    /// A step of the shards has taken so long: what a client is told to wait follows from it.
+    pub(super) fn note_step(&mut self, took: Duration) {
+        self.queue.note_step(took);
+    }
+
+    /// When another one has a place, by what is running.
+    pub(super) fn retry_after_seconds(&self) -> u32 {
+        self.queue.retry_after_seconds(&self.journal, 1)
+    }
+
+    /// No shard has begun with it.
+    pub(super) fn is_unbegun(&self, sequence: SequenceId) -> bool {
+        self.journal.get(sequence).is_some_and(Entry::is_new)
     }
 
     /// The request is over before its last token, and its client is handed out for the last time.
     /// The place among the shards is free with the next plan.
     pub(crate) fn withdraw(&mut self, sequence: SequenceId) -> Option<C> {
         let entry = self.journal.close(sequence)?;
+        self.queue.forget(&self.journal);
         if entry.is_running() {
             self.leaving.push(sequence);
         }
@@ -129,7 +159,10 @@ impl<C> Admission<C> {
 
     /// The shards have drawn the last token of this sequence.
     pub(crate) fn finish(&mut self, sequence: SequenceId) {
-        self.journal.close(sequence);
+        if let Some(entry) = self.journal.close(sequence) {
+            self.queue.note_answer(entry.delivered());
+            self.queue.forget(&self.journal);
+        }
     }
 
     /// The plan that is due now, if anything is to change. Another one may be due after it: a plan has
@@ -142,6 +175,7 @@ impl<C> Admission<C> {
             && (joins.is_empty() || positions + more <= PLAN_POSITIONS_MAX)
         {
             positions += more;
+            self.queue.join(&self.journal, sequence);
             joins.extend(self.journal.join(sequence, serving.context_tokens));
         }
         let leaves = std::mem::take(&mut self.leaving);
@@ -159,10 +193,10 @@ impl<C> Admission<C> {
 
     /// Who may join now, and the positions that it fills already.
     ///
-    /// A request on its last chance joins only those that have drawn a token in this epoch, and nobody
+    /// Whoever the [`queue`](super::queue) has first. A request on its last chance joins only those that have drawn a token in this epoch, and nobody
     /// joins it before it has: when the epoch is lost nevertheless, no other can be the cause.
     fn next_to_join(&self) -> Option<(SequenceId, u32)> {
-        let (sequence, next) = self.journal.waiting().next()?;
+        let (sequence, next) = self.queue.next(&self.journal)?;
         let on_trial = |entry: &Entry<C>| self.is_suspect(entry) && !entry.is_proven();
         let is_full = self.running() >= self.limits.sequences_max;
         if is_full || self.journal.running().any(on_trial) {

@@ -113,10 +113,14 @@ impl<C> Journal<C> {
         self.entries.get(&sequence)
     }
 
-    /// Who waits, in the order of arrival: those that were interrupted arrived before all others.
+    /// Who waits, in the order of arrival.
     pub(crate) fn waiting(&self) -> impl Iterator<Item = (SequenceId, &Entry<C>)> {
         let entries = self.entries.iter().map(|(sequence, e)| (*sequence, e));
         entries.filter(|(_, entry)| !entry.is_running())
+    }
+
+    pub(crate) fn entries(&self) -> impl Iterator<Item = &Entry<C>> {
+        self.entries.values()
     }
 
     pub(crate) fn running(&self) -> impl Iterator<Item = &Entry<C>> {
@@ -135,7 +139,12 @@ impl<C> Entry<C> {
 
     /// No shard has ever worked on it.
     pub(crate) fn is_new(&self) -> bool {
-        !self.is_running() && self.losses == 0
+        !self.is_running() && self.losses == 0 && self.delivered.is_empty()
+    }
+
+    /// Tokens that its client has.
+    pub(crate) fn delivered(&self) -> u32 {
+        self.delivered.len() as u32
     }
 
     pub(crate) fn losses(&self) -> u32 {
@@ -156,6 +165,8 @@ impl<C> Entry<C> {
             sampling,
             max_tokens,
             stop_tokens,
+            priority: _,
+            client: _,
             delivered: _,
         } = &self.request;
         let left = max_tokens.saturating_sub(self.delivered.len() as u32);

@@ -90,7 +90,32 @@ const SHORT_CONTEXT_TOKENS: u32 = 4096;
 
 #[cfg(test)]
 mod tests {
+    use offbook_protocol::{Epoch, FastSynch, Layout, NodeWeight, Rank, Transport};
+
     use super::*;
+
+    #[test]
+    fn caches_that_cannot_be_held_are_refused_with_the_key_to_lower() {
+        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/dense-f32");
+        let spec = |kv_tokens| ShardSpec {
+            epoch: Epoch(1),
+            rank: Rank(0),
+            model: model.into(),
+            layout: Layout::Tensor,
+            weights: vec![NodeWeight(1.0)],
+            transport: Transport::Quic,
+            fast_synch: FastSynch::Auto,
+            prefill_chunk_tokens: 16,
+            context_tokens: 64,
+            sequences_max: 1,
+            kv_tokens: Some(kv_tokens),
+            collective_deadline: std::time::Duration::from_secs(1),
+        };
+        check(&spec(256), "a").unwrap();
+        let error = check(&spec(u32::MAX), "a").unwrap_err();
+        let remedy = "lower limits.kv_tokens, which is 4294967295, in the cluster file";
+        assert!(error.contains(remedy), "{error}");
+    }
 
     #[test]
     fn the_system_says_what_it_has() {

@@ -44,6 +44,8 @@ impl Client {
             max_tokens: 1 + chance.below(50) as u32,
             stop_tokens: stops,
             delivered: Vec::new(),
+            priority: chance.below(3) as i32,
+            client: offbook_protocol::ClientId(chance.below(2) as u64),
         };
         Self {
             expected: answer(&request),
@@ -124,7 +126,12 @@ impl World {
                 self.local_after(self.limits.request_deadline, pid, Local::Late(sequence));
                 self.send_plans();
             }
-            Err((Rejection::NotReady { .. } | Rejection::Overloaded { .. }, _)) => {
+            Err((
+                Rejection::NotReady { .. }
+                | Rejection::Overloaded { .. }
+                | Rejection::ShareUsed { .. },
+                _,
+            )) => {
                 self.timeline.after(pause, super::Event::Submit(id));
             }
             Err((rejection, _)) => panic!("client {id} is refused: {rejection}"),

@@ -104,6 +104,7 @@ impl Loop {
             batch: Batch::new(Limits {
                 prefill_chunk_tokens: 8,
                 context_tokens: CONTEXT_TOKENS as usize,
+                kv_tokens: usize::MAX,
             }),
             plans: PlanInbox::new(epoch),
             commands: VecDeque::new(),

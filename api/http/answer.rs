@@ -23,6 +23,9 @@ pub(super) struct Reading {
     pub(super) parser: AnswerParser,
     /// For the words of the answer; thoughts and tool calls are not looked at.
     pub(super) stop: StopFinder,
+    /// So many tokens more are not looked at for a stop string: `min_tokens`, as for tokens that end
+    /// an answer.
+    pub(super) unstoppable: u32,
 }
 
 /// What happens next to an answer.
@@ -123,7 +126,11 @@ impl Reading {
             pieces.extend(self.parser.push(&rest));
             pieces.extend(self.parser.finish(reason));
         }
-        let mut pieces = self.before_stop(pieces);
+        let mut pieces = match self.unstoppable {
+            0 => self.before_stop(pieces),
+            _ => pieces,
+        };
+        self.unstoppable = self.unstoppable.saturating_sub(1);
         if self.stop.found() {
             ended = Some(FinishReason::Stop);
         } else if ended.is_some() {

@@ -7,12 +7,18 @@ use axum::extract::{FromRequest, Request};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, StatusCode};
 use bytes::Bytes;
+use offbook_protocol::ClientId;
 
+use super::caller;
 use super::error::ApiError;
 use super::fields::Fields;
 
 /// The parameters of a request.
-pub(super) struct Body(pub(super) Fields);
+pub(super) struct Body {
+    pub(super) fields: Fields,
+    /// Whose API key came with it.
+    pub(super) caller: Option<ClientId>,
+}
 
 impl<S: Send + Sync> FromRequest<S> for Body {
     type Rejection = ApiError;
@@ -21,6 +27,7 @@ impl<S: Send + Sync> FromRequest<S> for Body {
         if !is_json(request.headers()) {
             return Err(ApiError::NotJson);
         }
+        let caller = caller::by_key(request.headers());
         let read = tokio::time::timeout(BODY_DEADLINE, Bytes::from_request(request, state)).await;
         let late = |_| ApiError::BadBody {
             why: "the body did not arrive in time".into(),
@@ -29,7 +36,8 @@ impl<S: Send + Sync> FromRequest<S> for Body {
         let value = serde_json::from_slice(&bytes).map_err(|error| ApiError::BadBody {
             why: format!("the body is no JSON: {error}"),
         })?;
-        Fields::of(value, String::new()).map(Body)
+        let fields = Fields::of(value, String::new())?;
+        Ok(Self { fields, caller })
     }
 }
 

@@ -26,10 +26,11 @@ use request::ChatRequest;
 /// Renders the conversation, has it answered, and writes the answers whole or as they come.
 pub(super) async fn create(
     State(api): State<Api>,
-    Body(fields): Body,
+    Body { fields, caller }: Body,
 ) -> Result<Response, ApiError> {
     let body = fields.value();
-    let request = ChatRequest::read(fields, &api)?;
+    let mut request = ChatRequest::read(fields, &api)?;
+    request.options.client = caller.unwrap_or(request.options.client);
     let prompt = Prompt::of(&api.service, request.conversation.clone()).await?;
     let context = api.service.context_tokens;
     let requests = request
@@ -142,6 +143,7 @@ impl Prompt {
             detokenizer: service.text.as_ref().map(Text::detokenizer),
             parser,
             stop: StopFinder::new(request.options.stop.clone()),
+            unstoppable: request.options.sampling.min_tokens,
         }
     }
 }

@@ -10,6 +10,7 @@ use futures::{FutureExt, StreamExt, TryStreamExt};
 use offbook_protocol::{Rejection, Request, SampledToken};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::answer::{Answer, Change, Finish, Reading};
 use super::error::ApiError;
@@ -28,6 +29,8 @@ pub(super) struct Choices {
     /// Where the tokens are noted before the client has them.
     record: Option<Record>,
     stopping: CancellationToken,
+    /// The server does not stop before these have ended, if they do so in time.
+    _under_way: TaskTrackerToken,
 }
 
 impl Choices {
@@ -105,6 +108,7 @@ impl Choices {
             replayed,
             record,
             stopping: api.stopping.clone(),
+            _under_way: api.drain.token(),
         }
     }
 
@@ -186,7 +190,11 @@ fn continued(backend: Arc<dyn Backend>, request: Request, told: Vec<SampledToken
             match backend.submit(request.clone()).await {
                 Ok(tokens) => return Ok(tokens),
                 // The group is forming, or others came first.
-                Err(Rejection::NotReady { .. } | Rejection::Overloaded { .. }) => {
+                Err(
+                    Rejection::NotReady { .. }
+                    | Rejection::Overloaded { .. }
+                    | Rejection::ShareUsed { .. },
+                ) => {
                     tokio::time::sleep(RESUME_PAUSE).await;
                 }
                 Err(rejection) => {

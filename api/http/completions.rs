@@ -28,10 +28,11 @@ use request::{CompletionRequest, Prompt};
 /// Has every prompt continued, and writes what comes whole or as it comes.
 pub(super) async fn create(
     State(api): State<Api>,
-    Body(fields): Body,
+    Body { fields, caller }: Body,
 ) -> Result<Response, ApiError> {
     let body = fields.value();
-    let request = CompletionRequest::read(fields, &api)?;
+    let mut request = CompletionRequest::read(fields, &api)?;
+    request.options.client = caller.unwrap_or(request.options.client);
     let prompts = encode(&api.service, request.prompts).await?;
     let options = &request.options;
     let requests = requests(&api, options, &prompts)?;
@@ -96,6 +97,7 @@ fn reading(service: &Service, options: &Options) -> Reading {
         detokenizer: service.text.as_ref().map(Text::detokenizer),
         parser: AnswerParser::plain(),
         stop: StopFinder::new(options.stop.clone()),
+        unstoppable: options.sampling.min_tokens,
     }
 }
 

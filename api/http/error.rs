@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use axum::Json;
-use axum::http::header::RETRY_AFTER;
+use axum::http::header::{CONNECTION, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use offbook_protocol::{Rejection, RequestFailure};
@@ -45,6 +45,11 @@ pub(super) enum ApiError {
     Rejected(Rejection),
     #[error("{0}")]
     Lost(StreamError),
+    #[error("this node is about to stop and takes no more requests: ask again later")]
+    Draining {
+        /// For answers that are under way.
+        left: Duration,
+    },
     #[error("{why}")]
     Internal { why: String },
 }
@@ -109,13 +114,13 @@ impl ApiError {
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::NotJson => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::Rejected(Rejection::Overloaded { .. }) => StatusCode::TOO_MANY_REQUESTS,
+            Self::Rejected(Rejection::ShareUsed { .. }) => StatusCode::TOO_MANY_REQUESTS,
             Self::Lost(StreamError::Failed(RequestFailure::DeadlineExceeded { .. })) => {
                 StatusCode::GATEWAY_TIMEOUT
             }
-            Self::Rejected(Rejection::NotReady { .. }) | Self::Lost(_) => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::Rejected(Rejection::NotReady { .. } | Rejection::Overloaded { .. })
+            | Self::Draining { .. }
+            | Self::Lost(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -145,12 +150,15 @@ impl ApiError {
                 Some("context_length_exceeded")
             }
             Self::Rejected(Rejection::Overloaded { .. }) => Some("overloaded"),
+            Self::Rejected(Rejection::ShareUsed { .. }) => Some("rate_limit_exceeded"),
+            Self::Draining { .. } => Some("draining"),
             Self::Rejected(Rejection::NotReady { .. }) => Some("not_ready"),
             Self::Lost(StreamError::Failed(failure)) => Some(match failure {
                 RequestFailure::ShardLost { .. } => "shard_lost",
                 RequestFailure::ClusterFailed { .. } => "cluster_failed",
                 RequestFailure::DeadlineExceeded { .. } => "deadline_exceeded",
                 RequestFailure::LostRepeatedly { .. } => "request_lost_repeatedly",
+                RequestFailure::NotBegun { .. } => "queue_deadline_exceeded",
             }),
             Self::Lost(StreamError::Interrupted { .. }) => Some("interrupted"),
             Self::Internal { .. } => Some("internal_error"),
@@ -159,7 +167,21 @@ impl ApiError {
 
     fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::Rejected(Rejection::Overloaded { .. }) => Some(RETRY_OVERLOADED),
+            Self::Rejected(
+                Rejection::Overloaded {
+                    retry_after_seconds,
+                    ..
+                }
+                | Rejection::ShareUsed {
+                    retry_after_seconds,
+                    ..
+                },
+            )
+            | Self::Lost(StreamError::Failed(RequestFailure::NotBegun {
+                retry_after_seconds,
+                ..
+            })) => Some(Duration::from_secs(u64::from(*retry_after_seconds))),
+            Self::Draining { left } => Some(left.saturating_add(RETRY_NOT_READY)),
             // It would end in the same way.
             Self::Lost(StreamError::Failed(
                 RequestFailure::DeadlineExceeded { .. } | RequestFailure::LostRepeatedly { .. },
@@ -173,6 +195,10 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status(), Json(self.body())).into_response();
+        if let Self::Draining { .. } = self {
+            let close = HeaderValue::from_static("close");
+            response.headers_mut().insert(CONNECTION, close);
+        }
         if let Some(after) = self.retry_after() {
             response
                 .headers_mut()
@@ -211,7 +237,5 @@ impl From<TextError> for ApiError {
     }
 }
 
-/// A place in the queue becomes free about as often.
-const RETRY_OVERLOADED: Duration = Duration::from_secs(1);
 /// A lost shard takes some seconds to come back.
 const RETRY_NOT_READY: Duration = Duration::from_secs(5);

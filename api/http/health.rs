@@ -10,6 +10,7 @@ use super::error::ApiError;
 
 /// Ready, or an error that says why not.
 pub(super) async fn health(State(api): State<Api>) -> Result<Json<Value>, ApiError> {
+    api.drain.check()?;
     let detail = match api.service.backend.cluster().await {
         Ok(report) if report.phase == Phase::Ready => {
             return Ok(Json(json!({ "status": "ready" })));

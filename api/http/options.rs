@@ -3,10 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use offbook_protocol::{LogitBias, Request, Sampling};
+use offbook_protocol::{ClientId, LogitBias, Request, Sampling};
 use serde_json::Value;
 
 use super::Service;
+use super::caller;
 use super::error::{ApiError, TooLong};
 use super::fields::Fields;
 
@@ -22,6 +23,9 @@ pub(super) struct Options {
     pub(super) stream: bool,
     pub(super) include_usage: bool,
     pub(super) return_token_ids: bool,
+    priority: i32,
+    /// Who asks, by what the body says.
+    pub(super) client: ClientId,
 }
 
 impl Options {
@@ -35,14 +39,8 @@ impl Options {
             stop_tokens.extend(&service.defaults.stop_tokens);
         }
         let stream = flag(fields, "stream")?;
-        let sampling = sampling(fields, service)?;
-        if sampling.min_tokens > 0 && !stop.is_empty() {
-            // The shards hold tokens back, and know no strings.
-            let why = "above 0 cannot be combined with 'stop': use 'stop_token_ids'";
-            return Err(ApiError::unsupported("min_tokens", why));
-        }
         Ok(Self {
-            sampling,
+            sampling: sampling(fields, service)?,
             max_tokens: max_tokens(fields)?,
             stop_tokens,
             stop,
@@ -50,6 +48,8 @@ impl Options {
             stream,
             include_usage: include_usage(fields, stream)?,
             return_token_ids: flag(fields, "return_token_ids")?,
+            priority: priority(fields)?,
+            client: client(fields)?,
         })
     }
 
@@ -73,6 +73,8 @@ impl Options {
             },
             max_tokens,
             stop_tokens: self.stop_tokens.clone(),
+            priority: self.priority,
+            client: self.client,
             delivered: Vec::new(),
         };
         Ok((0..self.choices).map(request).collect())
@@ -121,7 +123,7 @@ fn accept_what_changes_nothing(fields: &mut Fields) -> Result<(), ApiError> {
     )?;
     let tier = |value: &Value| value == "auto" || value == "default";
     fields.only("service_tier", tier, "is not supported: there is only one")?;
-    for name in ["user", "safety_identifier", "prompt_cache_key"] {
+    for name in ["safety_identifier", "prompt_cache_key"] {
         fields.read::<String>(name, "a string")?;
     }
     fields.read::<serde_json::Map<String, Value>>("metadata", "an object")?;
@@ -249,6 +251,25 @@ fn choices(fields: &mut Fields) -> Result<u32, ApiError> {
             format!("must be from 1 to {CHOICES_MAX}"),
         )),
     }
+}
+
+/// Lower is sooner, as in vLLM.
+fn priority(fields: &mut Fields) -> Result<i32, ApiError> {
+    let accepted = Request::PRIORITY_MIN..=Request::PRIORITY_MAX;
+    match fields.read::<i32>("priority", WHOLE)? {
+        None => Ok(0),
+        Some(priority) if accepted.contains(&priority) => Ok(priority),
+        Some(_) => {
+            let (min, max) = accepted.into_inner();
+            let why = format!("must be from {min} to {max}; lower is sooner");
+            Err(ApiError::invalid("priority", why))
+        }
+    }
+}
+
+fn client(fields: &mut Fields) -> Result<ClientId, ApiError> {
+    let user = fields.read::<String>("user", "a string")?;
+    Ok(user.as_deref().map(caller::by_user).unwrap_or_default())
 }
 
 fn include_usage(fields: &mut Fields, stream: bool) -> Result<bool, ApiError> {

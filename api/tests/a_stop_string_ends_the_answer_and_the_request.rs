@@ -60,3 +60,27 @@ async fn the_beginning_of_a_stop_string_is_text_if_the_rest_never_comes() {
     let body = server.answer(json!({"stop": "STOP"})).await;
     assert_eq!(body["choices"][0]["message"]["content"], "An STO");
 }
+
+#[tokio::test]
+async fn it_is_not_looked_for_among_the_least_tokens_of_an_answer() {
+    // The mark has 8 tokens, "One " 4 more: the next one begins the word.
+    let says = || Script::says_then("</think>One STOP, two STOP", Step::Hang);
+    for (min_tokens, content) in [
+        (0, "One "),
+        (12, "One "),
+        (13, "One STOP, two "),
+        (16, "One STOP, two "),
+        (20, "One STOP, two "),
+    ] {
+        let server = Server::start([says(), says()]).await;
+        let parameters = json!({"stop": "STOP", "min_tokens": min_tokens, "max_tokens": 99});
+        let body = server.answer(parameters.clone()).await;
+        assert_eq!(
+            body["choices"][0]["message"]["content"], content,
+            "{min_tokens}"
+        );
+        assert_eq!(body["choices"][0]["finish_reason"], "stop");
+        let events = server.stream(parameters).await;
+        assert_eq!(said(&events, 0, "content"), content, "{min_tokens}");
+    }
+}

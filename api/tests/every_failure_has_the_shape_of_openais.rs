@@ -2,10 +2,11 @@
 
 mod support;
 
-use offbook_protocol::{Phase, Rejection};
+use offbook_api::StreamError;
+use offbook_protocol::{Phase, Rejection, RequestFailure};
 use reqwest::Response;
 use serde_json::{Value, json};
-use support::{Script, Server, report};
+use support::{Script, Server, Step, report};
 
 async fn failure(response: Response) -> (u16, Value) {
     let status = response.status().as_u16();
@@ -85,13 +86,56 @@ async fn places_that_do_not_exist() {
     assert_eq!((status, &error["code"]), (404, &json!("model_not_found")));
 }
 
+fn overloaded(retry_after_seconds: u32) -> Rejection {
+    Rejection::Overloaded {
+        queued: 64,
+        tokens: 64_000,
+        retry_after_seconds,
+    }
+}
+
+#[tokio::test]
+async fn who_is_refused_is_told_what_the_scheduler_expects() {
+    let server = Server::start([7, 300].map(|seconds| Script::Reject(overloaded(seconds)))).await;
+    for seconds in ["7", "300"] {
+        let response = server.ask(json!({})).await;
+        assert_eq!(response.headers()["retry-after"], seconds);
+    }
+    let not_begun = || {
+        Step::Fail(StreamError::Failed(RequestFailure::NotBegun {
+            seconds: 120,
+            retry_after_seconds: 11,
+        }))
+    };
+    let scripts = [(); 2].map(|()| Script::Answer(vec![not_begun()]));
+    let server = Server::start(scripts).await;
+    let response = server.ask(json!({})).await;
+    assert_eq!(response.headers()["retry-after"], "11");
+    let (status, error) = failure(response).await;
+    assert_eq!(
+        (status, &error["code"]),
+        (503, &json!("queue_deadline_exceeded"))
+    );
+    let said = server.stream(json!({})).await;
+    let last = said.last().unwrap();
+    assert_eq!(last["error"]["code"], "queue_deadline_exceeded");
+}
+
 #[tokio::test]
 async fn a_cluster_that_cannot_take_more_says_when_to_come_back() {
     let not_ready = Rejection::NotReady {
         detail: "the model is still loading".into(),
     };
     let cases = [
-        (Rejection::Overloaded { queued: 64 }, 429, "overloaded"),
+        (overloaded(7), 503, "overloaded"),
+        (
+            Rejection::ShareUsed {
+                queued: 48,
+                retry_after_seconds: 9,
+            },
+            429,
+            "rate_limit_exceeded",
+        ),
         (not_ready, 503, "not_ready"),
         (
             Rejection::TooLong {
@@ -124,9 +168,9 @@ async fn a_cluster_that_cannot_take_more_says_when_to_come_back() {
 
 #[tokio::test]
 async fn one_rejected_choice_cancels_the_others() {
-    let rejected = Script::Reject(Rejection::Overloaded { queued: 1 });
+    let rejected = Script::Reject(overloaded(1));
     let mut server = Server::start([Script::says("x"), rejected]).await;
-    assert_eq!(server.ask(json!({"n": 2})).await.status(), 429);
+    assert_eq!(server.ask(json!({"n": 2})).await.status(), 503);
     server.submitted().await;
     server.submitted().await;
     assert_eq!(server.seen.recv().await, Some(support::Seen::Dropped));

@@ -19,7 +19,11 @@ fn value(text: &str, line: &str) -> f64 {
 
 #[tokio::test]
 async fn answers_are_counted_by_their_end_and_timed() {
-    let full = Rejection::Overloaded { queued: 1 };
+    let full = Rejection::Overloaded {
+        queued: 1,
+        tokens: 1,
+        retry_after_seconds: 1,
+    };
     let mut server = Server::start([
         Script::says("</think>Hi"),
         Script::says_until_cut("</think>Hello"),

@@ -2,9 +2,13 @@
 
 mod support;
 
+use std::sync::Arc;
+
 use futures::StreamExt;
+use offbook_protocol::FinishReason;
 use serde_json::{Value, json};
 use support::{Script, Server, Step, events};
+use tokio::sync::Notify;
 
 #[tokio::test(start_paused = true)]
 async fn a_stream_without_tokens_is_kept_alive() {
@@ -45,6 +49,51 @@ async fn a_node_that_stops_says_so_to_those_who_wait() {
             .unwrap()
             .contains("is being stopped")
     );
+}
+
+#[tokio::test]
+async fn a_node_that_stops_finishes_what_is_under_way_and_refuses_the_rest() {
+    let go_on = Arc::new(Notify::new());
+    let slow = Script::Answer(vec![
+        Step::Token(support::token(u32::from(b'A'), None)),
+        Step::Wait(Arc::clone(&go_on)),
+        Step::Token(support::token(u32::from(b'B'), Some(FinishReason::Length))),
+    ]);
+    let mut server = Server::start([slow]).await;
+    let stream = server.ask(json!({"stream": true})).await;
+    server.submitted().await;
+    let (url, client) = (server.url.clone(), server.client.clone());
+    let stopped = tokio::spawn(server.stop());
+    let health = loop {
+        let health = client.get(format!("{url}/health")).send().await.unwrap();
+        if health.status() == 503 {
+            break health;
+        }
+    };
+    let health: Value = health.json().await.unwrap();
+    assert_eq!(health["error"]["code"], "draining");
+    let refused = client
+        .post(format!("{url}/v1/chat/completions"))
+        .json(&support::question(json!({})))
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(refused.status(), 503);
+    assert_eq!(refused.headers()["connection"], "close");
+    let retry: u64 = refused.headers()["retry-after"]
+        .to_str()
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert!(
+        (1..=support::DRAIN.as_secs() + 5).contains(&retry),
+        "{retry}"
+    );
+    assert!(!stopped.is_finished(), "it waits for the answer");
+    go_on.notify_one();
+    assert_eq!(events(stream).await.last().unwrap(), "[DONE]");
+    stopped.await.unwrap();
+    assert!(client.get(format!("{url}/health")).send().await.is_err());
 }
 
 #[tokio::test]

@@ -46,7 +46,6 @@ async fn what_cannot_be_honoured_in_a_chat_is_refused_by_name() {
         ),
         (json!({"min_tokens": -2}), "min_tokens"),
         (json!({"min_tokens": 9, "max_tokens": 8}), "min_tokens"),
-        (json!({"min_tokens": 1, "stop": "x"}), "min_tokens"),
         (json!({"ignore_eos": 1}), "ignore_eos"),
         (json!({"stop": ["a", "b", "c", "d", "e"]}), "stop"),
         (json!({"stop": ""}), "stop"),
@@ -66,6 +65,9 @@ async fn what_cannot_be_honoured_in_a_chat_is_refused_by_name() {
         ),
         (json!({"n": 0}), "n"),
         (json!({"n": 9}), "n"),
+        (json!({"priority": 1001}), "priority"),
+        (json!({"priority": -1001}), "priority"),
+        (json!({"priority": 0.5}), "priority"),
         (json!({"frequency_penalty": 2.1}), "frequency_penalty"),
         (json!({"presence_penalty": "much"}), "presence_penalty"),
         (json!({"repetition_penalty": 0}), "repetition_penalty"),
@@ -240,4 +242,44 @@ async fn a_model_that_is_not_served_is_not_found() {
     for name in [json!("default"), Value::Null] {
         assert_eq!(server.answer(json!({"model": name})).await["model"], MODEL);
     }
+}
+
+#[tokio::test]
+async fn clients_are_told_apart_by_key_then_by_user_and_say_their_priority() {
+    let mut server = Server::start((0..7).map(|_| Script::says("</think>x"))).await;
+    let mut asked = Vec::new();
+    for (key, user) in [
+        (None, None),
+        (Some("Bearer first"), None),
+        (Some("Bearer first"), Some("somebody")),
+        (Some("bearer second"), None),
+        (None, Some("somebody")),
+        (None, Some("first")),
+        (Some("Basic first"), None),
+    ] {
+        let url = format!("{}/v1/chat/completions", server.url);
+        let body = support::question(json!({"user": user, "priority": -7}));
+        let mut request = server.client.post(url).json(&body);
+        if let Some(key) = key {
+            request = request.header("authorization", key);
+        }
+        assert_eq!(request.send().await.unwrap().status(), 200);
+        let request = loop {
+            match server.seen.recv().await.unwrap() {
+                support::Seen::Submitted(request) => break request,
+                support::Seen::Dropped => {}
+            }
+        };
+        assert_eq!(request.priority, -7);
+        asked.push(request.client);
+    }
+    let [nobody, first, first_again, second, user, other_user, basic] = asked[..] else {
+        panic!("seven were asked")
+    };
+    assert_eq!(first, first_again, "the key says it, whatever the user");
+    assert_eq!(nobody, basic);
+    let mut different = vec![nobody, first, second, user, other_user];
+    different.sort();
+    different.dedup();
+    assert_eq!(different.len(), 5, "a user is not a key of the same name");
 }

@@ -81,6 +81,7 @@ async fn one_cluster(options: &BenchDecode, model: &Path, nodes: u32) -> Result<
         data_dir: None,
         sequences: 1,
         request_timeout: Duration::from_secs(600),
+        drain: Duration::from_secs(1),
         restarts: 5,
         restart_pause_max: Duration::from_secs(10),
     };

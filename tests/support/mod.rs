@@ -42,11 +42,13 @@ pub struct Cluster {
 impl Cluster {
     /// Starts `offbook up --json` and waits until it says that it is ready.
     pub fn up(arguments: &[&str]) -> Self {
-        let mut up = offbook()
-            .args(["up", "--json", "--http", "127.0.0.1:0"])
-            .args(arguments)
-            .spawn()
-            .expect("offbook starts");
+        let mut up = offbook();
+        up.args(["up", "--json", "--http", "127.0.0.1:0"]);
+        if !arguments.contains(&"--drain") {
+            // Most tests end with answers under way.
+            up.args(["--drain", "1s"]);
+        }
+        let mut up = up.args(arguments).spawn().expect("offbook starts");
         let mut stdout = BufReader::new(up.stdout.take().expect("it is piped"));
         let mut line = String::new();
         stdout
@@ -167,6 +169,11 @@ impl Cluster {
     /// Waits until the cluster's report satisfies `wanted`.
     pub fn wait_for(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         wait_for(&self.client, &self.url(""), what, wanted)
+    }
+
+    /// Waits for the end of the cluster's first process.
+    pub fn wait_for_end(&mut self) -> std::process::ExitStatus {
+        wait_for_exit(&mut self.up)
     }
 
     /// Sends a signal to the cluster's first process and waits for its end.

@@ -1,12 +1,14 @@
 use std::collections::HashMap;
 
-use offbook_protocol::{FinishReason, Join, LogitBias, Sampling};
+use offbook_protocol::{ClientId, FinishReason, Join, LogitBias, Sampling};
 use proptest::prelude::*;
 
 use super::*;
 
 const LIMITS: SchedulerLimits = SchedulerLimits {
     queue_max: 2,
+    queue_tokens_max: 1000,
+    queue_deadline: Duration::from_secs(1),
     sequences_max: 2,
     request_deadline: Duration::from_secs(1),
     losses_max: 3,
@@ -18,6 +20,8 @@ fn request(prompt_tokens: usize) -> Request {
         sampling: Sampling::greedy(),
         max_tokens: 100,
         stop_tokens: Vec::new(),
+        priority: 0,
+        client: ClientId::default(),
         delivered: Vec::new(),
     }
 }
@@ -104,7 +108,11 @@ fn what_does_not_fit_is_refused_with_the_numbers() {
     ));
     admission.submit(request(1), 'b').unwrap();
     admission.submit(request(1), 'c').unwrap();
-    let overloaded = Rejection::Overloaded { queued: 2 };
+    let overloaded = Rejection::Overloaded {
+        queued: 2,
+        tokens: 202,
+        retry_after_seconds: 1,
+    };
     assert_eq!(admission.submit(request(1), 'd'), Err((overloaded, 'd')));
 }
 
@@ -170,7 +178,11 @@ fn what_runs_no_more_takes_no_place_in_the_queue() {
     for client in ['c', 'd'] {
         admission.submit(request(1), client).unwrap();
     }
-    let overloaded = Rejection::Overloaded { queued: 2 };
+    let overloaded = Rejection::Overloaded {
+        queued: 2,
+        tokens: 202,
+        retry_after_seconds: 1,
+    };
     assert_eq!(admission.submit(request(1), 'e'), Err((overloaded, 'e')));
 }
 
@@ -295,6 +307,7 @@ fn what_does_not_fit_the_next_epoch_is_given_up() {
 fn a_plan_fits_into_a_message() {
     let mut admission = Admission::new(SchedulerLimits {
         queue_max: 9,
+        queue_tokens_max: 9_000_000,
         sequences_max: 9,
         ..LIMITS
     });

@@ -21,6 +21,7 @@ use reqwest::{Client, Response};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
+use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinHandle;
 
@@ -30,6 +31,9 @@ pub(crate) const VOCABULARY: u32 = 270;
 pub(crate) const CONTEXT: u32 = 4096;
 pub(crate) const MODEL: &str = "tests/bytes";
 
+/// How long answers may go on when the server is asked to stop.
+pub(crate) const DRAIN: Duration = Duration::from_secs(20);
+
 /// One thing that the scripted cluster does.
 #[derive(Clone, Debug)]
 pub(crate) enum Step {
@@ -37,6 +41,8 @@ pub(crate) enum Step {
     Fail(StreamError),
     /// A shard is lost, and comes back after so many seconds.
     Pause(u64),
+    /// Nothing comes until it is told to.
+    Wait(Arc<Notify>),
     /// Nothing more comes, and yet the stream is open.
     Hang,
 }
@@ -134,12 +140,15 @@ impl Backend for Scripted {
                 comes_back = Some(Duration::from_secs(seconds));
             }
             async move {
+                if let Step::Wait(told) = &step {
+                    told.notified().await;
+                }
                 if let Some(pause) = pause {
                     tokio::time::sleep(pause).await;
                 }
                 match step {
                     Step::Token(token) => Ok(Progress::Token(token)),
-                    Step::Pause(_) => Ok(Progress::Paused),
+                    Step::Pause(_) | Step::Wait(_) => Ok(Progress::Paused),
                     Step::Fail(error) => Err(error),
                     Step::Hang => std::future::pending().await,
                 }
@@ -225,7 +234,12 @@ impl Server {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (stop, stopped) = tokio::sync::oneshot::channel();
         let shutdown = async move { drop(stopped.await) };
-        let served = tokio::spawn(offbook_api::serve(listener, Arc::new(service), shutdown));
+        let served = tokio::spawn(offbook_api::serve(
+            listener,
+            Arc::new(service),
+            DRAIN,
+            shutdown,
+        ));
         Self {
             url,
             client: Client::new(),
