@@ -114,7 +114,7 @@ pub(crate) struct LocalOptions {
     #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
     /// Requests that are worked on at the same time
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) sequences: u32,
     /// How long a request may take from its arrival to its last token, waits included
     #[arg(long, value_name = "TIME", default_value = "10min", value_parser = duration)]

@@ -107,7 +107,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             context_tokens: 0,
-            sequences_max: 8,
+            sequences_max: 16,
             kv_tokens: 0,
             queue_max: 64,
             queue_tokens_max: 8 << 20,
@@ -542,7 +542,7 @@ mod tests {
         let good = fs::read_to_string(&path).unwrap();
         for (from, to, named) in [
             ("cluster = ", "colour = 1\ncluster = ", "colour"),
-            ("sequences_max = 8", "sequences_max = 0", "sequences_max"),
+            ("sequences_max = 16", "sequences_max = 0", "sequences_max"),
             ("kv_tokens = 0", "kv_tokens = 255", "kv_tokens"),
             ("weight = 1.0", "weight = -1.0", "weight"),
             (

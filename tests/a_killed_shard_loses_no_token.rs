@@ -48,7 +48,7 @@ fn each_rank_in(layout: &str) {
 
 #[test]
 fn of_any_of_the_answers_under_way() {
-    let cluster = Cluster::up(&["--nodes", "2"]);
+    let cluster = Cluster::up(&["--nodes", "2", "--sequences", "8"]);
     // More than are worked on at the same time: some are still queued when the shard is lost.
     let requests: Vec<Value> = (0..12)
         .map(|n| {
