@@ -203,8 +203,9 @@ impl Batch {
         })
     }
 
-    /// The next step, or `None` when nobody needs one before more tokens are known.
-    pub fn next_batch(&mut self) -> Option<StepBatch> {
+    /// The next step, or `None` when nobody needs one before more tokens are known. It reads at most
+    /// `chunk_beside_decode` tokens of prompts when a sequence decodes in it too; all ranks pass the same.
+    pub fn next_batch(&mut self, chunk_beside_decode: usize) -> Option<StepBatch> {
         self.grow();
         self.admit();
         let rows: HashMap<SequenceId, usize> =
@@ -215,7 +216,11 @@ impl Batch {
             .filter(|s| s.decodes())
             .map(|s| s.decode(rows[&s.id]))
             .collect();
-        let mut budget = self.limits.prefill_chunk_tokens.max(1);
+        let chunk = match segments.is_empty() {
+            true => self.limits.prefill_chunk_tokens,
+            false => chunk_beside_decode.min(self.limits.prefill_chunk_tokens),
+        };
+        let mut budget = chunk.max(1);
         for sequence in &mut self.running {
             if budget > 0 && sequence.prefilled < sequence.prompt.len() {
                 let segment = sequence.prefill(budget);
@@ -440,6 +445,11 @@ impl StepBatch {
             .collect()
     }
 
+    /// Whether a row continues a sequence by one drawn token.
+    pub fn decodes(&self) -> bool {
+        self.segments.iter().any(Segment::is_decode)
+    }
+
     /// Whether every row continues a sequence by one drawn token.
     pub fn is_decode(&self) -> bool {
         self.segments.iter().all(Segment::is_decode)
@@ -536,7 +546,9 @@ mod tests {
         batch
             .apply(&plan(vec![join(1, 3, 8), join(2, 6, 8)], vec![]))
             .unwrap();
-        let steps: Vec<_> = (0..4).map(|_| batch.next_batch().unwrap()).collect();
+        let steps: Vec<_> = (0..4)
+            .map(|_| batch.next_batch(usize::MAX).unwrap())
+            .collect();
         assert_eq!(shape(&steps[0]), [(1, 0, 3, true), (2, 0, 1, false)]);
         assert_eq!(shape(&steps[1]), [(1, 3, 1, true), (2, 1, 4, false)]);
         assert_eq!(shape(&steps[2]), [(1, 4, 1, true), (2, 5, 1, true)]);
@@ -548,18 +560,30 @@ mod tests {
     }
 
     #[test]
+    fn fewer_tokens_of_prompts_are_read_beside_sequences_that_decode() {
+        let mut batch = Batch::new(LIMITS);
+        batch
+            .apply(&plan(vec![join(1, 3, 8), join(2, 9, 3)], vec![]))
+            .unwrap();
+        let mut steps = (0..4).map(|_| shape(&batch.next_batch(2).unwrap()));
+        assert_eq!(steps.next().unwrap(), [(1, 0, 3, true), (2, 0, 1, false)]);
+        assert_eq!(steps.next().unwrap(), [(1, 3, 1, true), (2, 1, 2, false)]);
+        assert_eq!(steps.next().unwrap(), [(1, 4, 1, true), (2, 3, 2, false)]);
+    }
+
+    #[test]
     fn the_last_token_is_foreseen_but_a_stop_is_not() {
         let mut batch = Batch::new(LIMITS);
         batch
             .apply(&plan(vec![join(1, 2, 2), join(2, 2, 9)], vec![]))
             .unwrap();
-        let first = batch.next_batch().unwrap();
-        let second = batch.next_batch().unwrap();
+        let first = batch.next_batch(usize::MAX).unwrap();
+        let second = batch.next_batch(usize::MAX).unwrap();
         let seen = batch.observe(&first.draws(), &[5, 99]);
         assert_eq!(seen[0].finish, None);
         assert_eq!(seen[1].finish, Some(FinishReason::Stop));
         assert!(
-            batch.next_batch().is_none(),
+            batch.next_batch(usize::MAX).is_none(),
             "1 has its two tokens, 2 ended"
         );
         let seen = batch.observe(&second.draws(), &[6, 7]);
@@ -574,9 +598,9 @@ mod tests {
         batch
             .apply(&plan(vec![join(1, 1, 9), join(2, 1, 9)], vec![]))
             .unwrap();
-        let first = batch.next_batch().unwrap();
+        let first = batch.next_batch(usize::MAX).unwrap();
         batch.apply(&plan(vec![join(3, 1, 9)], vec![1])).unwrap();
-        let second = batch.next_batch().unwrap();
+        let second = batch.next_batch(usize::MAX).unwrap();
         assert_eq!(shape(&second), [(2, 1, 1, true), (3, 0, 1, true)]);
         assert_eq!(second.segments[0].input, Input::Drawn(1));
         let seen = batch.observe(&first.draws(), &[5, 6]);
@@ -597,7 +621,7 @@ mod tests {
         batch
             .apply(&plan(vec![replayed, join(2, 1, 9)], vec![]))
             .unwrap();
-        let first = batch.next_batch().unwrap();
+        let first = batch.next_batch(usize::MAX).unwrap();
         let reshape = |step: &StepBatch, place: usize| {
             let draw = step.segments[place].draw.clone().unwrap();
             draw.reshape
@@ -618,7 +642,7 @@ mod tests {
             None,
             "who asks for nothing pays nothing"
         );
-        let second = batch.next_batch().unwrap();
+        let second = batch.next_batch(usize::MAX).unwrap();
         assert_eq!(reshape(&second, 0), Some(expected(2, Past::Drawn(0))));
     }
 
@@ -627,7 +651,7 @@ mod tests {
         let mut batch = Batch::new(LIMITS);
         batch.apply(&plan(vec![join(1, 14, 100)], vec![])).unwrap();
         let mut draws = 0;
-        while let Some(step) = batch.next_batch() {
+        while let Some(step) = batch.next_batch(usize::MAX) {
             draws += step.draws().len();
             let tokens = vec![5; step.draws().len()];
             if let Some(last) = batch.observe(&step.draws(), &tokens).last() {
@@ -665,12 +689,12 @@ mod tests {
         let mut batch = Batch::new(TIGHT);
         let joins = vec![join(1, 400, 200), join(2, 400, 200), join(3, 10, 2)];
         batch.apply(&plan(joins, vec![])).unwrap();
-        batch.next_batch().unwrap();
+        batch.next_batch(usize::MAX).unwrap();
         assert!(batch.runs(SequenceId(1)) && !batch.runs(SequenceId(2)));
         assert!(!batch.runs(SequenceId(3)), "it would fit, but 2 came first");
         assert_eq!(batch.kv_use().held_tokens, 3 * KV_BLOCK_TOKENS as u64);
         batch.apply(&plan(vec![], vec![2])).unwrap();
-        batch.next_batch().unwrap();
+        batch.next_batch(usize::MAX).unwrap();
         assert!(batch.runs(SequenceId(3)));
         batch.apply(&plan(vec![], vec![1, 3])).unwrap();
         assert_eq!(batch.kv_use().held_tokens, 0);
@@ -742,7 +766,7 @@ mod tests {
                 unborn -= 1;
             }
             while ahead.len() < 2
-                && let Some(step) = batch.next_batch()
+                && let Some(step) = batch.next_batch(usize::MAX)
             {
                 let kv = batch.kv_use();
                 assert!(kv.held_tokens <= kv.capacity_tokens);

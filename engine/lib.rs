@@ -16,6 +16,7 @@ pub mod step_loop;
 mod trial;
 pub mod batch;
 mod plan_inbox;
+mod prefill_pace;
 mod step;
 mod step_log;
 mod models;

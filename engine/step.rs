@@ -2,7 +2,7 @@
 //! stay on the device, where the next step finds them.
 //!
 //! The last thing that a step does is the message: one array of 32-bit integers that the sampling
-//! rank broadcasts, `[control word, token, token, …]`. All ranks go on with the tokens in it, so
+//! rank broadcasts, `[control word, control word, token, token, …]`. All ranks go on with the tokens in it, so
 //! they cannot diverge. A rank alone needs no message.
 
 use std::collections::VecDeque;
@@ -54,22 +54,33 @@ pub(crate) struct Work {
     pub(crate) sequences: usize,
     /// Tokens of prompts.
     pub(crate) prefill_tokens: usize,
+    /// Whether a sequence decodes in it.
+    pub(crate) decodes: bool,
 }
 
 /// What a step said, on the host.
 pub(crate) struct Answer {
     /// What the sampling rank put into its message; `None` on a rank alone.
-    pub(crate) control: Option<u32>,
+    pub(crate) control: Option<Control>,
     pub(crate) tokens: Vec<u32>,
     /// One entry per token on the rank that samples, when a sequence asked for it; else empty.
     pub(crate) logprobs: Vec<RowLogprobs>,
+}
+
+/// What the sampling rank decides for all: the first words of its message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Control {
+    /// See [`PlanInbox::control_word`](crate::PlanInbox::control_word).
+    pub(crate) plans: u32,
+    /// Tokens of prompts in a step that also decodes.
+    pub(crate) chunk_beside_decode: u32,
 }
 
 /// How a step is to be submitted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Orders {
     /// What the message carries when this rank samples.
-    pub(crate) control: u32,
+    pub(crate) control: Control,
     /// Layers in flight at most, over all steps.
     pub(crate) window: usize,
 }
@@ -119,7 +130,7 @@ impl<'a> Stepper<'a> {
         }
         self.tokens = Some(match self.alone() {
             true => message.clone(),
-            false => message.try_index(1..)?,
+            false => message.try_index(CONTROL_WORDS..)?,
         });
         Ok(Submitted {
             serial: self.steps,
@@ -127,6 +138,7 @@ impl<'a> Stepper<'a> {
             work: Work {
                 sequences: batch.segments.len(),
                 prefill_tokens: batch.prefill_tokens(),
+                decodes: batch.decodes(),
             },
             message,
             logprobs,
@@ -149,8 +161,14 @@ impl<'a> Stepper<'a> {
             .into_iter()
             .map(i32::cast_unsigned)
             .collect();
-        let (control, tokens) = match words.split_first() {
-            Some((&control, tokens)) if !self.alone() => (Some(control), tokens.to_vec()),
+        let (control, tokens) = match words.split_first_chunk() {
+            Some((&[plans, chunk_beside_decode], tokens)) if !self.alone() => {
+                let control = Control {
+                    plans,
+                    chunk_beside_decode,
+                };
+                (Some(control), tokens.to_vec())
+            }
             _ => (None, words),
         };
         let logprobs = match &step.logprobs {
@@ -311,7 +329,7 @@ impl<'a> Stepper<'a> {
 
     /// The step's last word, on every rank. It depends on all that this rank has to do in the step,
     /// so that no rank runs its exchanges in another order.
-    fn message(&self, drawn: &Outcome, draws: usize, control: u32) -> Result<Array, Fault> {
+    fn message(&self, drawn: &Outcome, draws: usize, control: Control) -> Result<Array, Fault> {
         let tokens = drawn.sampled.as_ref().map(|sampled| &sampled.tokens);
         // Where nothing is sampled only the shape counts; but it comes after what was computed.
         let nothing = || {
@@ -328,7 +346,8 @@ impl<'a> Stepper<'a> {
                 None => Ok(zeros()?.add(nothing()?)?),
             };
         }
-        let control = Array::from_slice(&[control.cast_signed()], &[1]);
+        let control = [control.plans, control.chunk_beside_decode].map(u32::cast_signed);
+        let control = Array::from_slice(&control, &[CONTROL_WORDS]);
         let words = match tokens {
             Some(tokens) => concatenate(&[&control, tokens], 0)?,
             None => concatenate(&[control.add(nothing()?)?, zeros()?], 0)?,
@@ -401,6 +420,9 @@ impl InFlight {
         }
     }
 }
+
+/// How many words of a message come before its tokens.
+const CONTROL_WORDS: i32 = 2;
 
 /// The first element, as `[1]`.
 fn first_of(x: &Array) -> Result<Array, Exception> {

@@ -24,8 +24,9 @@ use crate::batch::{Batch, BatchError, Observed};
 use crate::engine::Engine;
 use crate::models::Fault;
 use crate::plan_inbox::{PlanGap, PlanInbox};
+use crate::prefill_pace::{CHUNK_TOKENS_FIRST, Load, PrefillPace};
 use crate::sampler::RowLogprobs;
-use crate::step::{Answer, Orders, Stepper, Submitted, Work};
+use crate::step::{Answer, Control, Orders, Stepper, Submitted, Work};
 use crate::step_log::{Noted, StepTiming};
 
 /// What the engine's thread is told.
@@ -117,6 +118,9 @@ struct Loop<'a> {
     ahead: VecDeque<(Step, Submitted)>,
     next: Step,
     clock: Clock,
+    pace: PrefillPace,
+    /// Tokens of prompts in a step that also decodes.
+    chunk_beside_decode: usize,
 }
 
 impl<'a> Loop<'a> {
@@ -138,6 +142,8 @@ impl<'a> Loop<'a> {
             options,
             ahead: VecDeque::with_capacity(STEPS_AHEAD_MAX),
             next: Step(0),
+            pace: PrefillPace::new(engine.limits().prefill_chunk_tokens),
+            chunk_beside_decode: CHUNK_TOKENS_FIRST,
         }
     }
 
@@ -175,7 +181,7 @@ impl<'a> Loop<'a> {
     /// Builds the next step, if there is one to build.
     fn submit(&mut self, report: &mut impl Report) -> Result<bool, StepError> {
         let before = self.batch.kv_use().preemptions;
-        let batch = self.batch.next_batch();
+        let batch = self.batch.next_batch(self.chunk_beside_decode);
         let kv = self.batch.kv_use();
         if kv.preemptions > before {
             tracing::info!(
@@ -195,7 +201,10 @@ impl<'a> Loop<'a> {
         let step = self.next;
         self.next = step.next();
         let orders = Orders {
-            control: self.inbox.plans.control_word(),
+            control: Control {
+                plans: self.inbox.plans.control_word(),
+                chunk_beside_decode: self.pace.chunk_tokens() as u32,
+            },
             window: self.options.window.load(Ordering::Relaxed).max(1) as usize,
         };
         let since = Instant::now();
@@ -228,7 +237,13 @@ impl<'a> Loop<'a> {
                 tokens: sampled(&observed, &answer),
             });
         }
-        let upto = self.inbox.plans.upto(answer.control);
+        // What the sampling rank says holds from the step that is built next, on every rank.
+        self.chunk_beside_decode = match answer.control {
+            Some(control) => control.chunk_beside_decode as usize,
+            None => self.pace.chunk_tokens(),
+        };
+        let plans = answer.control.map(|control| control.plans);
+        let upto = self.inbox.plans.upto(plans);
         while self.inbox.plans.applied() < upto {
             let plan = self.inbox.wait(step, self.rank)?;
             self.batch.apply(&plan).map_err(StepError::Plan)?;
@@ -286,6 +301,11 @@ impl<'a> Loop<'a> {
             window,
             ..self.clock.lap(self.handle.waited())
         };
+        let load = Load {
+            decodes: work.decodes,
+            prefill_tokens: work.prefill_tokens,
+        };
+        self.pace.note(load, timing.total);
         let every = self.options.step_log_every;
         timing.log(
             self.rank,

@@ -476,7 +476,12 @@ impl Formation {
                 fruitless: self.fruitless,
             });
         }
-        self.detail = why;
+        // The answers of other nodes may have come first.
+        let cut = |member: &Member| !member.is_here() && !member.reached_by.is_empty();
+        self.detail = match self.members.iter().any(cut) {
+            true => format!("{}: {why}", self.who_is_missing()),
+            false => why,
+        };
         actions
     }
 
@@ -536,6 +541,15 @@ mod tests {
         formation.reached("b", "c");
         let detail = "waiting for b (which c can reach, and the head cannot)";
         assert_eq!(formation.detail(), detail);
+
+        // In the other order too: the node's link is lost before that of its shard.
+        let mut early = serving();
+        early.member_mut("b").unwrap().node_alive = false;
+        early.reached("b", "c");
+        let registration = early.registration("b");
+        early.unlinked("b", registration, "silent".into());
+        assert!(early.detail().starts_with(detail), "{}", early.detail());
+
         formation.announced("b", 12);
         formation.lost("a", 1, "killed".into());
         formation.leave_behind("b");

@@ -388,7 +388,7 @@ impl World {
         if running.ahead.len() >= STEPS_AHEAD_MAX {
             return false;
         }
-        let Some(batch) = running.batch.next_batch() else {
+        let Some(batch) = running.batch.next_batch(CHUNK_BESIDE_DECODE) else {
             return false;
         };
         if let Some(Some(deadly)) = deadly
@@ -504,4 +504,5 @@ impl World {
 }
 
 const STEPS_AHEAD_MAX: usize = 2;
+const CHUNK_BESIDE_DECODE: usize = 4;
 const COLLECTIVE_DEADLINE: Duration = Duration::from_secs(3);
