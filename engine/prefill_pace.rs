@@ -38,8 +38,12 @@ impl PrefillPace {
         match (load.decodes, load.prefill_tokens, self.decode) {
             (_, 0, _) => mix(&mut self.decode, took),
             (false, _, _) => mix(&mut self.per_token, took / tokens),
+            // A step that happened to be quick is no promise: the chunk grows threefold at most.
             (true, _, Some(decode)) => {
-                mix(&mut self.per_token, (took - decode).max(0.0) / tokens);
+                mix(
+                    &mut self.per_token,
+                    (took - decode).max(decode / 4.0) / tokens,
+                );
             }
             (true, _, None) => {}
         }
@@ -114,6 +118,18 @@ mod tests {
         let longest = run(&mut pace, 100);
         assert!((19..=20).contains(&pace.chunk_tokens()), "{pace:?}");
         assert!((8.5..=9.1).contains(&longest), "{longest} ms");
+    }
+
+    #[test]
+    fn a_step_that_happens_to_be_quick_lets_the_chunk_grow_little() {
+        let mut pace = PrefillPace::new(4096);
+        pace.note(DECODES, milliseconds(5.0));
+        let quick = Load {
+            decodes: true,
+            prefill_tokens: CHUNK_TOKENS_FIRST,
+        };
+        pace.note(quick, milliseconds(4.0));
+        assert!(pace.chunk_tokens() <= 4 * CHUNK_TOKENS_FIRST, "{pace:?}");
     }
 
     #[test]
