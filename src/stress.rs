@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use futures::future;
-use offbook_protocol::{ClusterReport, Phase};
+use offbook_protocol::{ClusterReport, Epoch, Phase, ShardReport};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -154,21 +155,33 @@ impl Soak<'_> {
                 .await?;
             let pause: f64 = chance.random();
             tokio::time::sleep(self.options.every.mul_f64(pause)).await;
-            let report = self.wait_until("the cluster serves", |_, _| true).await?;
-            let used: Vec<_> = report.shards.iter().filter(|s| s.rank.is_some()).collect();
-            let victim = used[chance.random_range(0..used.len())];
-            let pid = Pid::from_raw(victim.pid as i32);
-            let pid = pid.context("a shard that serves has no process")?;
-            kill_process(pid, signal).context("cannot send a signal to a shard")?;
+            let (node, epoch) = self.strike(signal, &mut chance).await?;
             self.outcome.borrow_mut().faults.push(Instant::now());
-            let epoch = report.epoch;
             let back = |_: &Self, now: &ClusterReport| now.epoch > epoch;
             self.wait_until("the cluster serves again", back).await?;
-            tracing::info!(kill, node = victim.node, "a shard was killed and got over");
+            tracing::info!(kill, node, "a shard was killed and got over");
         }
         self.wait_until("every answer goes on", Self::goes_on)
             .await?;
         Ok(())
+    }
+
+    /// Sends the signal to a shard that serves; of which node it is, and in which epoch it served.
+    async fn strike(&self, signal: Signal, chance: &mut StdRng) -> Result<(String, Epoch)> {
+        loop {
+            let serves = |_: &Self, now: &ClusterReport| now.shards.iter().any(is_ranked);
+            let report = self.wait_until("the cluster serves", serves).await?;
+            let used: Vec<_> = report.shards.iter().filter(|s| is_ranked(s)).collect();
+            let victim = used[chance.random_range(0..used.len())];
+            let pid = Pid::from_raw(victim.pid as i32);
+            let pid = pid.context("a shard that serves has no process")?;
+            match kill_process(pid, signal) {
+                Ok(()) => return Ok((victim.node.clone(), report.epoch)),
+                // It ended by itself since the report: the next one knows.
+                Err(Errno::SRCH) => tokio::time::sleep(LOOK_EVERY).await,
+                Err(error) => return Err(error).context("cannot send a signal to a shard"),
+            }
+        }
     }
 
     /// Waits until the cluster serves and `wanted` holds.
@@ -202,6 +215,10 @@ impl Soak<'_> {
         let since = outcome.faults.last().map(|fault| *fault + ON_ITS_WAY);
         outcome.latest.iter().all(|latest| *latest > since)
     }
+}
+
+fn is_ranked(shard: &ShardReport) -> bool {
+    shard.rank.is_some()
 }
 
 /// In how many tokens an answer is not the one that was to come.

@@ -35,7 +35,8 @@ fn soak(arguments: &[&str]) -> Value {
     let output = offbook().arg("stress").args(arguments).args(more).output();
     let output = output.expect("offbook starts");
     let line = String::from_utf8(output.stdout).expect("it is text");
-    let outcome: Value = serde_json::from_str(&line).expect("one line of JSON");
+    let outcome: Value = serde_json::from_str(&line)
+        .unwrap_or_else(|_| panic!("{line:?}, {}", String::from_utf8_lossy(&output.stderr)));
     assert!(output.status.success(), "{outcome}");
     for count in ["failed", "lost", "duplicated", "wrong"] {
         assert_eq!(outcome[count], 0, "{count}: {outcome}");
