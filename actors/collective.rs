@@ -4,7 +4,7 @@
 //! The operations of the group run on the device's stream and never pass through here. This actor
 //! holds the handle that can end them.
 
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use offbook_collectives::{
     QuicOptions, QuicTransport, RingSpec, SharedMemoryOptions, SharedMemorySpec, TensorTls,
 };
 use offbook_protocol::{Epoch, GroupSpec, Transport};
-use offbook_runtime::{Identity, IdentityError, Trust};
+use offbook_runtime::{Identity, IdentityError, Trust, free_port};
 
 /// See the module's own words.
 pub(crate) struct Collective {
@@ -64,7 +64,7 @@ impl Collective {
         let any = SocketAddr::new(self.interface, 0);
         // MLX binds its ports itself, later, and shared memory only needs a number that nobody else
         // has: this finds one that is free.
-        let free = || TcpListener::bind(any).and_then(|tcp| tcp.local_addr());
+        let free = || free_port::tcp(self.interface);
         let (bound, address) = match transport {
             Transport::Quic | Transport::Jaccl => {
                 let tls = TensorTls {

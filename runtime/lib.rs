@@ -57,6 +57,7 @@ mod sync;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod supervise;
+pub mod free_port;
 pub mod measure;
 
 pub use detector::{Detector, OwnTimer, Patience, Pulse, Standing};

@@ -2,13 +2,14 @@
 //! `up`, `generate` and `bench` start one of these.
 
 use std::collections::HashMap;
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use offbook_protocol::{ClusterReport, FastSynch, LoadProgress, Phase};
+use offbook_runtime::free_port;
 use offbook_runtime::supervise::{ChildSpec, RestartPolicy, Supervisor};
 use tempfile::TempDir;
 use tokio::task::JoinSet;
@@ -303,15 +304,18 @@ fn data_folder(named: Option<&Path>) -> Result<(PathBuf, Option<TempDir>)> {
 /// Nodes must know each other's ports before the first one starts, so each is asked for now and
 /// bound again a moment later.
 pub(crate) fn reserve_udp() -> Result<SocketAddr> {
-    let socket = UdpSocket::bind("127.0.0.1:0").context("no free UDP port on loopback")?;
-    Ok(socket.local_addr()?)
+    free_port::udp(LOOPBACK).context("no free UDP port on loopback")
 }
 
 pub(crate) fn reserve_tcp(wanted: SocketAddr) -> Result<SocketAddr> {
-    let listener = TcpListener::bind(wanted)
-        .with_context(|| format!("cannot listen on {wanted}: choose another --http"))?;
-    Ok(listener.local_addr()?)
+    let free = match wanted.port() {
+        0 => free_port::tcp(wanted.ip()),
+        _ => TcpListener::bind(wanted).map(|_| wanted),
+    };
+    free.with_context(|| format!("cannot listen on {wanted}: choose another --http"))
 }
+
+const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// How often the nodes' standing is looked at.
 const TEND_EVERY: Duration = Duration::from_secs(1);

@@ -9,12 +9,15 @@
 pub mod cables;
 
 use std::io::{BufRead, BufReader, Read};
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use offbook_runtime::free_port;
 use serde_json::{Value, json};
+
+const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// The program under test.
 pub fn offbook() -> Command {
@@ -205,11 +208,8 @@ pub struct Nodes {
 impl Nodes {
     /// Starts so many, with these lines among the limits of the cluster file.
     pub fn start(count: usize, limits: &[(&str, &str)]) -> Self {
-        let free_udp = || {
-            let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("a port is free");
-            socket.local_addr().expect("it is bound")
-        };
-        let addresses: Vec<_> = (0..count).map(|_| free_udp()).collect();
+        let free = |_| free_port::udp(LOOPBACK).expect("a port is free");
+        let addresses: Vec<_> = (0..count).map(free).collect();
         Self::start_at(&addresses, limits, Box::new(|_| offbook()))
     }
 
@@ -258,16 +258,15 @@ impl Nodes {
             text = format!("{before}\n{key} = {value}\n{after}");
         }
         std::fs::write(&file, text).expect("there is room");
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port is free");
+        let http = free_port::tcp(LOOPBACK).expect("a port is free");
         let client = reqwest::blocking::Client::builder().timeout(PATIENCE);
         let mut nodes = Self {
             launch,
-            http: listener.local_addr().expect("it is bound").to_string(),
+            http: http.to_string(),
             folder,
             nodes: (0..count).map(|_| None).collect(),
             client: client.build().expect("a client can be made"),
         };
-        drop(listener);
         for node in 0..count {
             nodes.start_node(node);
         }
