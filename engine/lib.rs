@@ -1,6 +1,6 @@
 //! One shard of one model on one device. The engine knows nothing about text, actors or sockets.
 //!
-//! Who owns what is decided by pure files (`config`, `partition`, `budget`); `checkpoint` and
+//! Who owns what is decided by pure files (`config`, `partition`, `budget`, `planner`); `checkpoint` and
 //! `weights` bring a rank's share to its device. `step_loop` is the life of a shard: `batch` says
 //! which rows a step has, `step` builds it from `models`, `kv_cache`, `reshaping` and `sampler`.
 //! `trial` runs the same loop on random weights, to measure it.
@@ -9,6 +9,7 @@ mod precision;
 pub mod config;
 pub mod partition;
 pub mod budget;
+mod planner;
 pub mod checkpoint;
 pub mod weights;
 mod engine;
@@ -31,6 +32,7 @@ pub use config::{ConfigError, ModelConfig};
 pub use engine::{Engine, EngineError};
 pub use partition::{Collectives, Partition, PartitionError, PlanReport, RankPlan, RankShare};
 pub use plan_inbox::{PlanGap, PlanInbox};
+pub use planner::{Basis, Candidate, Estimate, Machine, Misfit, Network, candidates};
 pub use precision::Precision;
 pub use step_log::StepTiming;
 pub use step_loop::{

@@ -4,8 +4,10 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
+use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use offbook_protocol::{FastSynch, Layout, Transport};
 
@@ -77,9 +79,10 @@ pub(crate) struct Division {
     #[arg(long, value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
     /// How the model is divided: tensor (every layer), expert (the experts; attention on every node,
-    /// one exchange per layer) or pipeline (some layers each)
-    #[arg(long, default_value_t = Layout::Tensor, value_name = "LAYOUT")]
-    pub(crate) parallel: Layout,
+    /// one exchange per layer), pipeline (some layers each), or auto: what is fastest by the numbers
+    /// below, which are measured here where they are not given
+    #[arg(long, default_value_t = Parallel::As(Layout::Tensor), value_name = "LAYOUT")]
+    pub(crate) parallel: Parallel,
     /// Share of the model that each node takes, relative to the others, as in 2,1,1
     #[arg(long, value_name = "W,W,…", value_delimiter = ',')]
     pub(crate) weights: Vec<f64>,
@@ -91,7 +94,66 @@ pub(crate) struct Division {
         hide_default_value = true
     )]
     pub(crate) context: u32,
+    #[command(flatten)]
+    pub(crate) hardware: Hardware,
 }
+
+/// What layouts are compared by.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "What the layouts are compared by")]
+pub(crate) struct Hardware {
+    /// What each node may hold, or one number for all, as in 96GiB,96GiB,36GiB
+    #[arg(long, value_name = "SIZE,…", value_delimiter = ',')]
+    pub(crate) memory: Vec<ByteSize>,
+    /// What each node reads in a second, or one number for all, as in 800GB,800GB,546GB
+    #[arg(long, value_name = "SIZE,…", value_delimiter = ',')]
+    pub(crate) bandwidth: Vec<ByteSize>,
+    /// How long an exchange of a few kilobytes among all nodes takes, as in 60us
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) exchange: Option<Duration>,
+    /// What a node can send in a second, as in 1.2GB
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) link: Option<ByteSize>,
+}
+
+impl Hardware {
+    /// Whether the layouts can be compared without a measurement.
+    pub(crate) fn is_given(&self) -> bool {
+        !self.bandwidth.is_empty() && self.exchange.is_some() && self.link.is_some()
+    }
+}
+
+/// A layout, or the best one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Parallel {
+    Auto,
+    As(Layout),
+}
+
+impl FromStr for Parallel {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            AUTO => Ok(Self::Auto),
+            _ => match name.parse() {
+                Ok(layout) => Ok(Self::As(layout)),
+                Err(unknown) => Err(format!("{unknown}, {AUTO}")),
+            },
+        }
+    }
+}
+
+impl fmt::Display for Parallel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str(AUTO),
+            Self::As(layout) => layout.fmt(f),
+        }
+    }
+}
+
+const AUTO: &str = "auto";
 
 /// What a cluster on this machine is made of.
 #[derive(Clone, Debug, Args)]
@@ -325,6 +387,12 @@ pub(crate) struct GenerateInput {
 pub(crate) struct Plan {
     #[command(flatten)]
     pub(crate) division: Division,
+    /// Compare the layouts by what this machine can do: starts its ranks, on random weights
+    #[arg(long)]
+    pub(crate) measure: bool,
+    /// What carries tensors while that is measured: quic or shm (ours), ring, nccl or jaccl (MLX's own)
+    #[arg(long, default_value_t = Transport::Quic)]
+    pub(crate) transport: Transport,
     /// Print JSON instead of a table
     #[arg(long)]
     pub(crate) json: bool,
@@ -581,11 +649,10 @@ fn pad_value(value: impl ValueEnum, f: &mut fmt::Formatter<'_>) -> fmt::Result {
 
 /// A time with its unit.
 fn duration(text: &str) -> Result<Duration, String> {
-    let at = text
-        .find(|letter: char| letter.is_ascii_alphabetic())
-        .unwrap_or(text.len());
+    let at = text.find(char::is_alphabetic).unwrap_or(text.len());
     let (number, unit) = text.split_at(at);
     let milliseconds = match unit {
+        "us" | "µs" => 1e-3,
         "ms" => 1.0,
         "s" => 1e3,
         "min" => 60e3,

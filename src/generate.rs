@@ -13,7 +13,7 @@ use crate::{logging, plan};
 pub(crate) async fn run(options: Generate) -> Result<()> {
     logging::start("generate");
     let started = Instant::now();
-    let cluster = LocalCluster::start(&options.local, ([127, 0, 0, 1], 0).into())?;
+    let cluster = LocalCluster::start(&options.local, ([127, 0, 0, 1], 0).into()).await?;
     let mut bars = LoadBars::new();
     let ready = tokio::select! {
         ready = cluster.ready(|report| bars.show(report)) => ready.map(drop),
@@ -41,7 +41,7 @@ async fn generate(cluster: &LocalCluster, options: &Generate, loading: Duration)
         println!("{}", generated.text);
         return Ok(());
     }
-    let plan = plan::report(&cluster.model, &options.local.division)?;
+    let plan = plan::report(&cluster.model, &cluster.divided)?;
     let tokens = generated.tokens.len();
     let decoding = generated.last.saturating_sub(generated.first);
     let line = json!({

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +17,8 @@ use tokio::task::JoinSet;
 
 use crate::cli::LocalOptions;
 use crate::cluster_file::{ClusterFile, Limits, found};
+use crate::plan::Divided;
+use crate::planner::{self, Ground};
 use crate::{demo_model, fast_synch};
 
 /// A running cluster. Its processes end with this value, and with this process.
@@ -30,14 +33,16 @@ pub(crate) struct LocalCluster {
     /// Removed at the end, unless the user named a folder.
     _scratch: Option<TempDir>,
     pub(crate) model: PathBuf,
+    pub(crate) divided: Divided,
     api: String,
     client: reqwest::Client,
 }
 
 impl LocalCluster {
-    /// Makes keys and a cluster file, and starts every node. Must be called on the main thread:
+    /// Makes keys and a cluster file, and starts every node, after it has measured what layout is the
+    /// best if nobody says so. Must be called on the main thread:
     /// the nodes end with the thread that started them.
-    pub(crate) fn start(options: &LocalOptions, http: SocketAddr) -> Result<Self> {
+    pub(crate) async fn start(options: &LocalOptions, http: SocketAddr) -> Result<Self> {
         check_weights(&options.division.weights, options.division.nodes)?;
         let fast_synch = fast_synch::chosen(options.fast_synch, FastSynch::default())?;
         let (folder, scratch) = data_folder(options.data_dir.as_deref())?;
@@ -47,14 +52,20 @@ impl LocalCluster {
                 .with_context(|| format!("no model at {}: give its directory", model.display()))?,
             None => demo_model::write_to(&folder)?,
         };
+        let ground = Ground {
+            transport: options.transport,
+            fast_synch,
+            gpus: options.gpus.and_then(NonZeroU32::new),
+        };
+        let divided = planner::settle(&model, &options.division, ground).await?;
         let http = reserve_tcp(http)?;
         let names = (1..=options.division.nodes).map(|n| format!("node-{n}"));
         let nodes = names
             .map(|name| Ok((name, reserve_udp()?)))
             .collect::<Result<Vec<_>>>()?;
         let cluster = found(&folder, &nodes, |mut nodes| {
-            for (node, weight) in nodes.iter_mut().zip(&options.division.weights) {
-                node.weight = *weight;
+            for (node, weight) in nodes.iter_mut().zip(&divided.weights) {
+                node.weight = weight.0;
             }
             let mut limits = Limits {
                 context_tokens: options.division.context,
@@ -68,7 +79,7 @@ impl LocalCluster {
             ClusterFile {
                 cluster: format!("local-{}", std::process::id()),
                 model: model.clone(),
-                parallel: options.division.parallel,
+                parallel: divided.layout,
                 transport: options.transport,
                 fast_synch,
                 limits,
@@ -114,6 +125,7 @@ impl LocalCluster {
             _tending: tending,
             _scratch: scratch,
             model,
+            divided,
             api: format!("http://{http}"),
             client: reqwest::Client::new(),
         })

@@ -14,6 +14,7 @@ mod generate;
 mod status;
 mod stress;
 mod plan;
+mod planner;
 mod bench;
 mod doctor;
 
@@ -51,7 +52,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             on_this_thread(async { Ok(offbook_api::chat_client::run(options.into()).await?) })
         }
         Command::Generate(options) => on_this_thread(generate::run(options)),
-        Command::Plan(options) => plan::run(&options),
+        Command::Plan(options) => on_this_thread(plan::run(options)),
         Command::Status(options) => on_this_thread(status::run(options)),
         Command::Stress(options) => on_this_thread(stress::run(options)),
         // Measured actors need an actix system around them.

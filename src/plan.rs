@@ -5,32 +5,49 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use offbook_engine::{
-    Checkpoint, Collectives, ModelConfig, Partition, PartitionError, PlanReport, Precision,
-    RankPlan,
+    Candidate, Checkpoint, Collectives, ModelConfig, Partition, PartitionError, PlanReport,
+    Precision, RankPlan,
 };
-use offbook_protocol::{Layout, NodeWeight};
+use offbook_protocol::{FastSynch, Layout, NodeWeight};
 use serde::Serialize;
 
-use crate::cli::{Division, Plan};
+use crate::cli::{Division, Parallel, Plan};
 use crate::demo_model;
 use crate::local_cluster::check_weights;
+use crate::planner::{self, Ground};
 
-pub(crate) fn run(options: &Plan) -> Result<()> {
+pub(crate) async fn run(options: Plan) -> Result<()> {
     check_weights(&options.division.weights, options.division.nodes)?;
     let scratch = tempfile::tempdir().context("cannot make a temporary folder")?;
     let model = match &options.division.model {
         Some(model) => model.clone(),
         None => demo_model::write_to(scratch.path())?,
     };
-    let (config, report) = solve(
-        &model,
-        options.division.parallel,
-        &weights(&options.division.weights, options.division.nodes),
-    )?;
-    let layouts = layouts(&config, &options.division)?;
+    let division = &options.division;
+    let ground = Ground {
+        transport: options.transport,
+        fast_synch: FastSynch::default(),
+        gpus: None,
+    };
+    let (divided, advice) = match division.parallel {
+        Parallel::Auto => {
+            let advice = planner::advise(&model, division, ground).await?;
+            (Divided::by(advice.best()?), Some(advice))
+        }
+        Parallel::As(layout) => {
+            let advice = match options.measure || division.hardware.is_given() {
+                true => Some(planner::advise(&model, division, ground).await?),
+                false => None,
+            };
+            (Divided::as_said(layout, division), advice)
+        }
+    };
+    let (config, report) = solve(&model, &divided)?;
+    let layouts = layouts(&config, &divided.weights)?;
     if options.json {
         let mut json = serde_json::to_value(&report)?;
         json["layouts"] = serde_json::to_value(&layouts)?;
+        json["advice"] = serde_json::to_value(&advice)?;
         println!("{json}");
     } else {
         let context = match options.division.context {
@@ -38,8 +55,38 @@ pub(crate) fn run(options: &Plan) -> Result<()> {
             wanted => u64::from(wanted).min(config.context_tokens as u64),
         };
         print!("{}{}", table(&report, context), choice(&layouts));
+        match advice {
+            Some(advice) => print!("{}", advice.table()),
+            None => println!("\n--measure says how long a token takes with each"),
+        }
     }
     Ok(())
+}
+
+/// How a model is divided over the nodes, once that is decided.
+#[derive(Clone, Debug)]
+pub(crate) struct Divided {
+    pub(crate) layout: Layout,
+    /// One per node.
+    pub(crate) weights: Vec<NodeWeight>,
+}
+
+impl Divided {
+    /// As the user said, with equal weights where nothing else was said.
+    pub(crate) fn as_said(layout: Layout, division: &Division) -> Self {
+        let weights = match &division.weights[..] {
+            [] => vec![NodeWeight(1.0); division.nodes as usize],
+            given => given.iter().copied().map(NodeWeight).collect(),
+        };
+        Self { layout, weights }
+    }
+
+    pub(crate) fn by(candidate: &Candidate) -> Self {
+        Self {
+            layout: candidate.layout,
+            weights: candidate.weights.clone(),
+        }
+    }
 }
 
 /// What each layout costs on the network, and in memory on the fullest rank.
@@ -53,11 +100,10 @@ struct LayoutCost {
 }
 
 /// Every layout that can divide the model over these nodes.
-fn layouts(config: &ModelConfig, division: &Division) -> Result<Vec<LayoutCost>> {
-    let weights = weights(&division.weights, division.nodes);
+fn layouts(config: &ModelConfig, weights: &[NodeWeight]) -> Result<Vec<LayoutCost>> {
     let mut costs = Vec::new();
     for layout in [Layout::Tensor, Layout::Expert, Layout::Pipeline] {
-        let partition = match Partition::solve(config, layout, &weights) {
+        let partition = match Partition::solve(config, layout, weights) {
             Ok(partition) => partition,
             Err(PartitionError::MoreRanksThanLayers { .. }) => continue,
             Err(error) => return Err(error.into()),
@@ -98,28 +144,16 @@ fn choice(layouts: &[LayoutCost]) -> String {
 }
 
 /// The plan of a cluster on this machine.
-pub(crate) fn report(model: &Path, division: &Division) -> Result<PlanReport> {
-    let weights = weights(&division.weights, division.nodes);
-    Ok(solve(model, division.parallel, &weights)?.1)
-}
-
-fn weights(given: &[f64], nodes: u32) -> Vec<NodeWeight> {
-    match given {
-        [] => vec![NodeWeight(1.0); nodes as usize],
-        given => given.iter().copied().map(NodeWeight).collect(),
-    }
+pub(crate) fn report(model: &Path, divided: &Divided) -> Result<PlanReport> {
+    Ok(solve(model, divided)?.1)
 }
 
 /// Bytes come from the checkpoint where there is one; a directory with nothing but `config.json`
 /// can be planned too.
-fn solve(
-    model: &Path,
-    layout: Layout,
-    weights: &[NodeWeight],
-) -> Result<(ModelConfig, PlanReport)> {
+fn solve(model: &Path, divided: &Divided) -> Result<(ModelConfig, PlanReport)> {
     let config = ModelConfig::open(model)
         .with_context(|| format!("cannot plan the model in {}", model.display()))?;
-    let partition = Partition::solve(&config, layout, weights)?;
+    let partition = Partition::solve(&config, divided.layout, &divided.weights)?;
     let precision = PRECISION;
     let bytes = match Checkpoint::open(model) {
         Ok(checkpoint) => {
@@ -191,7 +225,7 @@ fn range(range: &Range<usize>) -> String {
 }
 
 /// Three figures and a unit.
-fn bytes(count: u64) -> String {
+pub(crate) fn bytes(count: u64) -> String {
     let mut value = count as f64;
     let mut units = ["B", "kB", "MB", "GB", "TB"].into_iter();
     let mut unit = units.next().unwrap_or_default();
@@ -207,7 +241,7 @@ fn bytes(count: u64) -> String {
 }
 
 /// What a shard computes in on a CPU; a GPU keeps the checkpoint's own, and needs less.
-const PRECISION: Precision = Precision::Float32;
+pub(crate) const PRECISION: Precision = Precision::Float32;
 
 #[cfg(test)]
 mod tests {

@@ -18,7 +18,7 @@ use crate::generate::{stream_completion, watch_completion};
 use crate::local_cluster::LocalCluster;
 
 pub(crate) async fn run(options: Stress) -> Result<()> {
-    let cluster = LocalCluster::start(&options.local, ([127, 0, 0, 1], 0).into())?;
+    let cluster = LocalCluster::start(&options.local, ([127, 0, 0, 1], 0).into()).await?;
     let began = Instant::now();
     let soaked = tokio::select! {
         soaked = soak(&cluster, &options) => soaked,

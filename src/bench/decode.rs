@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use offbook_protocol::{Layout, Transport};
 use serde_json::{Value, json};
 
-use crate::cli::{BenchDecode, Division, LocalOptions};
+use crate::cli::{BenchDecode, Division, Hardware, LocalOptions, Parallel};
 use crate::demo_model;
 use crate::generate::stream_completion;
 use crate::local_cluster::LocalCluster;
@@ -71,9 +71,10 @@ async fn one_cluster(options: &BenchDecode, model: &Path, nodes: u32) -> Result<
         division: Division {
             nodes,
             model: Some(model.to_owned()),
-            parallel: Layout::Tensor,
+            parallel: Parallel::As(Layout::Tensor),
             weights: Vec::new(),
             context: 0,
+            hardware: Hardware::default(),
         },
         transport: options.transport,
         fast_synch: None,
@@ -85,7 +86,7 @@ async fn one_cluster(options: &BenchDecode, model: &Path, nodes: u32) -> Result<
         restarts: 5,
         restart_pause_max: Duration::from_secs(10),
     };
-    let cluster = LocalCluster::start(&local, ([127, 0, 0, 1], 0).into())?;
+    let cluster = LocalCluster::start(&local, ([127, 0, 0, 1], 0).into()).await?;
     let measured = async {
         cluster.ready(|_| {}).await?;
         // The first request also pays for what is made once: caches, buffers, pages.

@@ -11,7 +11,7 @@ use crate::generate::{stream_completion, watch_completion};
 use crate::local_cluster::LocalCluster;
 
 pub(super) async fn run(options: BenchLoss) -> Result<()> {
-    let cluster = LocalCluster::start(&options.local, ([127, 0, 0, 1], 0).into())?;
+    let cluster = LocalCluster::start(&options.local, ([127, 0, 0, 1], 0).into()).await?;
     let measured = tokio::select! {
         measured = measure(&cluster, options.runs) => measured,
         _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),

@@ -1,0 +1,76 @@
+//! `--parallel auto` takes what is fastest by the numbers that are given, or measured.
+
+mod support;
+
+use serde_json::Value;
+use support::offbook;
+
+#[test]
+fn by_the_numbers_that_are_given() {
+    let slow_exchanges = ["--bandwidth", "800GB", "--exchange", "2ms", "--link", "1GB"];
+    let slow_reading = [
+        "--bandwidth",
+        "100MB",
+        "--exchange",
+        "5us",
+        "--link",
+        "10GB",
+    ];
+    let [pipeline, tensor] = [&slow_exchanges, &slow_reading].map(|numbers| plan(numbers));
+    assert_eq!(pipeline["layout"], "pipeline");
+    assert_eq!(tensor["layout"], "tensor");
+    for chosen in [pipeline, tensor] {
+        let candidates = chosen["advice"]["candidates"].as_array().expect("a list");
+        assert_eq!(candidates[0]["layout"], chosen["layout"]);
+        let seconds = |candidate: &Value| candidate["estimate"]["seconds_per_token"].as_f64();
+        assert!(candidates.is_sorted_by_key(seconds), "{candidates:?}");
+    }
+}
+
+#[test]
+fn nothing_that_a_node_cannot_hold() {
+    let numbers = "--bandwidth 100MB --exchange 5us --link 10GB --memory 1MB";
+    let output = command(&numbers.split(' ').collect::<Vec<_>>()).output();
+    let output = output.expect("offbook runs");
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("no layout fits"), "{said}");
+    assert!(said.contains("1.0 MB"), "{said}");
+}
+
+#[test]
+fn by_what_it_measures_and_the_answer_is_the_same() {
+    let [tensor, chosen] = ["tensor", "auto"].map(|parallel| {
+        let mut generate = offbook();
+        generate.args(["generate", "--nodes", "2", "--parallel", parallel]);
+        generate.args([
+            "--prompt",
+            "Hello",
+            "--max-tokens",
+            "8",
+            "--temperature",
+            "0",
+        ]);
+        answer(generate.args(["--ignore-eos", "--json"]))
+    });
+    assert_eq!(tensor["tokens"], chosen["tokens"]);
+    assert_eq!(chosen["tokens"].as_array().map(Vec::len), Some(8));
+}
+
+fn plan(numbers: &[&str]) -> Value {
+    answer(command(numbers).arg("--json"))
+}
+
+fn command(numbers: &[&str]) -> std::process::Command {
+    let mut command = offbook();
+    command.args(["plan", "--nodes", "3", "--parallel", "auto"]);
+    command.args(numbers).stderr(std::process::Stdio::piped());
+    command
+}
+
+fn answer(command: &mut std::process::Command) -> Value {
+    let output = command.output().expect("offbook runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    serde_json::from_slice(&output.stdout).expect("it is JSON")
+}
