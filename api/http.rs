@@ -7,6 +7,7 @@
 //! (`sse.rs`). A client that leaves drops the answers, and that cancels them.
 
 mod error;
+mod connections;
 mod drain;
 mod caller;
 mod body;
@@ -33,7 +34,6 @@ use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::http::{Method, Uri};
 use axum::routing::{get, post};
-use axum::serve::ListenerExt;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -41,6 +41,7 @@ use tokio_util::sync::CancellationToken;
 use crate::Backend;
 use crate::journal::{Asked, Journal, Record};
 use crate::text::{Defaults, Text};
+use connections::Bounds;
 use drain::Drain;
 use error::ApiError;
 use metrics::Metrics;
@@ -85,14 +86,7 @@ pub async fn serve(
     let journal = api.service.journal.clone();
     resumed::begin(&api);
     let router = router(api);
-    let closed = closing.clone().cancelled_owned();
-    // A token is a small packet, and must not wait until the client has acknowledged the last one.
-    let listener = listener.tap_io(|connection| {
-        if let Err(error) = connection.set_nodelay(true) {
-            tracing::debug!(%error, "a client may get its tokens late");
-        }
-    });
-    let graceful = axum::serve(listener, router).with_graceful_shutdown(closed);
+    let graceful = connections::serve(listener, router, Bounds::default(), closing.clone());
     let deadline = async {
         shutdown.await;
         // Whoever comes now is still answered, with a refusal.

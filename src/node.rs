@@ -15,6 +15,7 @@ use offbook_api::Journal;
 use offbook_engine::ModelConfig;
 use offbook_runtime::supervise::lifeline;
 use offbook_runtime::{Identity, ProcessName, System, SystemConfig};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
@@ -31,6 +32,7 @@ pub(crate) async fn run(options: Node) -> Result<()> {
     if options.supervised {
         lifeline()?;
     }
+    raise_open_files();
     let mut cluster = ClusterFile::load(&options.cluster)?;
     let own = cluster.node(&options.name)?.clone();
     let identity = Identity::load(&identity_file(&options.data_dir))?;
@@ -109,6 +111,27 @@ impl Api {
     }
 }
 
+/// A client's connection takes a file descriptor, and a streamed answer another. Many systems begin with
+/// few and allow more.
+fn raise_open_files() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let wanted = OPEN_FILES.map(|files| maximum.map_or(files, |maximum| files.min(maximum)));
+    for files in wanted {
+        let more = current.is_some_and(|current| current < files);
+        let raised = Rlimit {
+            current: Some(files),
+            maximum,
+        };
+        if !more || setrlimit(Resource::Nofile, raised).is_ok() {
+            return;
+        }
+    }
+    tracing::warn!(
+        ?current,
+        "the limit of open files could not be raised: fewer clients fit"
+    );
+}
+
 /// Scheduler, membership and API.
 async fn start_head(system: &System, cluster: &ClusterFile, options: &Node) -> Result<Api> {
     let model = &cluster.model;
@@ -182,4 +205,6 @@ pub(crate) fn boot() -> u64 {
 }
 
 /// What is under way may take a round trip.
+/// Enough for a crowd; and what macOS allows where it does not allow that.
+const OPEN_FILES: [u64; 2] = [65_536, 10_240];
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(1);

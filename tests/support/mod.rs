@@ -45,7 +45,11 @@ pub struct Cluster {
 impl Cluster {
     /// Starts `offbook up --json` and waits until it says that it is ready.
     pub fn up(arguments: &[&str]) -> Self {
-        let mut up = offbook();
+        Self::up_by(offbook(), arguments)
+    }
+
+    /// The same, with another beginning of the command.
+    pub fn up_by(mut up: Command, arguments: &[&str]) -> Self {
         up.args(["up", "--json", "--http", "127.0.0.1:0"]);
         if !arguments.contains(&"--drain") {
             // Most tests end with answers under way.
