@@ -60,10 +60,15 @@ pub struct Wait<'a> {
 }
 
 impl Wait<'_> {
-    /// Time that is left, down to zero.
-    pub fn left(&self, now: Instant) -> Duration {
-        self.deadline
-            .saturating_sub(now.saturating_duration_since(self.since))
+    /// Time that is left, down to zero, when so many ranks are missing. Of several, one may be waiting for
+    /// another itself, since a moment later than we: it has a little more time to say so, because who waits
+    /// is not who is late.
+    pub fn left(&self, now: Instant, missing: usize) -> Duration {
+        let limit = match missing {
+            0 | 1 => self.deadline,
+            _ => self.deadline + POISON_LATENCY_MAX,
+        };
+        limit.saturating_sub(now.saturating_duration_since(self.since))
     }
 
     /// The error for a peer that let the deadline pass.

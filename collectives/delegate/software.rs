@@ -178,7 +178,7 @@ impl Transport for Channels {
                 if let Some(why) = (wait.interrupted)() {
                     return Err(why);
                 }
-                let left = wait.left(Instant::now());
+                let left = wait.left(Instant::now(), 1);
                 if left.is_zero() {
                     return Err(wait.late(from, exchange.operation));
                 }

@@ -117,9 +117,10 @@ impl<'a, 'm> Pass<'a, 'm> {
                 };
             }
             (wait.interrupted)().map_or(Ok(()), Err)?;
-            let left = wait.left(now);
+            let left = wait.left(now, self.missing().count());
             if left.is_zero() {
-                return Err(wait.late(self.missing(), self.operation));
+                let first = self.missing().next().unwrap_or(0);
+                return Err(wait.late(first, self.operation));
             }
             if moved {
                 quiet_since = now;
@@ -200,11 +201,9 @@ impl<'a, 'm> Pass<'a, 'm> {
         peers.into_iter().find_map(absent)
     }
 
-    fn missing(&self) -> usize {
-        let mut letters = self.letters.iter();
-        letters
-            .find(|letter| !letter.is_done())
-            .map_or(0, |letter| letter.rank)
+    fn missing(&self) -> impl Iterator<Item = usize> {
+        let waited_for = self.letters.iter().filter(|letter| !letter.is_done());
+        waited_for.map(|letter| letter.rank)
     }
 }
 

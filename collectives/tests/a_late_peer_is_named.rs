@@ -7,10 +7,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mlx_rs::ops::ones;
-use offbook_collectives::{CollectiveError, FastSynch, Group, Operation, QuicOptions};
+use mlx_rs::{Dtype, ops::ones};
+use offbook_collectives::{
+    CollectiveError, FastSynch, Group, Operation, QuicOptions, SharedMemoryOptions, Transport,
+};
 
-use support::{PATIENCE, endpoint, transports};
+use support::{PATIENCE, endpoint, shared_memory, transports};
 
 const DEADLINE: Duration = Duration::from_millis(500);
 
@@ -81,6 +83,38 @@ fn its_peers_fail_at_once_instead_of_at_their_own_deadline() {
             assert!(why.contains("rank 2 was late: all_sum"), "{why}");
         }
         other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn and_not_the_one_who_waits_for_it() {
+    let boxed = |transport| Box::new(transport) as Box<dyn Transport>;
+    let quic = transports(3, QuicOptions::default());
+    let quic: Vec<_> = quic.into_iter().map(boxed).collect();
+    let memory = shared_memory(3, &SharedMemoryOptions::default());
+    let memory: Vec<_> = memory
+        .into_iter()
+        .map(|memory| Box::new(memory) as _)
+        .collect();
+    for transports in [quic, memory] {
+        let [first, second, _idle] = <[Box<dyn Transport>; 3]>::try_from(transports)
+            .unwrap_or_else(|_| panic!("there are three"));
+        std::thread::spawn(move || {
+            // Its deadline is a moment later than that of the first.
+            let deadline = DEADLINE + Duration::from_millis(10);
+            let group = Group::over(second, deadline, FastSynch::Off).unwrap();
+            let from_the_third = group.recv(&[10], Dtype::Float32, 2).unwrap();
+            from_the_third.eval().unwrap();
+        });
+        let group = Group::over(first, DEADLINE, FastSynch::Off).unwrap();
+        let sum = group.all_sum(&ones::<f32>(&[10]).unwrap()).unwrap();
+        sum.eval().unwrap();
+        match group.handle().health() {
+            Err(CollectiveError::PeerPoisoned { rank: 1, why }) => {
+                assert!(why.contains("rank 2 was late"), "{why}");
+            }
+            other => panic!("{other:?}"),
+        }
     }
 }
 

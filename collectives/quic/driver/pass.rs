@@ -116,9 +116,10 @@ impl<'a> Pass<'a> {
             self.make_room();
             self.check_peers()?;
             (wait.interrupted)().map_or(Ok(()), Err)?;
-            let left = wait.left(now);
+            let left = wait.left(now, self.missing().count());
             if left.is_zero() {
-                return Err(wait.late(self.missing(), self.operation));
+                let first = self.missing().next().unwrap_or(0);
+                return Err(wait.late(first, self.operation));
             }
             if self.driver.turn(now) {
                 quiet_since = now;
@@ -214,11 +215,9 @@ impl<'a> Pass<'a> {
         }
     }
 
-    fn missing(&self) -> usize {
-        self.letters
-            .iter()
-            .find(|letter| !letter.is_done())
-            .map_or(0, |letter| letter.rank)
+    fn missing(&self) -> impl Iterator<Item = usize> {
+        let waited_for = self.letters.iter().filter(|letter| !letter.is_done());
+        waited_for.map(|letter| letter.rank)
     }
 }
 
