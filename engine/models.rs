@@ -1,6 +1,6 @@
-//! The architectures. One file per family of models; what they share lies beside them.
+//! What a step computes: a decoder, and the parts that it is made of.
 
-pub(crate) mod minimax;
+pub(crate) mod decoder;
 pub(crate) mod attention;
 pub(crate) mod experts;
 pub(crate) mod rotary;

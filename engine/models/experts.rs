@@ -10,9 +10,9 @@ use mlx_rs::{Array, Dtype};
 
 use crate::config::ModelConfig;
 use crate::models::Fault;
+use crate::models::decoder::{DeviceKind, Numerics, Rows};
 use crate::models::fused;
 use crate::models::linear::{Fused, Order, arrays, fuse, project, project_experts};
-use crate::models::minimax::{DeviceKind, Numerics, Rows};
 use crate::partition::RankShare;
 use crate::weights::{ExpertWeights, Linear};
 

@@ -1,9 +1,8 @@
-//! MiniMax-M2: the layers that one rank owns, over the rows of any number of sequences at once.
+//! The layers of a decoder that one rank owns, over the rows of any number of sequences at once: what
+//! all architectures share. How they differ is in the model's configuration.
 //!
 //! Everything but attention works row by row, so all rows go through it together; attention runs
 //! per segment, against the segment's own cache. A row is therefore computed as it would be alone.
-//! The maths is that of the model's reference implementations (`minimax_m2` in transformers,
-//! `minimax` in mlx-lm).
 //!
 //! Shapes: `rows` is the number of rows of the step, `hidden` the model's width. On a rank that
 //! holds no heads, or no share of the experts, the part is absent and adds zeros.
@@ -30,7 +29,7 @@ use crate::partition::RankShare;
 use crate::weights::{LayerWeights, Linear, ShardWeights};
 
 /// One rank's share of the model, ready to run.
-pub(crate) struct MiniMax {
+pub(crate) struct Decoder {
     embedding: Option<Linear>,
     blocks: Vec<Block>,
     final_norm: Option<Array>,
@@ -102,7 +101,7 @@ struct Block {
     experts: Experts,
 }
 
-impl MiniMax {
+impl Decoder {
     /// Fuses what multiplies the same input. `share` says what of the model they are.
     pub(crate) fn new(
         config: &ModelConfig,
@@ -305,7 +304,7 @@ mod tests {
         ModelConfig::parse(&config, None).unwrap()
     }
 
-    fn model(config: &ModelConfig, device: DeviceKind) -> MiniMax {
+    fn model(config: &ModelConfig, device: DeviceKind) -> Decoder {
         let share = RankShare::whole(config);
         let weights = random_weights(config, &share, Precision::Float32, 3).unwrap();
         let numerics = Numerics {
@@ -314,7 +313,7 @@ mod tests {
             dtype: Dtype::Float32,
             device,
         };
-        MiniMax::new(config, &share, weights, numerics).unwrap()
+        Decoder::new(config, &share, weights, numerics).unwrap()
     }
 
     fn segment(sequence: u64, start: usize, rows: usize) -> Segment {
@@ -335,7 +334,7 @@ mod tests {
     }
 
     /// What all layers make of the steps' rows, one after the other.
-    fn outputs(model: &MiniMax, steps: &[Vec<Segment>]) -> Vec<Array> {
+    fn outputs(model: &Decoder, steps: &[Vec<Segment>]) -> Vec<Array> {
         let group = Group::solo();
         let mut caches = Caches::new();
         let outputs = steps.iter().enumerate().map(|(step, segments)| {
