@@ -107,8 +107,9 @@ fn activation_bytes(config: &ModelConfig, share: &RankShare, workload: &Workload
     // gate, up and their product, and what each chosen expert returns.
     let columns = share.expert_columns.len() as u64;
     let chosen = config.experts_per_token as u64 * (3 * columns + 2 * hidden) * width;
+    let dense = (3 * share.mlp_columns.len() as u64 + hidden) * width;
     let residual = 4 * hidden * width;
-    let layer = tokens.saturating_mul(residual + chosen.max(heads + scores));
+    let layer = tokens.saturating_mul(residual + chosen.max(dense).max(heads + scores));
     // The logits, their log-probabilities and their order, in f32.
     let logits = workload.sequences * config.vocabulary_size as u64 * 4 * 3;
     layer.saturating_add(logits).saturating_mul(2)

@@ -5,7 +5,7 @@
 //! per segment, against the segment's own cache. A row is therefore computed as it would be alone.
 //!
 //! Shapes: `rows` is the number of rows of the step, `hidden` the model's width. On a rank that
-//! holds no heads, or no share of the experts, the part is absent and adds zeros.
+//! holds no heads, or no columns of the networks, the part is absent and adds zeros.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -22,11 +22,12 @@ use crate::config::ModelConfig;
 use crate::kv_cache::SequenceCache;
 use crate::models::Fault;
 use crate::models::attention::Attention;
-use crate::models::experts::{Experts, RouterAndExperts};
+use crate::models::experts::Experts;
 use crate::models::linear::{embed, project};
+use crate::models::mlp::Mlp;
 use crate::models::rotary::{Rotary, Turn};
 use crate::partition::RankShare;
-use crate::weights::{LayerWeights, Linear, ShardWeights};
+use crate::weights::{FeedForwardWeights, LayerWeights, Linear, ShardWeights};
 
 /// One rank's share of the model, ready to run.
 pub(crate) struct Decoder {
@@ -70,7 +71,7 @@ pub(crate) struct Rows<'a> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Divided {
     pub(crate) heads: bool,
-    pub(crate) experts: bool,
+    pub(crate) columns: bool,
 }
 
 impl Divided {
@@ -80,11 +81,11 @@ impl Divided {
             _ if ranks == 1 => Self::default(),
             Layout::Tensor => Self {
                 heads: true,
-                experts: true,
+                columns: true,
             },
             Layout::Expert => Self {
                 heads: false,
-                experts: true,
+                columns: true,
             },
             Layout::Pipeline => Self::default(),
         }
@@ -98,7 +99,12 @@ struct Block {
     input_norm: Array,
     attention: Attention,
     post_norm: Array,
-    experts: Experts,
+    feed_forward: FeedForward,
+}
+
+enum FeedForward {
+    Dense(Mlp),
+    Experts(Experts),
 }
 
 impl Decoder {
@@ -186,8 +192,8 @@ impl Decoder {
             &mut caches,
         )?;
         let x = x.add(attended)?;
-        let mixed = block.experts.forward(&norm(&x, &block.post_norm)?, rows)?;
-        Ok(x.add(mixed)?)
+        let normed = norm(&x, &block.post_norm)?;
+        Ok(x.add(block.feed_forward.forward(&normed, rows)?)?)
     }
 
     /// Logits of the given rows over this rank's part of the vocabulary: `[rows, hidden]` →
@@ -213,24 +219,39 @@ impl Block {
         layer: LayerWeights,
         numerics: Numerics,
     ) -> Result<Self, Exception> {
-        let mixture = RouterAndExperts {
-            router: layer.router,
-            router_bias: layer.router_bias,
-            experts: layer.experts,
-        };
         Ok(Self {
             input_norm: layer.input_norm,
             attention: Attention::new(config, share, layer.attention, numerics)?,
             post_norm: layer.post_attention_norm,
-            experts: Experts::new(config, share, mixture, numerics)?,
+            feed_forward: match layer.feed_forward {
+                FeedForwardWeights::Dense(columns) => {
+                    FeedForward::Dense(Mlp::new(share, columns, numerics)?)
+                }
+                FeedForwardWeights::Experts(layer) => {
+                    FeedForward::Experts(Experts::new(config, share, layer, numerics)?)
+                }
+            },
         })
     }
 
     fn arrays(&self) -> Vec<&Array> {
         let mut all = vec![&self.input_norm, &self.post_norm];
         all.extend(self.attention.arrays());
-        all.extend(self.experts.arrays());
+        all.extend(match &self.feed_forward {
+            FeedForward::Dense(mlp) => mlp.arrays(),
+            FeedForward::Experts(experts) => experts.arrays(),
+        });
         all
+    }
+}
+
+impl FeedForward {
+    /// `[rows, hidden]` → `[rows, hidden]`, whole on every rank.
+    fn forward(&self, x: &Array, rows: &Rows<'_>) -> Result<Array, Fault> {
+        match self {
+            Self::Dense(mlp) => mlp.forward(x, rows),
+            Self::Experts(experts) => experts.forward(x, rows),
+        }
     }
 }
 
@@ -259,9 +280,9 @@ impl Rows<'_> {
         self.whole(part, self.divided.heads)
     }
 
-    /// This rank's part of what comes out of the experts, summed over all ranks.
-    pub(crate) fn whole_of_experts(&self, part: Array) -> Result<Array, Fault> {
-        self.whole(part, self.divided.experts)
+    /// This rank's part of what comes out of a network or of experts, summed over all ranks.
+    pub(crate) fn whole_of_columns(&self, part: Array) -> Result<Array, Fault> {
+        self.whole(part, self.divided.columns)
     }
 
     fn whole(&self, part: Array, divided: bool) -> Result<Array, Fault> {
@@ -292,7 +313,7 @@ mod tests {
     use crate::precision::Precision;
     use crate::trial::random_weights;
 
-    fn config() -> ModelConfig {
+    fn minimax() -> ModelConfig {
         let config = json!({
             "model_type": "minimax_m2", "hidden_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32, "rotary_dim": 16,
@@ -362,18 +383,19 @@ mod tests {
     /// weights of experts are taken in elsewhere.
     #[test]
     fn the_way_of_a_gpu_computes_the_same() {
-        let config = config();
         let steps = [
             vec![segment(1, 0, 40), segment(2, 0, 5)],
             vec![segment(1, 40, 1), segment(2, 5, 1)],
             vec![segment(2, 6, 1)],
         ];
-        let cpu = outputs(&model(&config, DeviceKind::Cpu), &steps);
-        let gpu = outputs(&model(&config, DeviceKind::Gpu), &steps);
-        for (step, (cpu, gpu)) in cpu.iter().zip(&gpu).enumerate() {
-            assert_eq!(cpu.shape(), gpu.shape());
-            let same = cpu.all_close(gpu, 1e-3, 1e-3, None).unwrap();
-            assert!(same, "step {step}:\n{cpu}\n{gpu}");
+        for config in [minimax()] {
+            let cpu = outputs(&model(&config, DeviceKind::Cpu), &steps);
+            let gpu = outputs(&model(&config, DeviceKind::Gpu), &steps);
+            for (step, (cpu, gpu)) in cpu.iter().zip(&gpu).enumerate() {
+                assert_eq!(cpu.shape(), gpu.shape());
+                let same = cpu.all_close(gpu, 1e-3, 1e-3, None).unwrap();
+                assert!(same, "{}, step {step}:\n{cpu}\n{gpu}", config.model_type);
+            }
         }
     }
 }

@@ -295,7 +295,7 @@ proptest! {
             for layer in ShareSlices::of(&config, &share).layers {
                 let matrices = [
                     layer.attention.as_ref().map(|attention| &attention.o),
-                    layer.experts.as_ref().map(|experts| &experts.down),
+                    layer.feed_forward.columns().map(|columns| &columns.down),
                 ];
                 for matrix in matrices.into_iter().flatten() {
                     if let Some(packing) = config.packing_of(&matrix.module) {
