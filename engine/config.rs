@@ -398,8 +398,8 @@ mod tests {
     fn errors_name_the_key_the_value_and_what_is_supported() {
         assert_eq!(
             error(&with("model_type", json!("llama"))),
-            "the model's configuration has 'model_type' = llama: only minimax_m2 or minimax is \
-             supported"
+            "the model's configuration has 'model_type' = llama: only minimax_m2 or minimax or qwen3 \
+             or qwen3_moe is supported"
         );
         assert!(
             error(&with("scoring_func", json!("softmax"))).contains("'scoring_func' = softmax")

@@ -6,6 +6,7 @@
 //! `ModelConfig`.
 
 mod minimax;
+mod qwen3;
 pub(crate) mod decoder;
 pub(crate) mod attention;
 pub(crate) mod mlp;
@@ -29,7 +30,8 @@ pub(crate) struct Architecture {
     pub(crate) read: fn(&Keys<'_>) -> Result<ModelConfig, ConfigError>,
 }
 
-pub(crate) const ARCHITECTURES: [Architecture; 1] = [minimax::MINIMAX];
+pub(crate) const ARCHITECTURES: [Architecture; 3] =
+    [minimax::MINIMAX, qwen3::QWEN3, qwen3::QWEN3_MOE];
 
 /// A step could not be built or run. Whose fault it is decides what happens next.
 #[derive(Debug, Error)]

@@ -109,9 +109,23 @@ impl<'a> Keys<'a> {
         Ok(tokens.unwrap_or_default())
     }
 
+    /// Numbers of layers, from 0; empty when the key is absent.
+    pub(crate) fn layers(&self, key: &str) -> Result<Vec<usize>, ConfigError> {
+        let layer = |value: &Value| usize::try_from(value.as_u64()?).ok();
+        let layers = self.optional(key, "a list of layers", |value| {
+            value.as_array()?.iter().map(layer).collect()
+        })?;
+        Ok(layers.unwrap_or_default())
+    }
+
     /// An error unless the text is absent or one of `supported`.
     pub(crate) fn only_text(&self, key: &str, supported: &[&str]) -> Result<(), ConfigError> {
         self.only(key, self.optional_text(key)?.as_deref(), supported)
+    }
+
+    /// An error unless the key is absent or false.
+    pub(crate) fn only_false(&self, key: &str) -> Result<(), ConfigError> {
+        self.only(key, Some(&self.flag(key, false)?.to_string()), &["false"])
     }
 
     /// An error unless the list is absent, or has nothing but what is `supported`, written as JSON.

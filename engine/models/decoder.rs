@@ -325,6 +325,19 @@ mod tests {
         ModelConfig::parse(&config, None).unwrap()
     }
 
+    /// Norms of each head; a dense layer, and one with experts.
+    fn qwen3() -> ModelConfig {
+        let config = json!({
+            "model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32, "rope_theta": 1e4,
+            "rms_norm_eps": 1e-6, "intermediate_size": 96, "moe_intermediate_size": 64,
+            "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": true,
+            "mlp_only_layers": [0], "vocab_size": 128, "max_position_embeddings": 512,
+            "quantization": {"group_size": 32, "bits": 4}
+        });
+        ModelConfig::parse(&config, None).unwrap()
+    }
+
     fn model(config: &ModelConfig, device: DeviceKind) -> Decoder {
         let share = RankShare::whole(config);
         let weights = random_weights(config, &share, Precision::Float32, 3).unwrap();
@@ -388,7 +401,7 @@ mod tests {
             vec![segment(1, 40, 1), segment(2, 5, 1)],
             vec![segment(2, 6, 1)],
         ];
-        for config in [minimax()] {
+        for config in [minimax(), qwen3()] {
             let cpu = outputs(&model(&config, DeviceKind::Cpu), &steps);
             let gpu = outputs(&model(&config, DeviceKind::Gpu), &steps);
             for (step, (cpu, gpu)) in cpu.iter().zip(&gpu).enumerate() {
