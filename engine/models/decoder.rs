@@ -305,11 +305,14 @@ impl Rows<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use offbook_protocol::Sampling;
     use serde_json::json;
 
     use super::*;
     use crate::batch::{Draw, Input};
+    use crate::checkpoint::Checkpoint;
     use crate::precision::Precision;
     use crate::trial::random_weights;
 
@@ -325,29 +328,30 @@ mod tests {
         ModelConfig::parse(&config, None).unwrap()
     }
 
-    /// Norms of each head; a dense layer, and one with experts.
-    fn qwen3() -> ModelConfig {
-        let config = json!({
-            "model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32, "rope_theta": 1e4,
-            "rms_norm_eps": 1e-6, "intermediate_size": 96, "moe_intermediate_size": 64,
-            "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": true,
-            "mlp_only_layers": [0], "vocab_size": 128, "max_position_embeddings": 512,
-            "quantization": {"group_size": 32, "bits": 4}
-        });
-        ModelConfig::parse(&config, None).unwrap()
-    }
-
-    fn model(config: &ModelConfig, device: DeviceKind) -> Decoder {
-        let share = RankShare::whole(config);
-        let weights = random_weights(config, &share, Precision::Float32, 3).unwrap();
-        let numerics = Numerics {
+    fn numerics(config: &ModelConfig, device: DeviceKind) -> Numerics {
+        Numerics {
             hidden: config.hidden_size as i32,
             norm_eps: config.rms_norm_eps,
             dtype: Dtype::Float32,
             device,
-        };
-        Decoder::new(config, &share, weights, numerics).unwrap()
+        }
+    }
+
+    fn random(device: DeviceKind) -> Decoder {
+        let config = minimax();
+        let share = RankShare::whole(&config);
+        let weights = random_weights(&config, &share, Precision::Float32, 3).unwrap();
+        Decoder::new(&config, &share, weights, numerics(&config, device)).unwrap()
+    }
+
+    fn fixture(name: &str, device: DeviceKind) -> Decoder {
+        let all = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
+        let config = ModelConfig::open(&all.join(name)).unwrap();
+        let checkpoint = Checkpoint::open(&all.join(name)).unwrap();
+        let share = RankShare::whole(&config);
+        let precision = Precision::Float32;
+        let weights = ShardWeights::load(&checkpoint, &config, &share, precision, &mut |_, _| {});
+        Decoder::new(&config, &share, weights.unwrap(), numerics(&config, device)).unwrap()
     }
 
     fn segment(sequence: u64, start: usize, rows: usize) -> Segment {
@@ -401,14 +405,19 @@ mod tests {
             vec![segment(1, 40, 1), segment(2, 5, 1)],
             vec![segment(2, 6, 1)],
         ];
-        for config in [minimax(), qwen3()] {
-            let cpu = outputs(&model(&config, DeviceKind::Cpu), &steps);
-            let gpu = outputs(&model(&config, DeviceKind::Gpu), &steps);
+        let check = |name: &str, model: &dyn Fn(DeviceKind) -> Decoder| {
+            let cpu = outputs(&model(DeviceKind::Cpu), &steps);
+            let gpu = outputs(&model(DeviceKind::Gpu), &steps);
             for (step, (cpu, gpu)) in cpu.iter().zip(&gpu).enumerate() {
                 assert_eq!(cpu.shape(), gpu.shape());
                 let same = cpu.all_close(gpu, 1e-3, 1e-3, None).unwrap();
-                assert!(same, "{}, step {step}:\n{cpu}\n{gpu}", config.model_type);
+                assert!(same, "{name}, step {step}:\n{cpu}\n{gpu}");
             }
+        };
+        check("random", &random);
+        // Norms of all heads together; of each head, in dense layers and with either softmax.
+        for name in ["dense-f32", "qwen3-f32", "qwen3-moe-4bit", "qwen3-moe-f32"] {
+            check(name, &|device| fixture(name, device));
         }
     }
 }
