@@ -159,6 +159,24 @@ mod tests {
     }
 
     #[test]
+    fn a_wide_network_of_a_dense_layer_counts() {
+        let of_width = |width: usize| {
+            let config = json!({
+                "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 3,
+                "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+                "rope_theta": 1e4, "rms_norm_eps": 1e-6, "intermediate_size": width,
+                "vocab_size": 128, "max_position_embeddings": 512
+            });
+            let config = ModelConfig::parse(&config, None).unwrap();
+            let (share, workload) = (RankShare::whole(&config), workload(Precision::BFloat16));
+            Budget::of(&config, &share, 0, &workload).activation_bytes
+        };
+        // gate, up and their product, in two bytes, for 64 tokens, twice.
+        let more = of_width(3000) - of_width(2000);
+        assert_eq!(more, 1000 * 3 * 2 * 64 * 2);
+    }
+
+    #[test]
     fn a_refusal_names_the_rank_the_node_and_the_bytes() {
         let config = small();
         let share = RankShare::whole(&config);
