@@ -11,6 +11,7 @@ mod python_json;
 mod vocabulary;
 mod detokenizer;
 mod answer_parser;
+mod json_call;
 mod tool_schemas;
 mod stop_finder;
 mod markers;
@@ -64,6 +65,15 @@ impl Text {
             .as_ref()
             .ok_or(TextError::NoTemplate)?
             .render(conversation)
+    }
+
+    /// For the answer to a rendered conversation: it looks for the marks that this model was taught.
+    pub fn parser(&self, rendered: &str) -> AnswerParser {
+        let template = self.template.as_ref();
+        AnswerParser::new(
+            rendered,
+            template.map_or(&markers::MINIMAX, ChatTemplate::call_marks),
+        )
     }
 
     /// The tokens of rendered text: special tokens are recognised and none are added. As with the

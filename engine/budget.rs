@@ -107,8 +107,9 @@ fn activation_bytes(config: &ModelConfig, share: &RankShare, workload: &Workload
     // gate, up and their product, and what each chosen expert returns.
     let columns = share.expert_columns.len() as u64;
     let chosen = config.experts_per_token as u64 * (3 * columns + 2 * hidden) * width;
+    let dense = (3 * share.mlp_columns.len() as u64 + hidden) * width;
     let residual = 4 * hidden * width;
-    let layer = tokens.saturating_mul(residual + chosen.max(heads + scores));
+    let layer = tokens.saturating_mul(residual + chosen.max(dense).max(heads + scores));
     // The logits, their log-probabilities and their order, in f32.
     let logits = workload.sequences * config.vocabulary_size as u64 * 4 * 3;
     layer.saturating_add(logits).saturating_mul(2)
@@ -155,6 +156,24 @@ mod tests {
             ..whole
         };
         assert_eq!(of(&headless, Precision::BFloat16), 0);
+    }
+
+    #[test]
+    fn a_wide_network_of_a_dense_layer_counts() {
+        let of_width = |width: usize| {
+            let config = json!({
+                "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 3,
+                "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+                "rope_theta": 1e4, "rms_norm_eps": 1e-6, "intermediate_size": width,
+                "vocab_size": 128, "max_position_embeddings": 512
+            });
+            let config = ModelConfig::parse(&config, None).unwrap();
+            let (share, workload) = (RankShare::whole(&config), workload(Precision::BFloat16));
+            Budget::of(&config, &share, 0, &workload).activation_bytes
+        };
+        // gate, up and their product, in two bytes, for 64 tokens, twice.
+        let more = of_width(3000) - of_width(2000);
+        assert_eq!(more, 1000 * 3 * 2 * 64 * 2);
     }
 
     #[test]

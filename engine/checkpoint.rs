@@ -99,11 +99,10 @@ impl Checkpoint {
         Ok(Self { files, tensors })
     }
 
-    /// Original checkpoints hold each expert by itself, in blocks of fp8.
+    /// Original checkpoints hold each expert by itself, or weights in blocks of fp8.
     fn converted(&self) -> Result<(), CheckpointError> {
-        let original = |name: &&String| {
-            name.ends_with(".weight_scale_inv") || name.contains(".block_sparse_moe.experts.")
-        };
+        let original =
+            |name: &&String| name.ends_with(".weight_scale_inv") || name.contains(".experts.");
         match self.tensors.keys().find(original) {
             Some(tensor) => Err(CheckpointError::NotConverted {
                 tensor: tensor.clone(),

@@ -1,12 +1,14 @@
 //! What a model directory says about its model, as far as the engine computes with it.
 //!
-//! Everything that slices, budgets or computes asks this struct; only this folder reads
-//! `config.json` and `generation_config.json`. A value that the engine cannot honour is an error
-//! here, never a wrong answer later.
+//! Everything that slices, budgets or computes asks this struct. This folder reads what all
+//! architectures have in common from `config.json` and `generation_config.json`, the files of the
+//! architectures in `models/` the rest. A value that the engine cannot honour is an error here, never a
+//! wrong answer later.
 
 mod json;
 mod quantization;
 mod generation;
+mod rope;
 
 use std::path::Path;
 
@@ -16,9 +18,11 @@ use thiserror::Error;
 pub use generation::{GenerationConfig, SamplingDefaults};
 pub use quantization::{Packing, Quantization};
 
-use json::Keys;
+pub(crate) use json::Keys;
 
-/// A MiniMax-M2 model. Keys and defaults are those of mlx-lm's `models/minimax.py`.
+use crate::models::ARCHITECTURES;
+
+/// A decoder of grouped-query attention and SwiGLU networks, in what architectures differ in.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
     pub model_type: String,
@@ -33,12 +37,20 @@ pub struct ModelConfig {
     pub rotary_dim: usize,
     pub rope_theta: f32,
     pub rms_norm_eps: f32,
-    /// RMS norms over the whole width of q and k, all heads together.
-    pub qk_norm: bool,
-    /// Intermediate width of one expert.
+    pub qk_norm: QkNorm,
+    /// Inner width of the network of a dense layer; 0 when no layer is dense.
+    pub mlp_width: usize,
+    /// Inner width of one expert; 0, as the next two, when no layer has experts.
     pub expert_width: usize,
     pub experts: usize,
     pub experts_per_token: usize,
+    pub router: Router,
+    /// Layer `i`, from 0, may have experts where this divides `i + 1`; at least 1.
+    pub sparse_step: usize,
+    /// Layers that have none all the same.
+    pub dense_layers: Vec<usize>,
+    /// What a checkpoint calls the network or the experts within a layer.
+    pub feed_forward_name: &'static str,
     pub vocabulary_size: usize,
     /// The logits are products with the rows of the embedding; there is no `lm_head`.
     pub tied_embeddings: bool,
@@ -48,6 +60,37 @@ pub struct ModelConfig {
     pub quantization: Option<Quantization>,
     /// Stop tokens of both files, and the sampling that the model's makers advise.
     pub generation: GenerationConfig,
+}
+
+/// RMS norms of q and k, between their projections and RoPE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkNorm {
+    None,
+    /// Over the whole width of each, all heads together: ranks that hold some of the heads have to sum.
+    Whole,
+    /// Each head by itself, all by the same weights.
+    PerHead,
+}
+
+/// How experts are chosen for a row, and what each counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Router {
+    /// The score is the sigmoid of the logit. The highest scores are chosen after a correction of each
+    /// expert's own is added; without it they are scaled to a sum of one.
+    CorrectedSigmoid,
+    /// The score is the softmax over all experts.
+    Softmax,
+    /// The same, scaled to a sum of one: the softmax over the chosen ones.
+    SoftmaxOfChosen,
+}
+
+/// What comes after attention in a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FeedForward {
+    /// One network for all rows.
+    Dense,
+    /// A few of many for each row.
+    Experts,
 }
 
 impl ModelConfig {
@@ -67,35 +110,93 @@ impl ModelConfig {
     pub fn parse(config: &Value, generation: Option<&Value>) -> Result<Self, ConfigError> {
         let keys = Keys::new(config)?;
         let model_type = keys.text("model_type")?;
-        supported_architecture(&keys, &model_type)?;
+        let of_type = |name: &str| {
+            let mut all = ARCHITECTURES.iter();
+            all.find(|architecture| architecture.model_types.contains(&name))
+        };
+        let Some(architecture) = of_type(&model_type) else {
+            let all = ARCHITECTURES.iter().flat_map(|a| a.model_types);
+            return Err(ConfigError::Unsupported {
+                key: "model_type".to_owned(),
+                found: model_type,
+                supported: all.copied().collect::<Vec<_>>().join(" or "),
+            });
+        };
+        let mut config = (architecture.read)(&keys)?;
+        config.generation = GenerationConfig::parse(&keys, generation)?;
+        config.leave_out_what_no_layer_has();
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The keys that all architectures share, as those of a dense model that turns whole heads and has
+    /// no norms of q and k.
+    pub(crate) fn dense(keys: &Keys<'_>) -> Result<Self, ConfigError> {
+        keys.only_text("hidden_act", &["silu"])?;
         let hidden_size = keys.size("hidden_size")?;
         let query_heads = keys.size("num_attention_heads")?;
         let head_dim = match keys.optional_size("head_dim")? {
             Some(size) => size,
             None => (hidden_size / query_heads).max(1),
         };
-        let config = Self {
-            model_type,
+        Ok(Self {
+            model_type: keys.text("model_type")?,
             hidden_size,
             layers: keys.size("num_hidden_layers")?,
             query_heads,
             kv_heads: keys.size("num_key_value_heads")?,
             head_dim,
-            rotary_dim: keys.size("rotary_dim")?,
-            rope_theta: keys.number("rope_theta")?,
+            rotary_dim: head_dim,
+            rope_theta: rope::theta(keys)?,
             rms_norm_eps: keys.number("rms_norm_eps")?,
-            qk_norm: keys.flag("use_qk_norm", true)?,
-            expert_width: keys.size("intermediate_size")?,
-            experts: keys.size("num_local_experts")?,
-            experts_per_token: keys.size("num_experts_per_tok")?,
+            qk_norm: QkNorm::None,
+            mlp_width: keys.size("intermediate_size")?,
+            expert_width: 0,
+            experts: 0,
+            experts_per_token: 0,
+            router: Router::Softmax,
+            sparse_step: 1,
+            dense_layers: Vec::new(),
+            feed_forward_name: "mlp",
             vocabulary_size: keys.size("vocab_size")?,
             tied_embeddings: keys.flag("tie_word_embeddings", false)?,
             context_tokens: keys.size("max_position_embeddings")?,
-            quantization: Quantization::parse(&keys)?,
-            generation: GenerationConfig::parse(&keys, generation)?,
-        };
-        config.validate()?;
-        Ok(config)
+            quantization: Quantization::parse(keys)?,
+            generation: GenerationConfig::default(),
+        })
+    }
+
+    /// What comes after attention in layer `layer`, counted from 0.
+    pub fn feed_forward(&self, layer: usize) -> FeedForward {
+        let sparse = self.experts > 0
+            && (layer + 1).is_multiple_of(self.sparse_step)
+            && !self.dense_layers.contains(&layer);
+        if sparse {
+            FeedForward::Experts
+        } else {
+            FeedForward::Dense
+        }
+    }
+
+    /// What a checkpoint calls the module after attention.
+    pub fn feed_forward_module(&self, layer: usize) -> String {
+        format!("model.layers.{layer}.{}", self.feed_forward_name)
+    }
+
+    /// What it calls the module of `gate_proj`, `up_proj` and `down_proj`.
+    pub fn swiglu_module(&self, layer: usize) -> String {
+        let module = self.feed_forward_module(layer);
+        match self.feed_forward(layer) {
+            FeedForward::Dense => module,
+            FeedForward::Experts => module + ".switch_mlp",
+        }
+    }
+
+    /// Layers of one kind.
+    pub fn layers_of(&self, kind: FeedForward) -> usize {
+        (0..self.layers)
+            .filter(|layer| self.feed_forward(*layer) == kind)
+            .count()
     }
 
     /// Query heads that read the same KV head.
@@ -116,6 +217,16 @@ impl ModelConfig {
     /// How a module is packed if the checkpoint holds it packed; `None`: it may not be.
     pub fn packing_of(&self, module: &str) -> Option<Packing> {
         self.quantization.as_ref()?.packing_of(module)
+    }
+
+    /// So that nobody divides it.
+    fn leave_out_what_no_layer_has(&mut self) {
+        if self.layers_of(FeedForward::Dense) == 0 {
+            self.mlp_width = 0;
+        }
+        if self.layers_of(FeedForward::Experts) == 0 {
+            (self.expert_width, self.experts, self.experts_per_token) = (0, 0, 0);
+        }
     }
 
     fn validate(&self) -> Result<(), ConfigError> {
@@ -139,13 +250,18 @@ impl ModelConfig {
         rule(
             self.experts_per_token <= self.experts,
             "num_experts_per_tok",
-            format!("at most num_local_experts ({})", self.experts),
+            format!("at most the number of experts ({})", self.experts),
         )?;
         for (key, size, max) in [
             ("num_hidden_layers", self.layers, LAYERS_MAX),
             ("hidden_size", self.hidden_size, WIDTH_MAX),
-            ("intermediate_size", self.expert_width, WIDTH_MAX),
-            ("num_local_experts", self.experts, COUNT_MAX),
+            ("intermediate_size", self.mlp_width, WIDTH_MAX),
+            (
+                "moe_intermediate_size or intermediate_size",
+                self.expert_width,
+                WIDTH_MAX,
+            ),
+            ("num_experts or num_local_experts", self.experts, COUNT_MAX),
             ("num_attention_heads", self.query_heads, COUNT_MAX),
             ("head_dim", self.head_dim, COUNT_MAX),
         ] {
@@ -157,43 +273,6 @@ impl ModelConfig {
             "numbers above 0".to_owned(),
         )
     }
-}
-
-/// Refuses what looks like MiniMax-M2 and is computed differently.
-fn supported_architecture(keys: &Keys<'_>, model_type: &str) -> Result<(), ConfigError> {
-    keys.only("model_type", Some(model_type), &["minimax_m2", "minimax"])?;
-    keys.only(
-        "scoring_func",
-        keys.optional_text("scoring_func")?.as_deref(),
-        &["sigmoid"],
-    )?;
-    keys.only(
-        "hidden_act",
-        keys.optional_text("hidden_act")?.as_deref(),
-        &["silu"],
-    )?;
-    keys.only(
-        "qk_norm_type",
-        keys.optional_text("qk_norm_type")?.as_deref(),
-        &["per_layer"],
-    )?;
-    for key in ["rope_scaling", "rope_parameters"] {
-        if let Some(scaling) = keys.optional_object(key)? {
-            for kind in ["rope_type", "type"] {
-                keys.only(key, scaling.optional_text(kind)?.as_deref(), &["default"])?;
-            }
-        }
-    }
-    // MiniMax-Text-01 shares the name `minimax` and mixes in linear attention.
-    for (key, softmax) in [
-        ("attn_type_list", "1"),
-        ("layer_types", "\"full_attention\""),
-    ] {
-        for kind in keys.optional_list(key)?.unwrap_or_default() {
-            keys.only(key, Some(&kind.to_string()), &[softmax])?;
-        }
-    }
-    Ok(())
 }
 
 /// The model directory cannot be used as it is: its fault, or that of who chose it.
@@ -298,7 +377,8 @@ mod tests {
         }
         let config = ModelConfig::parse(&config, None).unwrap();
         assert_eq!(config.head_dim, 64);
-        assert!(config.qk_norm && !config.tied_embeddings);
+        assert_eq!(config.qk_norm, QkNorm::Whole);
+        assert!(!config.tied_embeddings);
         assert_eq!(config.packing_of("lm_head"), None);
     }
 
@@ -318,8 +398,8 @@ mod tests {
     fn errors_name_the_key_the_value_and_what_is_supported() {
         assert_eq!(
             error(&with("model_type", json!("llama"))),
-            "the model's configuration has 'model_type' = llama: only minimax_m2 or minimax is \
-             supported"
+            "the model's configuration has 'model_type' = llama: only minimax_m2 or minimax or qwen3 \
+             or qwen3_moe is supported"
         );
         assert!(
             error(&with("scoring_func", json!("softmax"))).contains("'scoring_func' = softmax")

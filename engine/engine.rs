@@ -13,7 +13,7 @@ use thiserror::Error;
 use crate::batch::Limits;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::config::{ConfigError, ModelConfig};
-use crate::models::minimax::{DeviceKind, MiniMax, Numerics};
+use crate::models::decoder::{Decoder, DeviceKind, Numerics};
 use crate::partition::{Partition, PartitionError, RankShare};
 use crate::precision::Precision;
 use crate::trial::{TrialShare, random_weights};
@@ -26,7 +26,7 @@ pub struct Engine {
     limits: Limits,
     config: ModelConfig,
     partition: Partition,
-    pub(crate) model: MiniMax,
+    pub(crate) model: Decoder,
 }
 
 impl Engine {
@@ -107,7 +107,7 @@ impl Engine {
             dtype: own.precision.dtype(),
             device: own.device,
         };
-        let model = MiniMax::new(&config, share(&partition, own.rank)?, own.weights, numerics)?;
+        let model = Decoder::new(&config, share(&partition, own.rank)?, own.weights, numerics)?;
         Ok(Self {
             rank: own.rank,
             limits,

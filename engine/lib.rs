@@ -39,4 +39,7 @@ pub use step_loop::{
     Command, EndReason, LoopEnd, LoopOptions, Report, StepError, run as run_steps,
 };
 pub use trial::{Trial, TrialShare};
-pub use weights::{AttentionWeights, ExpertWeights, LayerWeights, Linear, LoadError, ShardWeights};
+pub use weights::{
+    AttentionWeights, ExpertWeights, FeedForwardWeights, LayerWeights, Linear, LoadError,
+    ShardWeights, SwigluWeights,
+};

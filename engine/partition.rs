@@ -5,9 +5,10 @@
 //! the expert layout every rank holds all of attention. A share may be empty: with more ranks than
 //! head groups, a rank holds no heads and still its part of the experts.
 //!
-//! The expert layout divides each expert's inner width, as the tensor layout does, and not the experts
-//! by number: whichever experts the router picks for a token, every rank reads its part of them and no
-//! rank waits for the one that happens to hold the most.
+//! The expert layout divides the inner width of each expert, as the tensor layout does, and not the
+//! experts by number: whichever experts the router picks for a token, every rank reads its part of them
+//! and no rank waits for the one that happens to hold the most. The networks of dense layers are divided
+//! in the same way, so that a model without experts can be laid out so as well.
 
 mod apportion;
 mod cost;
@@ -27,7 +28,8 @@ use cost::Costs;
 
 pub use report::{Collectives, PlanReport, RankPlan};
 pub use slices::{
-    AttentionSlices, ExpertSlices, LayerSlices, MatrixSlice, ShareSlices, VectorSlice,
+    AttentionSlices, FeedForwardSlices, LayerSlices, MatrixSlice, ShareSlices, SwigluSlices,
+    VectorSlice,
 };
 pub use units::Units;
 
@@ -50,6 +52,8 @@ pub struct RankShare {
     /// Columns of the experts' intermediate width, of every expert: rows of `gate_proj` and
     /// `up_proj`, input columns of `down_proj`.
     pub expert_columns: Range<usize>,
+    /// The same of the network of each dense layer.
+    pub mlp_columns: Range<usize>,
     /// Rows of `lm_head`, that is, the tokens whose logits this rank computes.
     pub vocabulary_rows: Range<usize>,
     /// Holds the whole embedding. Looking up rows costs next to nothing and saves a collective, so
@@ -67,6 +71,7 @@ impl RankShare {
             kv_heads: 0..config.kv_heads,
             query_heads: 0..config.query_heads,
             expert_columns: 0..config.expert_width,
+            mlp_columns: 0..config.mlp_width,
             vocabulary_rows: 0..config.vocabulary_size,
             embeds: true,
             final_norm: true,
@@ -129,7 +134,8 @@ fn tensor(config: &ModelConfig, weights: &[f64]) -> Vec<RankShare> {
         .collect()
 }
 
-/// Every rank all of attention, and a part of every expert. What all ranks hold alike decides nothing.
+/// Every rank all of attention, and a part of every expert and of the networks of dense layers. What all
+/// ranks hold alike decides nothing.
 fn expert(config: &ModelConfig, weights: &[f64]) -> Vec<RankShare> {
     let rest = Rest::divide(config, weights, None);
     (0..weights.len())
@@ -140,12 +146,14 @@ fn expert(config: &ModelConfig, weights: &[f64]) -> Vec<RankShare> {
 /// What is divided beside the heads.
 struct Rest {
     expert_columns: Vec<Range<usize>>,
+    mlp_columns: Vec<Range<usize>>,
     vocabulary_rows: Vec<Range<usize>>,
 }
 
 impl Rest {
     /// `heads` is how many units of heads each rank holds, where these are divided. Experts come
-    /// first; vocabulary rows, the finest units, level what ranks read per decoded token.
+    /// first, then dense layers; vocabulary rows, the finest units, level what ranks read per decoded
+    /// token.
     fn divide(config: &ModelConfig, weights: &[f64], heads: Option<&[usize]>) -> Self {
         let (units, cost) = (Units::of(config), Costs::of(config));
         let held = |rank: usize| match heads {
@@ -154,25 +162,30 @@ impl Rest {
         };
         let all_heads = heads.map_or(0.0, |_| cost.heads());
         let ranks = 0..weights.len();
-        let memory: Vec<f64> = ranks.clone().map(held).collect();
-        let experts = fill(
-            config.expert_width / units.expert_columns,
-            weights,
-            &memory,
-            all_heads + cost.experts() + cost.head,
-        );
-        let columns = |rank: usize| (experts[rank] * units.expert_columns) as f64;
-        let reads: Vec<f64> = ranks
-            .map(|rank| held(rank) + columns(rank) * cost.expert_column_per_token)
-            .collect();
+        let mut memory: Vec<f64> = ranks.clone().map(held).collect();
+        let mut reads = memory.clone();
+        let whole = all_heads + cost.experts() + cost.mlps() + cost.head;
+        let count = config.expert_width / units.expert_columns;
+        let experts = fill(count, weights, &memory, whole);
+        for rank in ranks.clone() {
+            let columns = (experts[rank] * units.expert_columns) as f64;
+            memory[rank] += columns * cost.expert_column;
+            reads[rank] += columns * cost.expert_column_per_token;
+        }
+        let count = config.mlp_width / units.mlp_columns;
+        let mlps = fill(count, weights, &memory, whole);
+        for rank in ranks {
+            reads[rank] += (mlps[rank] * units.mlp_columns) as f64 * cost.mlp_column;
+        }
         let vocabulary = fill(
             config.vocabulary_size / units.vocabulary_rows,
             weights,
             &reads,
-            all_heads + cost.experts_per_token() + cost.head,
+            all_heads + cost.experts_per_token() + cost.mlps() + cost.head,
         );
         Self {
             expert_columns: ranges(&experts, units.expert_columns),
+            mlp_columns: ranges(&mlps, units.mlp_columns),
             vocabulary_rows: ranges(&vocabulary, units.vocabulary_rows),
         }
     }
@@ -181,6 +194,7 @@ impl Rest {
     fn share(&self, config: &ModelConfig, rank: usize) -> RankShare {
         RankShare {
             expert_columns: self.expert_columns[rank].clone(),
+            mlp_columns: self.mlp_columns[rank].clone(),
             vocabulary_rows: self.vocabulary_rows[rank].clone(),
             ..RankShare::whole(config)
         }

@@ -20,7 +20,7 @@ use crate::batch::{Batch, Draw, Input, StepBatch};
 use crate::engine::Engine;
 use crate::kv_cache::SequenceCache;
 use crate::models::Fault;
-use crate::models::minimax::{Caches, DeviceKind, Divided, Rows};
+use crate::models::decoder::{Caches, DeviceKind, Divided, Rows};
 use crate::reshaping::Reshaping;
 use crate::sampler::{self, Drawn, Logprobs, RowLogprobs, host};
 

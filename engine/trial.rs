@@ -1,4 +1,4 @@
-//! Decode steps to measure: a share of any MiniMax shape with random weights, run by the very loop
+//! Decode steps to measure: a share of a model of any shape with random weights, run by the very loop
 //! that serves.
 
 use std::sync::Arc;
@@ -18,13 +18,15 @@ use serde_json::{Value, json};
 use crate::config::{ConfigError, ModelConfig};
 use crate::engine::Engine;
 use crate::partition::{
-    AttentionSlices, ExpertSlices, LayerSlices, MatrixSlice, RankShare, ShareSlices, VectorSlice,
+    AttentionSlices, FeedForwardSlices, LayerSlices, MatrixSlice, RankShare, ShareSlices,
+    SwigluSlices, VectorSlice,
 };
 use crate::precision::Precision;
 use crate::step_log::StepTiming;
 use crate::step_loop::{self, Command, EndReason, LoopEnd, LoopOptions, Report, StepError};
 use crate::weights::{
-    AttentionWeights, ExpertWeights, LayerWeights, Linear, LoadError, ShardWeights,
+    AttentionWeights, ExpertWeights, FeedForwardWeights, LayerWeights, Linear, LoadError,
+    ShardWeights, SwigluWeights,
 };
 
 impl ModelConfig {
@@ -216,12 +218,7 @@ impl Maker<'_> {
                 Some(slices) => Some(self.attention(slices)?),
                 None => None,
             },
-            router: self.matrix(&slices.router, Precision::Float32)?,
-            router_bias: self.ones(&slices.router_bias, Precision::Float32)?,
-            experts: match &slices.experts {
-                Some(slices) => Some(self.experts(slices)?),
-                None => None,
-            },
+            feed_forward: self.feed_forward(&slices.feed_forward)?,
         })
     }
 
@@ -243,13 +240,42 @@ impl Maker<'_> {
         })
     }
 
-    fn experts(&mut self, slices: &ExpertSlices) -> Result<ExpertWeights, Exception> {
+    fn feed_forward(
+        &mut self,
+        slices: &FeedForwardSlices,
+    ) -> Result<FeedForwardWeights, Exception> {
+        Ok(match slices {
+            FeedForwardSlices::Dense(columns) => {
+                FeedForwardWeights::Dense(self.columns(columns.as_ref())?)
+            }
+            FeedForwardSlices::Experts {
+                router,
+                router_bias,
+                experts,
+            } => FeedForwardWeights::Experts(ExpertWeights {
+                router: self.matrix(router, Precision::Float32)?,
+                router_bias: match router_bias {
+                    Some(slice) => Some(self.ones(slice, Precision::Float32)?),
+                    None => None,
+                },
+                experts: self.columns(experts.as_ref())?,
+            }),
+        })
+    }
+
+    fn columns(
+        &mut self,
+        slices: Option<&SwigluSlices>,
+    ) -> Result<Option<SwigluWeights>, Exception> {
+        let Some(slices) = slices else {
+            return Ok(None);
+        };
         let precision = self.precision;
-        Ok(ExpertWeights {
+        Ok(Some(SwigluWeights {
             gate: self.matrix(&slices.gate, precision)?,
             up: self.matrix(&slices.up, precision)?,
             down: self.matrix(&slices.down, precision)?,
-        })
+        }))
     }
 
     /// A product with it keeps the magnitude of a normed vector, within an order.

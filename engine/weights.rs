@@ -38,12 +38,26 @@ pub struct LayerWeights {
     pub post_attention_norm: Array,
     /// `None` when the rank holds no heads.
     pub attention: Option<AttentionWeights>,
+    pub feed_forward: FeedForwardWeights,
+}
+
+/// What comes after attention. The columns are `None` when the rank holds none of this kind.
+#[derive(Debug)]
+pub enum FeedForwardWeights {
+    Dense(Option<SwigluWeights>),
+    Experts(ExpertWeights),
+}
+
+/// A layer's router, and the share's part of its experts.
+#[derive(Debug)]
+pub struct ExpertWeights {
     /// `[experts, hidden]`, f32 (packed: its scales and biases are).
     pub router: Linear,
-    /// `[experts]`, f32: added to the scores for choosing, never for weighing.
-    pub router_bias: Array,
-    /// `None` when the rank holds no expert columns.
-    pub experts: Option<ExpertWeights>,
+    /// `[experts]`, f32: added to the scores for choosing, never for weighing; `None` when the router
+    /// corrects nothing.
+    pub router_bias: Option<Array>,
+    /// Stacked: `[experts, …]`.
+    pub experts: Option<SwigluWeights>,
 }
 
 /// The share's heads: `q` query heads, `kv` KV heads, `d` the head's dimension.
@@ -57,24 +71,35 @@ pub struct AttentionWeights {
     pub v: Linear,
     /// `[hidden, q·d]`: its product is a part of the sum over all ranks.
     pub o: Linear,
-    /// `[q·d]`: the share's part of the norm over the whole width; `None` when the model has none.
+    /// `[q·d]`: the share's part of the norm over the whole width; or `[d]`, for each head alike; `None`
+    /// when the model has none.
     pub q_norm: Option<Array>,
-    /// `[kv·d]`
+    /// `[kv·d]` or `[d]`
     pub k_norm: Option<Array>,
 }
 
-/// The share's columns `c` of every expert, stacked.
+/// The share's columns `c` of a network, or of each network of a stack.
 #[derive(Debug)]
-pub struct ExpertWeights {
-    /// `[experts, c, hidden]`
+pub struct SwigluWeights {
+    /// `[…, c, hidden]`
     pub gate: Linear,
-    /// `[experts, c, hidden]`
+    /// `[…, c, hidden]`
     pub up: Linear,
-    /// `[experts, hidden, c]`: its product is a part of the sum over all ranks.
+    /// `[…, hidden, c]`: its product is a part of the sum over all ranks.
     pub down: Linear,
 }
 
-/// A matrix `[out, in]`, or a stack of them, for products with its transpose. MiniMax has no bias.
+impl FeedForwardWeights {
+    /// What the rank holds of the networks, if anything.
+    pub fn columns(&self) -> Option<&SwigluWeights> {
+        match self {
+            Self::Dense(columns) => columns.as_ref(),
+            Self::Experts(layer) => layer.experts.as_ref(),
+        }
+    }
+}
+
+/// A matrix `[out, in]`, or a stack of them, for products with its transpose. No architecture here adds a bias.
 #[derive(Clone, Debug)]
 pub enum Linear {
     /// MLX's affine packing along the input axis.

@@ -585,7 +585,7 @@ pub(crate) struct BenchStep {
 pub(crate) enum Workload {
     /// Products of a vector with matrices, f32 on the CPU and bf16 on a GPU, each followed by a sum
     Products,
-    /// A decode step of a MiniMax model, in the loop that serves
+    /// A decode step of a model, in the loop that serves
     Model,
 }
 

@@ -171,24 +171,24 @@ fn solve(model: &Path, divided: &Divided) -> Result<(ModelConfig, PlanReport)> {
 
 fn table(report: &PlanReport, context_tokens: u64) -> String {
     let mut text = format!(
-        "{:>4}  {:>9}  {:>11}  {:>9}  {:>13}  {:>15}  {:>10}  {:>22}\n",
+        "{:>4}  {:>9}  {:>11}  {:>9}  {}{:>15}  {:>10}  {:>22}\n",
         "rank",
         "layers",
         "query heads",
         "KV heads",
-        "expert width",
+        widths(report, |kind| kind.name.to_owned()),
         "vocabulary",
         "weights",
         format!("KV of {context_tokens} tokens"),
     );
     for rank in &report.ranks {
         text += &format!(
-            "{:>4}  {:>9}  {:>11}  {:>9}  {:>13}  {:>15}  {:>10}  {:>22}{}\n",
+            "{:>4}  {:>9}  {:>11}  {:>9}  {}{:>15}  {:>10}  {:>22}{}\n",
             rank.rank,
             range(&rank.layers),
             range(&rank.query_heads),
             range(&rank.kv_heads),
-            range(&rank.expert_columns),
+            widths(report, |kind| range((kind.columns)(rank))),
             range(&rank.vocabulary_rows),
             bytes(rank.weight_bytes),
             bytes(rank.kv_bytes_per_token * context_tokens),
@@ -214,6 +214,33 @@ fn table(report: &PlanReport, context_tokens: u64) -> String {
         bytes(collectives.bytes_per_rank),
     );
     text
+}
+
+/// A kind of network whose inner width is divided.
+struct Width {
+    name: &'static str,
+    columns: fn(&RankPlan) -> &Range<usize>,
+}
+
+const WIDTHS: [Width; 2] = [
+    Width {
+        name: "expert width",
+        columns: |rank| &rank.expert_columns,
+    },
+    Width {
+        name: "dense width",
+        columns: |rank| &rank.mlp_columns,
+    },
+];
+
+/// A cell for each kind that the model has.
+fn widths(report: &PlanReport, cell: impl Fn(&Width) -> String) -> String {
+    let is_there = |kind: &&Width| {
+        let mut ranks = report.ranks.iter();
+        ranks.any(|rank| !(kind.columns)(rank).is_empty())
+    };
+    let kinds = WIDTHS.iter().filter(is_there);
+    kinds.map(|kind| format!("{:>13}  ", cell(kind))).collect()
 }
 
 fn range(range: &Range<usize>) -> String {

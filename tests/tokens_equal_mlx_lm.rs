@@ -8,13 +8,16 @@ use serde_json::{Value, json};
 use support::{Cluster, fixture, offbook, token_ids};
 
 /// Odd numbers of heads, mixed bits, unpacked, tied, over two files: each another way to go wrong.
-const FIXTURES: [&str; 6] = [
+const FIXTURES: [&str; 9] = [
     "dense-f32",
     "q4",
     "mixed-bits",
     "bf16-5bit",
     "odd-tied",
     "no-norms-3bit",
+    "qwen3-f32",
+    "qwen3-4bit",
+    "qwen3-moe-4bit",
 ];
 
 /// The arithmetic of one device against another's; what differs in the model differs by far more.

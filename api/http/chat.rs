@@ -132,7 +132,10 @@ impl Prompt {
     }
 
     fn reading(&self, service: &Service, request: &ChatRequest) -> Reading {
-        let parser = AnswerParser::new(&self.rendered);
+        let parser = match &service.text {
+            Some(text) => text.parser(&self.rendered),
+            None => AnswerParser::plain(),
+        };
         let tools = &request.conversation.tools;
         let parser = if tools.is_empty() {
             parser

@@ -1,4 +1,4 @@
-//! What a model writes as MiniMax's tool calls reaches the client as OpenAI's.
+//! What a model writes as tool calls, in the way that it was taught, reaches the client as OpenAI's.
 
 mod support;
 
@@ -120,4 +120,92 @@ async fn results_reach_the_model() {
     let asked = "<parameter name=\"city\">Köln</parameter>\n<parameter name=\"days\">3</parameter>";
     assert!(prompt.contains(asked), "{prompt}");
     assert!(prompt.contains("<response>rain</response>"), "{prompt}");
+}
+
+/// A template as Qwen3's is: it shows how calls are written, looks backwards for the last question, cuts
+/// old thoughts off, and closes an empty thought if the client wants none.
+const QWEN3: &str = r#"
+{%- if tools %}
+    {{- '<|im_start|>system\nTools: <tools>' }}
+    {%- for tool in tools %}{{- "\n" }}{{- tool | tojson }}{%- endfor %}
+    {{- "\n</tools>\nWrite <tool_call>\n{\"name\": NAME, \"arguments\": ARGUMENTS}\n</tool_call>" }}
+    {{- "<|im_end|>\n" }}
+{%- endif %}
+{%- set ns = namespace(asking=true, last=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.asking and message.role == "user" and message.content is string
+        and not message.content.startswith('<tool_response>') %}
+        {%- set ns.asking = false %}
+        {%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if '</think>' in content %}
+        {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\n' + content }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+        {{- call.function.arguments | tojson }}
+        {{- '}\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}
+"#;
+
+const QWEN3_CALLS: &str = "<think>\nLook it up.\n</think>\n\nOne moment.\n<tool_call>\n\
+    {\"name\": \"weather\", \"arguments\": {\"city\": \"K\u{f6}ln\", \"days\": 3}}\n</tool_call>\n\
+    <tool_call>\n{\"name\": \"now\", \"arguments\": {}}\n</tool_call>";
+
+#[tokio::test]
+async fn as_json_if_the_template_teaches_that() {
+    let scripts = [Script::says(QWEN3_CALLS), Script::says(QWEN3_CALLS)];
+    let server = Server::with_template(QWEN3, scripts).await;
+    let body = server.answer(json!({"tools": tools()})).await;
+    let choice = &body["choices"][0];
+    assert_eq!(choice["finish_reason"], "tool_calls");
+    let message = &choice["message"];
+    assert_eq!(message["reasoning_content"], "Look it up.");
+    assert_eq!(message["content"], "One moment.");
+    let weather = json!({"name": "weather", "arguments": "{\"city\":\"K\u{f6}ln\",\"days\":3}"});
+    assert_eq!(message["tool_calls"][0]["function"], weather);
+    let now = json!({"name": "now", "arguments": "{}"});
+    assert_eq!(message["tool_calls"][1]["function"], now);
+
+    let events = server.stream(json!({"tools": tools()})).await;
+    assert_eq!(said(&events, 0, "content"), "One moment.");
+    assert_eq!(said(&events, 0, "reasoning_content"), "Look it up.");
+    let last = &events[events.len() - 2];
+    assert_eq!(last["choices"][0]["finish_reason"], "tool_calls");
+}
+
+#[tokio::test]
+async fn an_answer_without_thought_has_none() {
+    let mut server = Server::with_template(QWEN3, [Script::says("Rain.")]).await;
+    let call = json!({"id": "call_1", "type": "function", "function": {
+        "name": "weather", "arguments": "{\"days\": 3}"}});
+    let body = server
+        .answer(json!({"chat_template_kwargs": {"enable_thinking": false}, "messages": [
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": "<think>Hm.</think>\n\nOne moment.", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
+        ]}))
+        .await;
+    assert_eq!(body["choices"][0]["message"]["content"], "Rain.");
+    assert!(body["choices"][0]["message"]["reasoning_content"].is_null());
+    let tokens = server.submitted().await.prompt;
+    let bytes = tokens.iter().filter_map(|token| u8::try_from(*token).ok());
+    let prompt = String::from_utf8(bytes.collect()).unwrap();
+    let turn = "assistant\nOne moment.\n<tool_call>\n{\"name\": \"weather\", \"arguments\": \
+                {\"days\": 3}}\n</tool_call>";
+    assert!(prompt.contains(turn), "{prompt}");
+    assert!(!prompt.contains("Hm."), "{prompt}");
 }

@@ -1,18 +1,18 @@
 //! Splits what a model writes into thoughts, words for the user, and tool calls.
 //!
-//! The marks are MiniMax's (`markers.rs`). The text may come cut anywhere: what comes out, put
+//! The marks are those of the model (`markers.rs`). The text may come cut anywhere: what comes out, put
 //! together, does not depend on it. White space around thoughts and tool calls belongs to neither.
 
 use offbook_protocol::FinishReason;
 
 use super::ToolSchemas;
-use super::markers::{
-    self, CALL, CALL_END, INVOKE, INVOKE_END, PARAMETER, PARAMETER_END, THINK, THINK_END,
-};
+use super::json_call::{JsonCall, Written};
+use super::markers::{self, CallForm, CallMarks, MINIMAX, ParameterMarks, THINK, THINK_END};
 
 /// One answer under way.
 pub struct AnswerParser {
     place: Place,
+    marks: &'static CallMarks,
     /// Calls are only looked for when tools were offered.
     tools: Option<ToolSchemas>,
     calls_max: usize,
@@ -50,10 +50,12 @@ enum Place {
     Start,
     Thought,
     Content,
-    /// In a block of tool calls, outside each call.
-    Block,
-    Call,
-    Parameter(String),
+    /// In a block of marked tool calls, outside each call.
+    Block(&'static ParameterMarks),
+    Call(&'static ParameterMarks),
+    /// With its name.
+    Parameter(&'static ParameterMarks, String),
+    JsonBlock,
     /// All that follows is left out.
     Done,
 }
@@ -61,9 +63,10 @@ enum Place {
 impl AnswerParser {
     /// For the answer to a rendered conversation, at whose end the template may have opened a
     /// thought already.
-    pub fn new(rendered: &str) -> Self {
+    pub(super) fn new(rendered: &str, marks: &'static CallMarks) -> Self {
         let thinks = rendered.trim_end().ends_with(THINK);
         Self {
+            marks,
             between: thinks,
             ..Self::at(if thinks { Place::Thought } else { Place::Start })
         }
@@ -77,6 +80,7 @@ impl AnswerParser {
     fn at(place: Place) -> Self {
         Self {
             place,
+            marks: &MINIMAX,
             tools: None,
             calls_max: usize::MAX,
             waiting: String::new(),
@@ -123,11 +127,13 @@ impl AnswerParser {
         match std::mem::replace(&mut self.place, Place::Done) {
             Place::Start | Place::Content => self.say(Piece::Content, &rest, &mut pieces),
             Place::Thought => self.say(Piece::Thought, &rest, &mut pieces),
-            Place::Block if self.calls_in_block == 0 => {
-                self.say(Piece::Content, &format!("{CALL}{rest}"), &mut pieces);
-            }
-            Place::Call if reason == FinishReason::Stop => pieces.push(self.closed()),
-            Place::Parameter(name) if reason == FinishReason::Stop => {
+            Place::Block(_) if self.calls_in_block == 0 => self.say_block(&rest, &mut pieces),
+            Place::JsonBlock => match Written::read(&rest) {
+                Written::Call(call) => self.say_call(call, &mut pieces),
+                Written::Cut | Written::Words => self.say_block(&rest, &mut pieces),
+            },
+            Place::Call(_) if reason == FinishReason::Stop => pieces.push(self.closed()),
+            Place::Parameter(_, name) if reason == FinishReason::Stop => {
                 pieces.push(self.argument(&name, &rest));
                 pieces.push(self.closed());
             }
@@ -138,13 +144,14 @@ impl AnswerParser {
 
     /// Takes one part off the waiting text; false when more text is needed to go on.
     fn step(&mut self, pieces: &mut Vec<Piece>) -> bool {
-        match &self.place {
+        match self.place {
             Place::Start => self.start(),
             Place::Thought => self.thought(pieces),
             Place::Content => self.content(pieces),
-            Place::Block => self.block(pieces),
-            Place::Call => self.call(pieces),
-            Place::Parameter(_) => self.parameter(pieces),
+            Place::Block(marks) => self.block(marks, pieces),
+            Place::Call(marks) => self.call(marks, pieces),
+            Place::Parameter(marks, _) => self.parameter(marks, pieces),
+            Place::JsonBlock => self.json_block(pieces),
             Place::Done => {
                 self.waiting.clear();
                 false
@@ -181,9 +188,12 @@ impl AnswerParser {
             self.say(Piece::Content, &text, pieces);
             return false;
         }
-        if self.say_until(CALL, Piece::Content, pieces) {
-            self.place = Place::Block;
+        if self.say_until(self.marks.call, Piece::Content, pieces) {
             self.calls_in_block = 0;
+            self.place = match self.marks.form {
+                CallForm::Marked(marks) => Place::Block(marks),
+                CallForm::Json => Place::JsonBlock,
+            };
             return true;
         }
         false
@@ -218,26 +228,23 @@ impl AnswerParser {
         }
     }
 
-    fn block(&mut self, pieces: &mut Vec<Piece>) -> bool {
-        match self.first_of(&[INVOKE, CALL_END]) {
-            Some((start, INVOKE)) => {
-                let Some(tool) = self.pass_name(start + INVOKE.len()) else {
+    fn block(&mut self, marks: &'static ParameterMarks, pieces: &mut Vec<Piece>) -> bool {
+        let end = self.marks.call_end;
+        match self.first_of(&[marks.invoke, end]) {
+            Some((start, mark)) if mark == marks.invoke => {
+                let Some(tool) = self.pass_name(start + mark.len()) else {
                     return false;
                 };
-                let index = self.calls;
-                self.calls += 1;
-                self.calls_in_block += 1;
                 self.parameters = 0;
                 self.tool.clone_from(&tool);
-                pieces.push(Piece::ToolCall { index, tool });
-                self.place = Place::Call;
+                self.begin_call(tool, pieces);
+                self.place = Place::Call(marks);
                 true
             }
             Some((start, _)) => {
-                let block: String = self.waiting.drain(..start + CALL_END.len()).collect();
+                let block: String = self.waiting.drain(..start + end.len()).collect();
                 if self.calls_in_block == 0 {
-                    // No call at all: these are words, whatever they mean.
-                    self.say(Piece::Content, &format!("{CALL}{block}"), pieces);
+                    self.say_block(&block, pieces);
                 }
                 self.between = true;
                 self.place = Place::Content;
@@ -247,18 +254,32 @@ impl AnswerParser {
         }
     }
 
-    fn call(&mut self, pieces: &mut Vec<Piece>) -> bool {
-        match self.first_of(&[PARAMETER, INVOKE_END, CALL_END]) {
-            Some((start, PARAMETER)) => {
-                let Some(name) = self.pass_name(start + PARAMETER.len()) else {
+    fn begin_call(&mut self, tool: String, pieces: &mut Vec<Piece>) {
+        let index = self.calls;
+        self.calls += 1;
+        self.calls_in_block += 1;
+        pieces.push(Piece::ToolCall { index, tool });
+    }
+
+    /// No call at all: these are words, whatever they mean.
+    fn say_block(&mut self, block: &str, pieces: &mut Vec<Piece>) {
+        let words = format!("{}{block}", self.marks.call);
+        self.say(Piece::Content, &words, pieces);
+    }
+
+    fn call(&mut self, marks: &'static ParameterMarks, pieces: &mut Vec<Piece>) -> bool {
+        let ends = [marks.parameter, marks.invoke_end, self.marks.call_end];
+        match self.first_of(&ends) {
+            Some((start, mark)) if mark == marks.parameter => {
+                let Some(name) = self.pass_name(start + mark.len()) else {
                     return false;
                 };
-                self.place = Place::Parameter(name);
+                self.place = Place::Parameter(marks, name);
                 true
             }
             Some((start, end)) => {
                 // The end of the block ends the call too, and is looked at again there.
-                let passed = if end == INVOKE_END {
+                let passed = if end == marks.invoke_end {
                     start + end.len()
                 } else {
                     start
@@ -266,7 +287,7 @@ impl AnswerParser {
                 self.waiting.drain(..passed);
                 pieces.push(self.closed());
                 self.place = if self.calls < self.calls_max {
-                    Place::Block
+                    Place::Block(marks)
                 } else {
                     Place::Done
                 };
@@ -276,16 +297,53 @@ impl AnswerParser {
         }
     }
 
-    fn parameter(&mut self, pieces: &mut Vec<Piece>) -> bool {
-        let Some(end) = self.waiting.find(PARAMETER_END) else {
+    fn parameter(&mut self, marks: &'static ParameterMarks, pieces: &mut Vec<Piece>) -> bool {
+        let Some(end) = self.waiting.find(marks.parameter_end) else {
             return false;
         };
         let written = self.waiting[..end].to_owned();
-        self.waiting.drain(..end + PARAMETER_END.len());
-        if let Place::Parameter(name) = std::mem::replace(&mut self.place, Place::Call) {
+        self.waiting.drain(..end + marks.parameter_end.len());
+        if let Place::Parameter(_, name) = std::mem::replace(&mut self.place, Place::Call(marks)) {
             pieces.push(self.argument(&name, &written));
         }
         true
+    }
+
+    /// Nothing is certain before the end; and that may be within a text of the arguments.
+    fn json_block(&mut self, pieces: &mut Vec<Piece>) -> bool {
+        let end = self.marks.call_end;
+        let Some(first_end) = self.waiting.find(end) else {
+            return false;
+        };
+        let read = Written::read(&self.waiting);
+        let before_end = match &read {
+            Written::Call(call) => call.bytes,
+            Written::Words => first_end,
+            Written::Cut => return false,
+        };
+        let Some(start) = self.waiting[before_end..].find(end) else {
+            return false;
+        };
+        let passed = before_end + start + end.len();
+        let block: String = self.waiting.drain(..passed).collect();
+        match read {
+            Written::Call(call) => self.say_call(call, pieces),
+            Written::Cut | Written::Words => self.say_block(&block, pieces),
+        }
+        self.between = true;
+        self.place = if self.calls < self.calls_max {
+            Place::Content
+        } else {
+            Place::Done
+        };
+        true
+    }
+
+    fn say_call(&mut self, call: JsonCall, pieces: &mut Vec<Piece>) {
+        let index = self.calls;
+        self.begin_call(call.tool, pieces);
+        let json = serde_json::Value::Object(call.arguments).to_string();
+        pieces.push(Piece::Arguments { index, json });
     }
 
     fn argument(&mut self, name: &str, written: &str) -> Piece {
@@ -330,153 +388,4 @@ impl AnswerParser {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    const ASKED: &str = "]~b]ai\n<think>\n";
-
-    fn tools() -> ToolSchemas {
-        let parameters = json!({"type": "object", "properties": {
-            "city": {"type": "string"}, "days": {"type": "integer"}}});
-        ToolSchemas::new(&[json!({"type": "function", "function": {
-            "name": "weather", "parameters": parameters}})])
-    }
-
-    /// Thoughts, content and calls put together.
-    fn whole(pieces: &[Piece]) -> (String, String, Vec<(String, String)>) {
-        let (mut thought, mut content, mut calls) = (String::new(), String::new(), Vec::new());
-        for piece in pieces {
-            match piece {
-                Piece::Thought(text) => thought += text,
-                Piece::Content(text) => content += text,
-                Piece::ToolCall { index, tool } => {
-                    assert_eq!(*index, calls.len());
-                    calls.push((tool.clone(), String::new()));
-                }
-                Piece::Arguments { index, json } => calls[*index].1 += json,
-            }
-        }
-        (thought, content, calls)
-    }
-
-    /// Parses the text cut at every place, and character by character; all must agree.
-    fn parse(
-        parser: impl Fn() -> AnswerParser,
-        text: &str,
-        reason: FinishReason,
-    ) -> (String, String, Vec<(String, String)>) {
-        let pieces = |cut: &[&str]| {
-            let mut parser = parser();
-            let mut pieces: Vec<Piece> = cut.iter().flat_map(|text| parser.push(text)).collect();
-            pieces.extend(parser.finish(reason));
-            whole(&pieces)
-        };
-        let expected = pieces(&[text]);
-        let cuts = (0..=text.len()).filter(|place| text.is_char_boundary(*place));
-        for place in cuts {
-            let (before, after) = text.split_at(place);
-            assert_eq!(pieces(&[before, after]), expected, "cut at {place}");
-        }
-        let characters: Vec<&str> = text.split("").collect();
-        assert_eq!(pieces(&characters), expected, "character by character");
-        expected
-    }
-
-    fn asked() -> AnswerParser {
-        AnswerParser::new(ASKED).with_tools(tools(), usize::MAX)
-    }
-
-    fn call(tool: &str, arguments: &str) -> (String, String) {
-        (tool.to_owned(), arguments.to_owned())
-    }
-
-    #[test]
-    fn a_thought_that_the_prompt_opened_ends_where_the_model_ends_it() {
-        let text = "Let me </thin>k…\n</think>\n\nHello, <b>wörld</b>!\n";
-        let (thought, content, calls) = parse(asked, text, FinishReason::Stop);
-        assert_eq!(thought, "Let me </thin>k…");
-        assert_eq!(content, "Hello, <b>wörld</b>!\n");
-        assert!(calls.is_empty());
-    }
-
-    #[test]
-    fn a_model_may_open_its_thought_itself_or_think_nothing() {
-        let bare = || AnswerParser::new("]~b]ai\n");
-        let opened = parse(bare, "\n<think>Hm.</think>Yes.", FinishReason::Stop);
-        assert_eq!((&*opened.0, &*opened.1), ("Hm.", "Yes."));
-        let none = parse(bare, "  <thing> Yes.", FinishReason::Stop);
-        assert_eq!((&*none.0, &*none.1), ("", "  <thing> Yes."));
-        let empty = parse(asked, "\n</think>\n\nYes.", FinishReason::Stop);
-        assert_eq!((&*empty.0, &*empty.1), ("", "Yes."));
-        let cut = parse(asked, "I wonder <", FinishReason::Length);
-        assert_eq!((&*cut.0, &*cut.1), ("I wonder <", ""));
-    }
-
-    #[test]
-    fn plain_text_is_left_alone() {
-        let text = " <think>a</think>\n<minimax:tool_call> ";
-        let (thought, content, calls) = parse(AnswerParser::plain, text, FinishReason::Stop);
-        assert_eq!((&*thought, &*content, calls.len()), ("", text, 0));
-    }
-
-    #[test]
-    fn calls_are_found_with_their_arguments() {
-        let text = "Two.\n</think>\n\nI look.\n<minimax:tool_call>\n<invoke name=\"weather\">\n\
-                    <parameter name=\"city\">São \"<Paulo>\"\n7</parameter>\n\
-                    <parameter name=\"days\">3</parameter>\n</invoke>\n<invoke name=\"now\">\n\
-                    </invoke>\n</minimax:tool_call>\n<minimax:tool_call>\n\
-                    <invoke name='weather'><parameter name=\"days\">few</parameter></invoke>\
-                    </minimax:tool_call>\nThat is all.";
-        let (thought, content, calls) = parse(asked, text, FinishReason::Stop);
-        assert_eq!((&*thought, &*content), ("Two.", "I look.That is all."));
-        let expected = [
-            call("weather", r#"{"city":"São \"<Paulo>\"\n7","days":3}"#),
-            call("now", "{}"),
-            call("weather", r#"{"days":"few"}"#),
-        ];
-        assert_eq!(calls, expected);
-    }
-
-    #[test]
-    fn a_call_without_its_end_is_completed_only_if_the_model_meant_it() {
-        let text = "</think><minimax:tool_call><invoke name=\"weather\">\
-                    <parameter name=\"days\">3</parameter>";
-        let (_, _, stopped) = parse(asked, text, FinishReason::Stop);
-        assert_eq!(stopped, [call("weather", r#"{"days":3}"#)]);
-        let (_, _, cut) = parse(asked, text, FinishReason::Length);
-        assert_eq!(cut, [call("weather", r#"{"days":3"#)]);
-        let block = format!("{text}</minimax:tool_call>");
-        assert_eq!(parse(asked, &block, FinishReason::Length).2, stopped);
-        let open = format!("{text}<parameter name=\"city\">Ro");
-        let (_, _, open) = parse(asked, &open, FinishReason::Stop);
-        assert_eq!(open, [call("weather", r#"{"days":3,"city":"Ro"}"#)]);
-    }
-
-    #[test]
-    fn a_block_without_a_call_is_content() {
-        for reason in [FinishReason::Stop, FinishReason::Length] {
-            let text = "</think>See <minimax:tool_call>nothing</minimax:tool_call> here";
-            let (_, content, _) = parse(asked, text, reason);
-            assert_eq!(
-                content,
-                "See<minimax:tool_call>nothing</minimax:tool_call>here"
-            );
-            let (_, content, _) = parse(asked, "</think><minimax:tool_call>no", reason);
-            assert_eq!(content, "<minimax:tool_call>no");
-        }
-    }
-
-    #[test]
-    fn calls_end_the_answer_when_there_may_be_no_more() {
-        let one = || AnswerParser::new(ASKED).with_tools(tools(), 1);
-        let text = "</think><minimax:tool_call><invoke name=\"a\"></invoke>\
-                    <invoke name=\"b\"></invoke></minimax:tool_call>more";
-        let (_, content, calls) = parse(one, text, FinishReason::Stop);
-        assert_eq!((content, calls), (String::new(), vec![call("a", "{}")]));
-        let mut parser = one();
-        parser.push(text);
-        assert!(parser.is_done());
-    }
-}
+mod tests;

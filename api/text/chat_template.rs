@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::TextError;
 use super::files::{self, TEMPLATE, TEMPLATE_JSON, TOKENIZER_CONFIG};
+use super::markers::CallMarks;
 use super::python_json::{self, Style};
 
 /// The templates of one model, compiled.
@@ -19,6 +20,7 @@ pub(super) struct ChatTemplate {
     environment: Environment<'static>,
     /// `bos_token` and its like, which templates use as variables.
     special_tokens: Map<String, Value>,
+    call_marks: &'static CallMarks,
 }
 
 /// What a template renders.
@@ -54,6 +56,8 @@ impl ChatTemplate {
         if sources.is_empty() {
             return Ok(None);
         }
+        let taught: Vec<&str> = sources.iter().map(|(_, source)| *source).collect();
+        let call_marks = CallMarks::of_template(&taught.concat());
         let mut environment = environment();
         for (name, source) in sources {
             environment
@@ -63,7 +67,13 @@ impl ChatTemplate {
         Ok(Some(Self {
             environment,
             special_tokens: special_tokens(&config),
+            call_marks,
         }))
+    }
+
+    /// How the model was taught to write its tool calls.
+    pub(super) fn call_marks(&self) -> &'static CallMarks {
+        self.call_marks
     }
 
     /// The text up to where the answer begins.

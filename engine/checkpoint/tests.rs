@@ -215,9 +215,17 @@ fn an_index_must_stay_in_its_directory_and_tell_the_truth() {
 
 #[test]
 fn original_checkpoints_are_to_be_converted() {
-    let name = "model.layers.0.block_sparse_moe.experts.0.w1.weight";
-    let header = json!({name: {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}});
-    assert!(error(&file(&header, &[0; 4])).contains("mlx_lm.convert"));
+    for name in [
+        "model.layers.0.block_sparse_moe.experts.0.w1.weight",
+        "model.layers.0.mlp.experts.0.gate_proj.weight",
+        "model.layers.0.self_attn.q_proj.weight_scale_inv",
+    ] {
+        let header = json!({name: {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}});
+        assert!(
+            error(&file(&header, &[0; 4])).contains("mlx_lm.convert"),
+            "{name}"
+        );
+    }
 }
 
 #[test]

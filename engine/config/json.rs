@@ -26,14 +26,14 @@ pub(super) fn read(path: &Path) -> Result<Value, ConfigError> {
 
 /// A JSON object. A key whose value is null counts as absent.
 #[derive(Clone, Debug)]
-pub(super) struct Keys<'a> {
+pub(crate) struct Keys<'a> {
     object: &'a Map<String, Value>,
     /// Put before every key in an error: `quantization.` within that object.
     prefix: String,
 }
 
 impl<'a> Keys<'a> {
-    pub(super) fn new(value: &'a Value) -> Result<Self, ConfigError> {
+    pub(crate) fn new(value: &'a Value) -> Result<Self, ConfigError> {
         let object = value.as_object().ok_or_else(|| ConfigError::Malformed {
             path: "config.json".to_owned(),
             detail: "not an object".to_owned(),
@@ -44,51 +44,51 @@ impl<'a> Keys<'a> {
         })
     }
 
-    pub(super) fn entries(&self) -> impl Iterator<Item = (&'a String, &'a Value)> + use<'a> {
+    pub(crate) fn entries(&self) -> impl Iterator<Item = (&'a String, &'a Value)> + use<'a> {
         self.object.iter()
     }
 
     /// A whole number from 1 to `SIZE_MAX`.
-    pub(super) fn size(&self, key: &str) -> Result<usize, ConfigError> {
+    pub(crate) fn size(&self, key: &str) -> Result<usize, ConfigError> {
         self.optional_size(key)?.ok_or_else(|| self.missing(key))
     }
 
-    pub(super) fn optional_size(&self, key: &str) -> Result<Option<usize>, ConfigError> {
+    pub(crate) fn optional_size(&self, key: &str) -> Result<Option<usize>, ConfigError> {
         self.optional(key, "a whole number from 1 to 16777216", |value| {
             let size = usize::try_from(value.as_u64()?).ok()?;
             (1..=SIZE_MAX).contains(&size).then_some(size)
         })
     }
 
-    pub(super) fn number(&self, key: &str) -> Result<f32, ConfigError> {
+    pub(crate) fn number(&self, key: &str) -> Result<f32, ConfigError> {
         self.optional_number(key)?.ok_or_else(|| self.missing(key))
     }
 
-    pub(super) fn optional_number(&self, key: &str) -> Result<Option<f32>, ConfigError> {
+    pub(crate) fn optional_number(&self, key: &str) -> Result<Option<f32>, ConfigError> {
         self.optional(key, "a number", |value| {
             let number = value.as_f64()? as f32;
             number.is_finite().then_some(number)
         })
     }
 
-    pub(super) fn flag(&self, key: &str, absent: bool) -> Result<bool, ConfigError> {
+    pub(crate) fn flag(&self, key: &str, absent: bool) -> Result<bool, ConfigError> {
         let flag = self.optional(key, "true or false", Value::as_bool)?;
         Ok(flag.unwrap_or(absent))
     }
 
-    pub(super) fn text(&self, key: &str) -> Result<String, ConfigError> {
+    pub(crate) fn text(&self, key: &str) -> Result<String, ConfigError> {
         self.optional_text(key)?.ok_or_else(|| self.missing(key))
     }
 
-    pub(super) fn optional_text(&self, key: &str) -> Result<Option<String>, ConfigError> {
+    pub(crate) fn optional_text(&self, key: &str) -> Result<Option<String>, ConfigError> {
         self.optional(key, "a text", |value| Some(value.as_str()?.to_owned()))
     }
 
-    pub(super) fn optional_list(&self, key: &str) -> Result<Option<&'a [Value]>, ConfigError> {
+    pub(crate) fn optional_list(&self, key: &str) -> Result<Option<&'a [Value]>, ConfigError> {
         self.optional(key, "a list", |value| Some(value.as_array()?.as_slice()))
     }
 
-    pub(super) fn optional_object(&self, key: &str) -> Result<Option<Keys<'a>>, ConfigError> {
+    pub(crate) fn optional_object(&self, key: &str) -> Result<Option<Keys<'a>>, ConfigError> {
         self.optional(key, "an object", |value| {
             Some(Keys {
                 object: value.as_object()?,
@@ -98,7 +98,7 @@ impl<'a> Keys<'a> {
     }
 
     /// One token id or a list of them; empty when the key is absent.
-    pub(super) fn tokens(&self, key: &str) -> Result<Vec<u32>, ConfigError> {
+    pub(crate) fn tokens(&self, key: &str) -> Result<Vec<u32>, ConfigError> {
         let token = |value: &Value| u32::try_from(value.as_u64()?).ok();
         let tokens = self.optional(key, "a token id or a list of them", |value| {
             match value.as_array() {
@@ -109,8 +109,34 @@ impl<'a> Keys<'a> {
         Ok(tokens.unwrap_or_default())
     }
 
+    /// Numbers of layers, from 0; empty when the key is absent.
+    pub(crate) fn layers(&self, key: &str) -> Result<Vec<usize>, ConfigError> {
+        let layer = |value: &Value| usize::try_from(value.as_u64()?).ok();
+        let layers = self.optional(key, "a list of layers", |value| {
+            value.as_array()?.iter().map(layer).collect()
+        })?;
+        Ok(layers.unwrap_or_default())
+    }
+
+    /// An error unless the text is absent or one of `supported`.
+    pub(crate) fn only_text(&self, key: &str, supported: &[&str]) -> Result<(), ConfigError> {
+        self.only(key, self.optional_text(key)?.as_deref(), supported)
+    }
+
+    /// An error unless the key is absent or false.
+    pub(crate) fn only_false(&self, key: &str) -> Result<(), ConfigError> {
+        self.only(key, Some(&self.flag(key, false)?.to_string()), &["false"])
+    }
+
+    /// An error unless the list is absent, or has nothing but what is `supported`, written as JSON.
+    pub(crate) fn only_entries(&self, key: &str, supported: &[&str]) -> Result<(), ConfigError> {
+        let entries = self.optional_list(key)?.unwrap_or_default();
+        let mut entries = entries.iter();
+        entries.try_for_each(|entry| self.only(key, Some(&entry.to_string()), supported))
+    }
+
     /// An error unless the value is absent or one of `supported`.
-    pub(super) fn only(
+    pub(crate) fn only(
         &self,
         key: &str,
         found: Option<&str>,

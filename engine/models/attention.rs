@@ -1,20 +1,21 @@
-//! Grouped-query attention with q and k normalised over the whole projection, all heads together.
+//! Grouped-query attention, with q and k normalised over the whole projection, all heads together, or
+//! each head by itself, or not at all.
 //!
-//! Under tensor parallelism each rank holds some heads. The two norms need sums of squares over all
-//! ranks: both travel in one tiny all-reduce. The output projection needs a second one.
+//! Under tensor parallelism each rank holds some heads. Norms over the whole projection need sums of
+//! squares over all ranks: both travel in one tiny all-reduce. The output projection needs another one.
 
 use mlx_rs::error::Exception;
 use mlx_rs::fast::{ScaledDotProductAttentionMask, rms_norm, scaled_dot_product_attention};
 use mlx_rs::ops::indexing::{TryIndexOp, take_axis};
-use mlx_rs::ops::{concatenate, matmul, rsqrt};
+use mlx_rs::ops::{broadcast_to, concatenate, matmul, rsqrt};
 use mlx_rs::{Array, Dtype};
 
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, QkNorm};
 use crate::host::{self, Sight};
 use crate::kv_cache::{KeysAndValues, Place};
 use crate::models::Fault;
+use crate::models::decoder::{Borrowed, DeviceKind, Numerics, Rows};
 use crate::models::linear::{Fused, arrays, fuse, project};
-use crate::models::minimax::{Borrowed, DeviceKind, Numerics, Rows};
 use crate::models::rotary::Rotary;
 use crate::partition::RankShare;
 use crate::weights::{AttentionWeights, Linear};
@@ -22,8 +23,7 @@ use crate::weights::{AttentionWeights, Linear};
 /// The heads that this rank holds, if any.
 pub(crate) struct Attention {
     heads: Option<Heads>,
-    /// Whether the model has norms of q and k: all ranks take part in their sums.
-    normed: bool,
+    qk_norm: QkNorm,
     numerics: Numerics,
 }
 
@@ -34,18 +34,24 @@ struct Heads {
     /// The norms' weights by head, q's with the attention's scale in them:
     /// `[query + kv heads, head_dim]`, 32 bits.
     gains: Array,
-    /// `None` for a model without these norms.
-    norm: Option<Norm>,
-    /// For a device with a kernel for norms, of a model that has them: what it takes when this rank
-    /// holds all heads.
-    whole_gains: Option<WholeGains>,
+    norm: Norm,
+    /// For a device with a kernel for norms, of a model that has them: what it takes when no other rank
+    /// has a part in them.
+    kernel_gains: Option<KernelGains>,
     query: i32,
     kv: i32,
     width: i32,
 }
 
-/// What the norms of q and k need beside the gains.
-struct Norm {
+/// What [`QkNorm`] says, with what it takes beside the gains.
+enum Norm {
+    None,
+    Whole(WholeNorm),
+    PerHead { eps: f32 },
+}
+
+/// What norms over all heads need.
+struct WholeNorm {
     /// Which norm each head belongs to: 0 for q, 1 for k.
     of_head: Array,
     /// Takes the squares of this rank's heads to its part of both means: `[(query + kv heads) ×
@@ -54,8 +60,9 @@ struct Norm {
     eps: Array,
 }
 
-/// The norms' weights as they are: `[query heads × head_dim]` and `[kv heads × head_dim]`.
-struct WholeGains {
+/// The norms' weights as they are: `[query heads × head_dim]` and `[kv heads × head_dim]`, or twice
+/// `[head_dim]`.
+struct KernelGains {
     query: Array,
     key: Array,
 }
@@ -83,7 +90,7 @@ impl Attention {
         };
         Ok(Self {
             heads,
-            normed: config.qk_norm,
+            qk_norm: config.qk_norm,
             numerics,
         })
     }
@@ -124,7 +131,7 @@ impl Attention {
     fn nothing(&self, x: &Array, rows: &Rows<'_>) -> Result<Array, Fault> {
         let zero = Array::from_f32(0.0).as_dtype(self.numerics.dtype)?;
         let mut part = x.multiply(&zero)?;
-        if self.normed {
+        if self.qk_norm == QkNorm::Whole {
             let sums = part.try_index((.., ..2))?.as_dtype(Dtype::Float32)?;
             let sums = rows.whole_of_heads(sums)?.try_index((.., ..1))?;
             part = part.add(sums.as_dtype(self.numerics.dtype)?.multiply(&zero)?)?;
@@ -139,7 +146,7 @@ impl Attention {
         let linears = heads.inputs.iter().chain([&heads.output]);
         let mut all: Vec<&Array> = linears.flat_map(arrays).collect();
         all.push(&heads.gains);
-        if let Some(gains) = &heads.whole_gains {
+        if let Some(gains) = &heads.kernel_gains {
             all.extend([&gains.query, &gains.key]);
         }
         all
@@ -156,12 +163,16 @@ impl Heads {
         let (query, kv) = (share.query_heads.len() as i32, share.kv_heads.len() as i32);
         let width = config.head_dim as i32;
         let gain = |norm: Option<Array>, heads: i32| match norm {
-            Some(norm) => norm.as_dtype(Dtype::Float32)?.reshape(&[heads, width]),
+            // Weights for each head, or one head's for all of them.
+            Some(norm) => broadcast_to(
+                &norm.as_dtype(Dtype::Float32)?.reshape(&[-1, width])?,
+                &[heads, width],
+            ),
             None => Array::ones::<f32>(&[heads, width]),
         };
         let scale = Array::from_f32((config.head_dim as f32).powf(-0.5));
-        let whole_gains = match (numerics.device, &weights.q_norm, &weights.k_norm) {
-            (DeviceKind::Gpu, Some(query), Some(key)) => Some(WholeGains {
+        let kernel_gains = match (numerics.device, &weights.q_norm, &weights.k_norm) {
+            (DeviceKind::Gpu, Some(query), Some(key)) => Some(KernelGains {
                 query: query.as_dtype(numerics.dtype)?,
                 key: key.as_dtype(numerics.dtype)?,
             }),
@@ -178,8 +189,14 @@ impl Heads {
             },
             output: weights.o,
             gains: concatenate(&gains, 0)?,
-            norm: config.qk_norm.then(|| Norm::new(config, query, kv)),
-            whole_gains,
+            norm: match config.qk_norm {
+                QkNorm::None => Norm::None,
+                QkNorm::Whole => Norm::Whole(WholeNorm::new(config, query, kv)),
+                QkNorm::PerHead => Norm::PerHead {
+                    eps: config.rms_norm_eps,
+                },
+            },
+            kernel_gains,
             query,
             kv,
             width,
@@ -202,8 +219,9 @@ impl Heads {
             1 => projected.remove(0),
             _ => concatenate(&projected, 1)?,
         };
-        if let (Some(gains), false) = (&self.whole_gains, rows.divided.heads) {
-            return Ok(self.prepare_whole(&projected, gains, rows, rotary, numerics)?);
+        let others_take_part = matches!(self.norm, Norm::Whole(_)) && rows.divided.heads;
+        if let (Some(gains), false) = (&self.kernel_gains, others_take_part) {
+            return Ok(self.prepare_by_kernel(&projected, gains, rows, rotary, numerics)?);
         }
         let normed = self.query + self.kv;
         let heads = projected.reshape(&[rows.count, normed + self.kv, self.width])?;
@@ -221,19 +239,25 @@ impl Heads {
     }
 
     /// The same where no other rank has a part in the norms: a kernel for each of them.
-    fn prepare_whole(
+    fn prepare_by_kernel(
         &self,
         projected: &Array,
-        gains: &WholeGains,
+        gains: &KernelGains,
         rows: &Rows<'_>,
         rotary: &Rotary,
         numerics: Numerics,
     ) -> Result<Prepared, Exception> {
         let (to_keys, to_values) = (self.query * self.width, (self.query + self.kv) * self.width);
         let by_head = |x: &Array, heads| x.reshape(&[rows.count, heads, self.width]);
+        let per_head = matches!(self.norm, Norm::PerHead { .. });
+        // The kernel norms the last axis.
         let turned = |x: &Array, gains: &Array, heads| {
-            let normed = rms_norm(x, Some(gains), numerics.norm_eps)?;
-            rotary.apply(&rows.turn, &by_head(&normed, heads)?)
+            let normed = if per_head {
+                rms_norm(&by_head(x, heads)?, Some(gains), numerics.norm_eps)?
+            } else {
+                by_head(&rms_norm(x, Some(gains), numerics.norm_eps)?, heads)?
+            };
+            rotary.apply(&rows.turn, &normed)
         };
         let queries = projected.try_index((.., ..to_keys))?;
         let keys = projected.try_index((.., to_keys..to_values))?;
@@ -246,11 +270,13 @@ impl Heads {
         })
     }
 
-    /// RMS norms of q and k (`[rows, query + kv heads, head_dim]`, 32 bits) over all heads of all
-    /// ranks.
+    /// RMS norms of q and k (`[rows, query + kv heads, head_dim]`, 32 bits): over all heads of all
+    /// ranks, or each head by itself.
     fn normalise(&self, x: &Array, rows: &Rows<'_>) -> Result<Array, Fault> {
-        let Some(norm) = &self.norm else {
-            return Ok(x.multiply(&self.gains)?);
+        let norm = match &self.norm {
+            Norm::None => return Ok(x.multiply(&self.gains)?),
+            Norm::PerHead { eps } => return Ok(rms_norm(x, None, *eps)?.multiply(&self.gains)?),
+            Norm::Whole(norm) => norm,
         };
         let channels = (self.query + self.kv) * self.width;
         let squares = x.square()?.reshape(&[rows.count, channels])?;
@@ -288,7 +314,7 @@ impl Heads {
     }
 }
 
-impl Norm {
+impl WholeNorm {
     fn new(config: &ModelConfig, query: i32, kv: i32) -> Self {
         let of_head: Vec<i32> = (0..query + kv).map(|head| (head >= query).into()).collect();
         let (of_q, of_k) = (

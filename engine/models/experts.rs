@@ -5,34 +5,36 @@
 
 use mlx_rs::error::Exception;
 use mlx_rs::ops::indexing::{Ellipsis, TryIndexOp, take_along_axis, take_axis};
-use mlx_rs::ops::{argpartition_axis, argsort, floor_divide, matmul, sigmoid};
+use mlx_rs::ops::{argpartition_axis, argsort, floor_divide, matmul, sigmoid, softmax_axis};
 use mlx_rs::{Array, Dtype};
 
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, Router};
 use crate::models::Fault;
+use crate::models::decoder::{DeviceKind, Numerics, Rows};
 use crate::models::fused;
 use crate::models::linear::{Fused, Order, arrays, fuse, project, project_experts};
-use crate::models::minimax::{DeviceKind, Numerics, Rows};
 use crate::partition::RankShare;
-use crate::weights::{ExpertWeights, Linear};
+use crate::weights::{ExpertWeights, Linear, SwigluWeights};
 
 /// Router and experts of one layer.
 pub(crate) struct Experts {
     router: Linear,
-    /// Added to the scores to choose by, not to weigh by: `[experts]`, 32 bits.
-    correction: Array,
+    scoring: Scoring,
     columns: Option<Columns>,
     top: i32,
     experts: i32,
-    tiny: Array,
     numerics: Numerics,
 }
 
-/// What a layer's mixture is made from.
-pub(crate) struct RouterAndExperts {
-    pub(crate) router: Linear,
-    pub(crate) router_bias: Array,
-    pub(crate) experts: Option<ExpertWeights>,
+/// What [`Router`] says, with what it takes.
+enum Scoring {
+    CorrectedSigmoid {
+        /// Added to the scores to choose by, not to weigh by: `[experts]`, 32 bits.
+        correction: Array,
+        tiny: Array,
+    },
+    Softmax,
+    SoftmaxOfChosen,
 }
 
 /// This rank's columns of the experts.
@@ -53,7 +55,7 @@ impl Experts {
     pub(crate) fn new(
         config: &ModelConfig,
         share: &RankShare,
-        layer: RouterAndExperts,
+        layer: ExpertWeights,
         numerics: Numerics,
     ) -> Result<Self, Exception> {
         let columns = match layer.experts {
@@ -62,11 +64,10 @@ impl Experts {
         };
         Ok(Self {
             router: layer.router,
-            correction: layer.router_bias,
+            scoring: Scoring::new(config, layer.router_bias)?,
             columns,
             top: config.experts_per_token as i32,
             experts: config.experts as i32,
-            tiny: Array::from_f32(WEIGHT_SUM_MIN),
             numerics,
         })
     }
@@ -91,32 +92,61 @@ impl Experts {
             // Zeros, made from what came before, so that no sum overtakes another.
             None => x.multiply(Array::from_f32(0.0).as_dtype(self.numerics.dtype)?)?,
         };
-        rows.whole_of_experts(part)
+        rows.whole_of_columns(part)
     }
 
-    /// Scores are computed in 32 bits; the weights are the chosen scores without the correction,
-    /// scaled to a sum of one.
+    /// Scores are computed in 32 bits.
     fn route(&self, x: &Array) -> Result<Routes, Exception> {
-        let gpu = self.numerics.device == DeviceKind::Gpu;
         let logits = project(&self.router, &x.as_dtype(Dtype::Float32)?)?;
+        match &self.scoring {
+            Scoring::CorrectedSigmoid { correction, tiny } => {
+                self.route_by_sigmoid(&logits, correction, tiny)
+            }
+            Scoring::Softmax => {
+                let experts = self.highest(&logits)?;
+                let scores = softmax_axis(&logits, -1, true)?;
+                let weights = take_along_axis(&scores, &experts, -1)?;
+                Ok(Routes { experts, weights })
+            }
+            Scoring::SoftmaxOfChosen => {
+                let experts = self.highest(&logits)?;
+                let chosen = take_along_axis(&logits, &experts, -1)?;
+                let weights = softmax_axis(&chosen, -1, true)?;
+                Ok(Routes { experts, weights })
+            }
+        }
+    }
+
+    /// The weights are the chosen scores without the correction, scaled to a sum of one.
+    fn route_by_sigmoid(
+        &self,
+        logits: &Array,
+        correction: &Array,
+        tiny: &Array,
+    ) -> Result<Routes, Exception> {
+        let gpu = self.numerics.device == DeviceKind::Gpu;
         let [scores, corrected] = if gpu {
-            fused::scores(&logits, &self.correction)?
+            fused::scores(logits, correction)?
         } else {
             let scores = sigmoid(logits)?;
-            let corrected = scores.add(&self.correction)?;
+            let corrected = scores.add(correction)?;
             [scores, corrected]
         };
-        let first = self.experts - self.top;
-        let ordered = argpartition_axis(corrected, first, -1)?;
-        let experts = ordered.try_index((.., first..))?;
+        let experts = self.highest(&corrected)?;
         let chosen = take_along_axis(&scores, &experts, -1)?;
         let sum = chosen.sum_axis(-1, true)?;
         let weights = if gpu {
-            fused::share_of_sum(&chosen, &sum, &self.tiny)?
+            fused::share_of_sum(&chosen, &sum, tiny)?
         } else {
-            chosen.divide(sum.add(&self.tiny)?)?
+            chosen.divide(sum.add(tiny)?)?
         };
         Ok(Routes { experts, weights })
+    }
+
+    /// Which experts have the highest scores: `[rows, experts]` → `[rows, top]`.
+    fn highest(&self, scores: &Array) -> Result<Array, Exception> {
+        let first = self.experts - self.top;
+        argpartition_axis(scores, first, -1)?.try_index((.., first..))
     }
 
     /// `per_expert` `[rows, top, hidden]`, each by its weight, summed: `[rows, hidden]`.
@@ -127,7 +157,9 @@ impl Experts {
 
     pub(crate) fn arrays(&self) -> Vec<&Array> {
         let mut all = arrays(&self.router);
-        all.push(&self.correction);
+        if let Scoring::CorrectedSigmoid { correction, .. } = &self.scoring {
+            all.push(correction);
+        }
         if let Some(columns) = &self.columns {
             let linears = columns.inputs.iter().chain([&columns.output]);
             all.extend(linears.flat_map(arrays));
@@ -136,8 +168,24 @@ impl Experts {
     }
 }
 
+impl Scoring {
+    fn new(config: &ModelConfig, router_bias: Option<Array>) -> Result<Self, Exception> {
+        Ok(match config.router {
+            Router::CorrectedSigmoid => Self::CorrectedSigmoid {
+                correction: match router_bias {
+                    Some(bias) => bias,
+                    None => Array::zeros::<f32>(&[config.experts as i32])?,
+                },
+                tiny: Array::from_f32(WEIGHT_SUM_MIN),
+            },
+            Router::Softmax => Self::Softmax,
+            Router::SoftmaxOfChosen => Self::SoftmaxOfChosen,
+        })
+    }
+}
+
 impl Columns {
-    fn new(share: &RankShare, experts: ExpertWeights) -> Result<Self, Exception> {
+    fn new(share: &RankShare, experts: SwigluWeights) -> Result<Self, Exception> {
         Ok(Self {
             inputs: match fuse(vec![experts.gate, experts.up])? {
                 Fused::Whole(whole) => vec![whole],

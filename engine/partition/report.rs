@@ -7,7 +7,7 @@ use offbook_protocol::{Layout, Rank};
 use serde::{Deserialize, Serialize};
 
 use super::{Partition, RankShare, ShareSlices};
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, QkNorm};
 use crate::precision::Precision;
 
 /// A partition with its numbers.
@@ -31,6 +31,7 @@ pub struct RankPlan {
     pub kv_heads: Range<usize>,
     pub query_heads: Range<usize>,
     pub expert_columns: Range<usize>,
+    pub mlp_columns: Range<usize>,
     pub vocabulary_rows: Range<usize>,
     pub weight_bytes: u64,
     pub kv_bytes_per_token: u64,
@@ -39,8 +40,9 @@ pub struct RankPlan {
 /// Exchanges that one decoded token of one sequence takes, whatever the number of ranks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Collectives {
-    /// Tensor: the sums of squares of q and k together (when the model norms them), the sum after
-    /// attention, the sum after the experts. Expert: the last of these. Pipeline: none.
+    /// Tensor: the sums of squares of q and k together (when the model norms them over all heads), the
+    /// sum after attention, the sum after the experts or the dense network. Expert: the last of these.
+    /// Pipeline: none.
     pub per_layer: u64,
     /// Tensor, expert: the logits are brought together and the token is broadcast. Pipeline: every
     /// boundary between ranks hands one activation on, and the token is broadcast.
@@ -65,6 +67,7 @@ impl PlanReport {
             kv_heads: share.kv_heads.clone(),
             query_heads: share.query_heads.clone(),
             expert_columns: share.expert_columns.clone(),
+            mlp_columns: share.mlp_columns.clone(),
             vocabulary_rows: share.vocabulary_rows.clone(),
             weight_bytes: *weight_bytes,
             kv_bytes_per_token: share.kv_bytes_per_token(config, precision),
@@ -111,7 +114,7 @@ impl Collectives {
         let activation = config.hidden_size as u64 * precision.bytes();
         let (per_layer, per_step, bytes_per_rank) = match partition.layout {
             Layout::Tensor => {
-                let norms = u64::from(config.qk_norm);
+                let norms = u64::from(config.qk_norm == QkNorm::Whole);
                 // Two sums of squares in f32 for the norms; a control word and a token id.
                 let layer_bytes = norms * 8 + 2 * activation;
                 (norms + 2, 2, layer_bytes * config.layers as u64 + 8)

@@ -1,10 +1,10 @@
 //! Which parts of which tensors make a rank's share: what the loader reads and the budget counts.
-//! Names are those of MLX checkpoints (mlx-lm's `models/minimax.py`).
+//! Names are those of MLX checkpoints, as mlx-lm converts them.
 
 use std::ops::Range;
 
 use super::RankShare;
-use crate::config::{ModelConfig, Packing};
+use crate::config::{FeedForward, ModelConfig, Packing, QkNorm, Router};
 
 /// Everything one rank reads.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,10 +24,19 @@ pub struct LayerSlices {
     pub post_attention_norm: VectorSlice,
     /// `None` when the rank holds no heads.
     pub attention: Option<AttentionSlices>,
-    pub router: MatrixSlice,
-    pub router_bias: VectorSlice,
-    /// `None` when the rank holds no expert columns.
-    pub experts: Option<ExpertSlices>,
+    pub feed_forward: FeedForwardSlices,
+}
+
+/// What comes after attention. The columns are `None` when the rank holds none of this kind.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FeedForwardSlices {
+    Dense(Option<SwigluSlices>),
+    Experts {
+        router: MatrixSlice,
+        /// `None` when the router corrects nothing.
+        router_bias: Option<VectorSlice>,
+        experts: Option<SwigluSlices>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -36,13 +45,15 @@ pub struct AttentionSlices {
     pub k: MatrixSlice,
     pub v: MatrixSlice,
     pub o: MatrixSlice,
-    /// The norms' weights for this rank's heads; `None` when the model has no such norms.
+    /// The norms' weights for this rank's heads, or for each of them alike; `None` when the model has
+    /// no such norms.
     pub q_norm: Option<VectorSlice>,
     pub k_norm: Option<VectorSlice>,
 }
 
+/// Columns of a network's inner width, or of each network's of a stack.
 #[derive(Clone, Debug, PartialEq)]
-pub struct ExpertSlices {
+pub struct SwigluSlices {
     pub gate: MatrixSlice,
     pub up: MatrixSlice,
     pub down: MatrixSlice,
@@ -109,15 +120,22 @@ impl ShareSlices {
                     a.q_norm.as_ref().map_or(0, vector) + a.k_norm.as_ref().map_or(0, vector);
                 matrices + norms
             });
-            let experts = layer
-                .experts
-                .as_ref()
-                .map_or(0, |e| [&e.gate, &e.up, &e.down].map(matrix).iter().sum());
+            let columns: u64 = (layer.feed_forward.columns())
+                .map_or(0, |c| [&c.gate, &c.up, &c.down].map(matrix).iter().sum());
             // Routing is computed in f32 on every device.
-            let router = layer.router.bytes(packing(&layer.router.module), 4)
-                + layer.router_bias.range.len() as u64 * 4;
+            let router = match &layer.feed_forward {
+                FeedForwardSlices::Dense(_) => 0,
+                FeedForwardSlices::Experts {
+                    router,
+                    router_bias,
+                    ..
+                } => {
+                    let bias = router_bias.as_ref().map_or(0, |bias| bias.range.len());
+                    router.bytes(packing(&router.module), 4) + bias as u64 * 4
+                }
+            };
             let norms = vector(&layer.input_norm) + vector(&layer.post_attention_norm);
-            attention + experts + router + norms
+            attention + columns + router + norms
         };
         self.embedding.as_ref().map_or(0, matrix)
             + self.layers.iter().map(layer).sum::<u64>()
@@ -131,19 +149,56 @@ impl LayerSlices {
         let prefix = format!("model.layers.{layer}");
         let hidden = config.hidden_size;
         let norm = |name: &str| VectorSlice::whole(&format!("{prefix}.{name}.weight"), hidden);
-        let moe = format!("{prefix}.block_sparse_moe");
         Self {
             input_norm: norm("input_layernorm"),
             post_attention_norm: norm("post_attention_layernorm"),
             attention: (!share.kv_heads.is_empty())
                 .then(|| AttentionSlices::of(config, share, &format!("{prefix}.self_attn"))),
-            router: MatrixSlice::whole(&format!("{moe}.gate"), [config.experts, hidden]),
-            router_bias: VectorSlice::whole(
-                &format!("{moe}.e_score_correction_bias"),
-                config.experts,
+            feed_forward: FeedForwardSlices::of(config, share, layer),
+        }
+    }
+}
+
+impl FeedForwardSlices {
+    fn of(config: &ModelConfig, share: &RankShare, layer: usize) -> Self {
+        let kind = config.feed_forward(layer);
+        let (width, stack, held) = match kind {
+            FeedForward::Dense => (config.mlp_width, None, &share.mlp_columns),
+            FeedForward::Experts => (
+                config.expert_width,
+                Some(config.experts),
+                &share.expert_columns,
             ),
-            experts: (!share.expert_columns.is_empty())
-                .then(|| ExpertSlices::of(config, share, &format!("{moe}.switch_mlp"))),
+        };
+        let (hidden, prefix) = (config.hidden_size, config.swiglu_module(layer));
+        let matrix = |name: &str, shape| MatrixSlice {
+            stack,
+            ..MatrixSlice::whole(&format!("{prefix}.{name}"), shape)
+        };
+        let columns = (!held.is_empty()).then(|| SwigluSlices {
+            gate: matrix("gate_proj", [width, hidden]).rows(held),
+            up: matrix("up_proj", [width, hidden]).rows(held),
+            down: matrix("down_proj", [hidden, width]).columns(held),
+        });
+        let module = config.feed_forward_module(layer);
+        match kind {
+            FeedForward::Dense => Self::Dense(columns),
+            FeedForward::Experts => Self::Experts {
+                router: MatrixSlice::whole(&format!("{module}.gate"), [config.experts, hidden]),
+                router_bias: (config.router == Router::CorrectedSigmoid).then(|| {
+                    let tensor = format!("{module}.e_score_correction_bias");
+                    VectorSlice::whole(&tensor, config.experts)
+                }),
+                experts: columns,
+            },
+        }
+    }
+
+    /// What the rank holds of the networks, if anything.
+    pub fn columns(&self) -> Option<&SwigluSlices> {
+        match self {
+            Self::Dense(columns) => columns.as_ref(),
+            Self::Experts { experts, .. } => experts.as_ref(),
         }
     }
 }
@@ -158,11 +213,16 @@ impl AttentionSlices {
             MatrixSlice::whole(&format!("{prefix}.{name}"), [width, config.hidden_size]).rows(rows)
         };
         let norm = |name: &str, width, range: &Range<usize>| {
-            config.qk_norm.then(|| VectorSlice {
-                tensor: format!("{prefix}.{name}.weight"),
-                length: width,
-                range: range.clone(),
-            })
+            let tensor = format!("{prefix}.{name}.weight");
+            match config.qk_norm {
+                QkNorm::None => None,
+                QkNorm::Whole => Some(VectorSlice {
+                    tensor,
+                    length: width,
+                    range: range.clone(),
+                }),
+                QkNorm::PerHead => Some(VectorSlice::whole(&tensor, config.head_dim)),
+            }
         };
         Self {
             q: project("q_proj", query_width, &queries),
@@ -175,22 +235,6 @@ impl AttentionSlices {
             .columns(&queries),
             q_norm: norm("q_norm", query_width, &queries),
             k_norm: norm("k_norm", kv_width, &keys),
-        }
-    }
-}
-
-impl ExpertSlices {
-    fn of(config: &ModelConfig, share: &RankShare, prefix: &str) -> Self {
-        let (hidden, width) = (config.hidden_size, config.expert_width);
-        let stack = |name: &str, shape| MatrixSlice {
-            stack: Some(config.experts),
-            ..MatrixSlice::whole(&format!("{prefix}.{name}"), shape)
-        };
-        let columns = &share.expert_columns;
-        Self {
-            gate: stack("gate_proj", [width, hidden]).rows(columns),
-            up: stack("up_proj", [width, hidden]).rows(columns),
-            down: stack("down_proj", [hidden, width]).columns(columns),
         }
     }
 }

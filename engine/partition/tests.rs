@@ -17,6 +17,30 @@ fn minimax() -> ModelConfig {
     ModelConfig::parse(&config, None).unwrap()
 }
 
+/// Qwen3-30B-A3B as it was published, unpacked.
+fn qwen3_30b() -> ModelConfig {
+    let config = json!({
+        "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "rope_theta": 1000000, "rms_norm_eps": 1e-6, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+        "norm_topk_prob": true, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "vocab_size": 151936, "max_position_embeddings": 40960
+    });
+    ModelConfig::parse(&config, None).unwrap()
+}
+
+/// Qwen3-0.6B.
+fn qwen3_small() -> ModelConfig {
+    let config = json!({
+        "model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+        "rope_theta": 1000000, "rms_norm_eps": 1e-6, "intermediate_size": 3072,
+        "tie_word_embeddings": true, "vocab_size": 151936, "max_position_embeddings": 40960
+    });
+    ModelConfig::parse(&config, None).unwrap()
+}
+
 fn solve(config: &ModelConfig, layout: Layout, weights: &[f64]) -> Partition {
     let weights: Vec<NodeWeight> = weights.iter().copied().map(NodeWeight).collect();
     Partition::solve(config, layout, &weights).unwrap()
@@ -203,7 +227,74 @@ fn the_report_counts_what_facts_say() {
     assert_eq!(serde_json::from_str::<PlanReport>(&json).unwrap(), report);
 }
 
+#[test]
+fn a_model_with_experts_has_the_bytes_that_were_published() {
+    let config = qwen3_30b();
+    let partition = solve(&config, Layout::Tensor, &[1.0]);
+    let bytes = bytes(&config, &partition)[0];
+    // 30.5 billion parameters of two bytes; the routers, 12.6 million, are kept in four.
+    let routers = 48 * 128 * 2048 * 2;
+    assert_eq!(bytes - routers, 61_064_245_248);
+}
+
+#[test]
+fn norms_of_each_head_need_no_collective() {
+    for (config, per_layer) in [(minimax(), 3), (qwen3_30b(), 2), (qwen3_small(), 2)] {
+        let partition = solve(&config, Layout::Tensor, &[1.0; 2]);
+        let (bytes, precision) = (bytes(&config, &partition), crate::Precision::BFloat16);
+        let collectives = PlanReport::new(&config, &partition, &bytes, precision).collectives;
+        let layers = config.layers as u64;
+        assert_eq!(collectives.per_token, per_layer * layers + 2);
+        let sums = (per_layer - 2) * 8 + 2 * 2 * config.hidden_size as u64;
+        assert_eq!(collectives.bytes_per_rank, sums * layers + 8);
+    }
+}
+
+#[test]
+fn a_dense_model_is_divided_by_the_width_of_its_networks() {
+    let config = qwen3_small();
+    let partition = solve(&config, Layout::Tensor, &[1.0; 3]);
+    assert_eq!(lengths(&partition, |share| &share.kv_heads), [3, 3, 2]);
+    // The rank with fewer heads has more of the networks.
+    let columns = lengths(&partition, |share| &share.mlp_columns);
+    assert_eq!(columns, [960, 960, 1152]);
+    assert_eq!(lengths(&partition, |share| &share.expert_columns), [0; 3]);
+    // In the layout that is named after experts too.
+    let partition = solve(&config, Layout::Expert, &[2.0, 1.0]);
+    let columns = lengths(&partition, |share| &share.mlp_columns);
+    assert_eq!(columns, [2048, 1024]);
+    assert_eq!(lengths(&partition, |share| &share.kv_heads), [8; 2]);
+}
+
 fn any_config() -> impl Strategy<Value = ModelConfig> {
+    prop_oneof![any_minimax(), any_qwen3()]
+}
+
+/// Dense, with experts, or both.
+fn any_qwen3() -> impl Strategy<Value = ModelConfig> {
+    let heads = (1usize..13, 1usize..7, 1usize..5);
+    let networks = (1usize..400, 1usize..400, 1usize..4, 0usize..4);
+    let packing = prop_oneof![Just(None), Just(Some(32)), Just(Some(64)), Just(Some(128))];
+    (heads, networks, packing, 1usize..20).prop_map(|(heads, networks, group, layers)| {
+        let (kv_heads, queries, head_dim) = heads;
+        let (width, expert_width, sparse_step, dense_layer) = networks;
+        let mut config = json!({
+            "model_type": "qwen3_moe", "hidden_size": 128, "num_hidden_layers": layers,
+            "num_attention_heads": kv_heads * queries, "num_key_value_heads": kv_heads,
+            "head_dim": head_dim * 8, "rope_theta": 1e4, "rms_norm_eps": 1e-6,
+            "intermediate_size": width, "moe_intermediate_size": expert_width,
+            "num_experts": 7, "num_experts_per_tok": 2, "decoder_sparse_step": sparse_step,
+            "mlp_only_layers": [dense_layer], "vocab_size": 300, "max_position_embeddings": 100
+        });
+        if let Some(group) = group {
+            config["quantization"] = json!({"group_size": group, "bits": 4,
+                "model.layers.0.mlp.down_proj": {"group_size": 64, "bits": 6}});
+        }
+        ModelConfig::parse(&config, None).unwrap()
+    })
+}
+
+fn any_minimax() -> impl Strategy<Value = ModelConfig> {
     let heads = (1usize..13, 1usize..7, 1usize..5);
     let experts = (1usize..40, 1usize..400, 1usize..5000);
     let packing = prop_oneof![Just(None), Just(Some(32)), Just(Some(64)), Just(Some(128))];
@@ -256,6 +347,8 @@ proptest! {
         prop_assert!(tiles(part(|share| &share.query_heads), config.query_heads, 1));
         let width = config.expert_width;
         prop_assert!(tiles(part(|share| &share.expert_columns), width, units.expert_columns));
+        let width = config.mlp_width;
+        prop_assert!(tiles(part(|share| &share.mlp_columns), width, units.mlp_columns));
         let rows = config.vocabulary_size;
         prop_assert!(tiles(part(|share| &share.vocabulary_rows), rows, units.vocabulary_rows));
         for share in &partition.shares {
@@ -277,6 +370,8 @@ proptest! {
         };
         let width = config.expert_width;
         prop_assert!(tiles(part(|share| &share.expert_columns), width, units.expert_columns));
+        let width = config.mlp_width;
+        prop_assert!(tiles(part(|share| &share.mlp_columns), width, units.mlp_columns));
         let rows = config.vocabulary_size;
         prop_assert!(tiles(part(|share| &share.vocabulary_rows), rows, units.vocabulary_rows));
         for share in &partition.shares {
@@ -290,12 +385,13 @@ proptest! {
         let mut config = config;
         // A packed tensor has whole groups.
         config.expert_width *= 128;
+        config.mlp_width *= 128;
         config.head_dim *= 16;
         for share in solve(&config, Layout::Tensor, &weights).shares {
             for layer in ShareSlices::of(&config, &share).layers {
                 let matrices = [
                     layer.attention.as_ref().map(|attention| &attention.o),
-                    layer.experts.as_ref().map(|experts| &experts.down),
+                    layer.feed_forward.columns().map(|columns| &columns.down),
                 ];
                 for matrix in matrices.into_iter().flatten() {
                     if let Some(packing) = config.packing_of(&matrix.module) {

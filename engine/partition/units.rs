@@ -1,6 +1,6 @@
 //! The smallest pieces that a tensor-parallel rank can hold.
 
-use crate::config::ModelConfig;
+use crate::config::{FeedForward, ModelConfig};
 
 /// Shares are multiples of these. Rows of a packed matrix can be cut anywhere; columns only
 /// between quantisation groups, because a group shares its scale.
@@ -10,6 +10,8 @@ pub struct Units {
     pub kv_heads: usize,
     /// Expert columns that are whole groups of `down_proj` in every layer.
     pub expert_columns: usize,
+    /// The same of dense layers.
+    pub mlp_columns: usize,
     pub vocabulary_rows: usize,
 }
 
@@ -19,22 +21,23 @@ impl Units {
     pub fn of(config: &ModelConfig) -> Self {
         let columns_per_head = config.query_heads_per_kv_head() * config.head_dim;
         let mut kv_heads = 1;
-        let mut expert_columns = 1;
+        let (mut expert_columns, mut mlp_columns) = (1, 1);
         for layer in 0..config.layers {
-            let group = |module: &str| {
-                let module = format!("model.layers.{layer}.{module}");
-                config.packing_of(&module).map(|packing| packing.group_size)
-            };
-            if let Some(group) = group("self_attn.o_proj") {
+            let group = |module: String| Some(config.packing_of(&module)?.group_size);
+            if let Some(group) = group(format!("model.layers.{layer}.self_attn.o_proj")) {
                 kv_heads = lcm(kv_heads, group / gcd(group, columns_per_head));
             }
-            let unpacked = power_of_two(config.expert_width, EXPERT_COLUMNS_MAX);
-            let columns = group("block_sparse_moe.switch_mlp.down_proj").unwrap_or(unpacked);
-            expert_columns = lcm(expert_columns, columns);
+            let (unit, width) = match config.feed_forward(layer) {
+                FeedForward::Dense => (&mut mlp_columns, config.mlp_width),
+                FeedForward::Experts => (&mut expert_columns, config.expert_width),
+            };
+            let columns = group(config.swiglu_module(layer) + ".down_proj");
+            *unit = lcm(*unit, columns.unwrap_or(power_of_two(width, COLUMNS_MAX)));
         }
         Self {
             kv_heads: divisor_or_whole(kv_heads, config.kv_heads),
             expert_columns: divisor_or_whole(expert_columns, config.expert_width),
+            mlp_columns: divisor_or_whole(mlp_columns, config.mlp_width),
             vocabulary_rows: power_of_two(config.vocabulary_size, VOCABULARY_ROWS_MAX),
         }
     }
@@ -62,8 +65,8 @@ fn lcm(a: usize, b: usize) -> usize {
     a / gcd(a, b) * b
 }
 
-/// Of unpacked experts: one block of MLX's matrix kernels.
-const EXPERT_COLUMNS_MAX: usize = 64;
+/// Of unpacked networks: one block of MLX's matrix kernels.
+const COLUMNS_MAX: usize = 64;
 /// MLX's packed matrix-vector kernels write 8 rows at a time.
 const VOCABULARY_ROWS_MAX: usize = 8;
 

@@ -14,27 +14,34 @@ fn in_every_layout() {
     if be_a_rank() {
         return;
     }
-    let fixture = Fixture::open("bf16-5bit");
-    for layout in [Layout::Tensor, Layout::Expert, Layout::Pipeline] {
-        let cluster = Cluster::of(&fixture.model).over(layout, &[1.0, 1.0]);
-        let planned = planned(&cluster);
-        // One sequence, whose prompt is one step: every step draws.
-        let mut joins = fixture.joins();
-        joins.truncate(1);
-        let cues = vec![Cue::start(joins)];
-        let (_, counted) = play_and_count(&cluster, cues, "in_every_layout");
-        // A rank of a pipeline takes part in its own exchange with the next, and in the broadcast.
-        let per_step = match layout {
-            Layout::Tensor | Layout::Expert => planned,
-            Layout::Pipeline => 2,
-        };
-        assert!(counted.steps > 5, "{layout}: {counted:?}");
-        assert_eq!(
-            counted.operations,
-            counted.steps * per_step,
-            "{layout}: {counted:?}"
-        );
+    // Norms over all heads, which take a collective of their own; norms of each head; dense layers.
+    for fixture in ["bf16-5bit", "qwen3-4bit", "qwen3-moe-4bit"].map(Fixture::open) {
+        for layout in [Layout::Tensor, Layout::Expert, Layout::Pipeline] {
+            check(&fixture, layout);
+        }
     }
+}
+
+fn check(fixture: &Fixture, layout: Layout) {
+    let cluster = Cluster::of(&fixture.model).over(layout, &[1.0, 1.0]);
+    let planned = planned(&cluster);
+    // One sequence, whose prompt is one step: every step draws.
+    let mut joins = fixture.joins();
+    joins.truncate(1);
+    let cues = vec![Cue::start(joins)];
+    let (_, counted) = play_and_count(&cluster, cues, "in_every_layout");
+    // A rank of a pipeline takes part in its own exchange with the next, and in the broadcast.
+    let per_step = match layout {
+        Layout::Tensor | Layout::Expert => planned,
+        Layout::Pipeline => 2,
+    };
+    assert!(counted.steps > 5, "{}, {layout}: {counted:?}", fixture.name);
+    assert_eq!(
+        counted.operations,
+        counted.steps * per_step,
+        "{}, {layout}: {counted:?}",
+        fixture.name
+    );
 }
 
 fn planned(cluster: &Cluster) -> u64 {

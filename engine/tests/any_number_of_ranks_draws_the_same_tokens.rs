@@ -62,6 +62,8 @@ fn pipeline_parallel() {
         ("bf16-5bit", &[1.0, 3.0]),
         ("odd-tied", &[1.0, 1.0, 1.0]),
         ("no-norms-3bit", &[2.0, 1.0]),
+        ("qwen3-f32", &[1.0, 1.0]),
+        ("qwen3-moe-4bit", &[1.0, 1.0, 1.0]),
     ] {
         let fixture = Fixture::open(name);
         let cluster = Cluster {

@@ -1,10 +1,14 @@
 //! From a checkpoint's bytes to a rank's arrays.
 
-use super::{AttentionWeights, ExpertWeights, LayerWeights, Linear, LoadError, ShardWeights};
+use super::{
+    AttentionWeights, ExpertWeights, FeedForwardWeights, LayerWeights, Linear, LoadError,
+    ShardWeights, SwigluWeights,
+};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::partition::{
-    AttentionSlices, ExpertSlices, LayerSlices, MatrixSlice, RankShare, ShareSlices, VectorSlice,
+    AttentionSlices, FeedForwardSlices, LayerSlices, MatrixSlice, RankShare, ShareSlices,
+    SwigluSlices, VectorSlice,
 };
 use crate::precision::Precision;
 
@@ -81,12 +85,7 @@ impl Reader<'_> {
                 Some(slices) => Some(self.attention(slices)?),
                 None => None,
             },
-            router: self.matrix_in(&slices.router, Precision::Float32)?,
-            router_bias: self.vector_in(&slices.router_bias, Precision::Float32)?,
-            experts: match &slices.experts {
-                Some(slices) => Some(self.experts(slices)?),
-                None => None,
-            },
+            feed_forward: self.feed_forward(&slices.feed_forward)?,
         })
     }
 
@@ -109,12 +108,41 @@ impl Reader<'_> {
         })
     }
 
-    fn experts(&mut self, slices: &ExpertSlices) -> Result<ExpertWeights, LoadError> {
-        Ok(ExpertWeights {
+    fn feed_forward(
+        &mut self,
+        slices: &FeedForwardSlices,
+    ) -> Result<FeedForwardWeights, LoadError> {
+        Ok(match slices {
+            FeedForwardSlices::Dense(columns) => {
+                FeedForwardWeights::Dense(self.columns(columns.as_ref())?)
+            }
+            FeedForwardSlices::Experts {
+                router,
+                router_bias,
+                experts,
+            } => FeedForwardWeights::Experts(ExpertWeights {
+                router: self.matrix_in(router, Precision::Float32)?,
+                router_bias: match router_bias {
+                    Some(slice) => Some(self.vector_in(slice, Precision::Float32)?),
+                    None => None,
+                },
+                experts: self.columns(experts.as_ref())?,
+            }),
+        })
+    }
+
+    fn columns(
+        &mut self,
+        slices: Option<&SwigluSlices>,
+    ) -> Result<Option<SwigluWeights>, LoadError> {
+        let Some(slices) = slices else {
+            return Ok(None);
+        };
+        Ok(Some(SwigluWeights {
             gate: self.matrix(&slices.gate)?,
             up: self.matrix(&slices.up)?,
             down: self.matrix(&slices.down)?,
-        })
+        }))
     }
 
     fn matrix(&mut self, slice: &MatrixSlice) -> Result<Linear, LoadError> {

@@ -8,15 +8,20 @@ use mlx_rs::ops::concatenate;
 use offbook_protocol::{Layout, NodeWeight};
 
 use super::*;
+use crate::config::QkNorm;
 use crate::{Checkpoint, ModelConfig, Partition, Precision, RankShare};
 
-const FIXTURES: [&str; 6] = [
+const FIXTURES: [&str; 10] = [
     "dense-f32",
     "q4",
     "mixed-bits",
     "bf16-5bit",
     "odd-tied",
     "no-norms-3bit",
+    "qwen3-f32",
+    "qwen3-4bit",
+    "qwen3-moe-4bit",
+    "qwen3-moe-f32",
 ];
 
 struct Model {
@@ -138,20 +143,36 @@ fn a_whole_share_is_what_mlx_reads() {
             same(&attention.k, &name("self_attn.k_proj"));
             same(&attention.v, &name("self_attn.v_proj"));
             same(&attention.o, &name("self_attn.o_proj"));
-            same(&layer.router, &name("block_sparse_moe.gate"));
-            let experts = layer.experts.as_ref().unwrap();
-            same(
-                &experts.gate,
-                &name("block_sparse_moe.switch_mlp.gate_proj"),
-            );
-            same(&experts.up, &name("block_sparse_moe.switch_mlp.up_proj"));
-            same(
-                &experts.down,
-                &name("block_sparse_moe.switch_mlp.down_proj"),
-            );
-            let bias = &tensors[&name("block_sparse_moe.e_score_correction_bias")];
-            assert_equal(&layer.router_bias, bias, "bias");
-            assert_eq!(attention.q_norm.is_some(), model.config.qk_norm);
+            let feed_forward = if fixture.starts_with("qwen3") {
+                "mlp"
+            } else {
+                "block_sparse_moe"
+            };
+            let networks = match &layer.feed_forward {
+                FeedForwardWeights::Dense(_) => name(feed_forward),
+                FeedForwardWeights::Experts(layer) => {
+                    same(&layer.router, &name(&format!("{feed_forward}.gate")));
+                    let bias = name(&format!("{feed_forward}.e_score_correction_bias"));
+                    assert_eq!(layer.router_bias.is_some(), tensors.contains_key(&bias));
+                    if let Some(array) = &layer.router_bias {
+                        assert_equal(array, &tensors[&bias], "bias");
+                    }
+                    name(&format!("{feed_forward}.switch_mlp"))
+                }
+            };
+            let columns = layer.feed_forward.columns().unwrap();
+            same(&columns.gate, &format!("{networks}.gate_proj"));
+            same(&columns.up, &format!("{networks}.up_proj"));
+            same(&columns.down, &format!("{networks}.down_proj"));
+            let norms = [("q_norm", &attention.q_norm), ("k_norm", &attention.k_norm)];
+            for (norm, array) in norms {
+                let tensor = tensors.get(&name(&format!("self_attn.{norm}.weight")));
+                assert_eq!(array.is_some(), tensor.is_some(), "{fixture} {norm}");
+                if let (Some(array), Some(tensor)) = (array, tensor) {
+                    let tensor = tensor.as_dtype(Dtype::Float32).unwrap();
+                    assert_equal(array, &tensor, &format!("{fixture} {norm}"));
+                }
+            }
         }
     }
 }
@@ -180,20 +201,29 @@ fn tensor_shards_are_the_whole_when_joined() {
             let norms: [fn(&AttentionWeights) -> Option<Array>; 2] =
                 [|a| a.q_norm.clone(), |a| a.k_norm.clone()];
             for norm in norms {
-                if let Some(whole) = norm(attention) {
+                let Some(whole) = norm(attention) else {
+                    continue;
+                };
+                if model.config.qk_norm == QkNorm::PerHead {
+                    // One head's weights, which each rank has.
+                    for held in &held {
+                        assert_equal(&norm(held).unwrap(), &whole, "norm");
+                    }
+                } else {
                     let pieces: Vec<Array> = held.iter().filter_map(|held| norm(held)).collect();
                     assert_equal(&concatenate(&pieces, 0).unwrap(), &whole, "norm");
                 }
             }
-            let held: Vec<_> = layers.iter().filter_map(|l| l.experts.as_ref()).collect();
-            let experts = whole.experts.as_ref().unwrap();
-            let join = |part: fn(&ExpertWeights) -> &Linear, axis| {
+            let held = layers.iter().filter_map(|l| l.feed_forward.columns());
+            let held: Vec<_> = held.collect();
+            let columns = whole.feed_forward.columns().unwrap();
+            let join = |part: fn(&SwigluWeights) -> &Linear, axis| {
                 let pieces: Vec<&Linear> = held.iter().map(|held| part(held)).collect();
-                assert_joined(&pieces, part(experts), axis);
+                assert_joined(&pieces, part(columns), axis);
             };
-            join(|e| &e.gate, 1);
-            join(|e| &e.up, 1);
-            join(|e| &e.down, 2);
+            join(|c| &c.gate, -2);
+            join(|c| &c.up, -2);
+            join(|c| &c.down, -1);
         }
         let heads: Vec<&Linear> = shards.iter().filter_map(|s| s.head.as_ref()).collect();
         assert_joined(&heads, whole.head.as_ref().unwrap(), 0);
@@ -214,7 +244,8 @@ fn pipeline_shards_hold_their_layers_and_ends() {
         let whole = model.whole();
         let last = shards[1].layers.last().unwrap();
         let expected = whole.layers.last().unwrap();
-        assert_joined(&[&last.router], &expected.router, 0);
+        let down = |layer: &LayerWeights| layer.feed_forward.columns().unwrap().down.clone();
+        assert_joined(&[&down(last)], &down(expected), 0);
         let (head, expected) = (shards[1].head.as_ref(), whole.head.as_ref());
         assert_joined(&[head.unwrap()], expected.unwrap(), 0);
     }
@@ -253,7 +284,8 @@ fn a_shard_without_heads_or_experts_is_valid() {
             .iter()
             .any(|shard| shard.layers[0].attention.is_none())
     );
-    assert!(shards.iter().any(|shard| shard.layers[0].experts.is_none()));
+    let columns = |shard: &ShardWeights| shard.layers[0].feed_forward.columns().is_none();
+    assert!(shards.iter().any(columns));
 }
 
 #[test]

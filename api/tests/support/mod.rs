@@ -196,7 +196,20 @@ pub(crate) struct Server {
 impl Server {
     /// With tokenizer and the demo model's chat template.
     pub(crate) async fn start(scripts: impl IntoIterator<Item = Script>) -> Self {
+        Self::of(&bytes_model(), scripts).await
+    }
+
+    /// With another chat template.
+    pub(crate) async fn with_template(
+        template: &str,
+        scripts: impl IntoIterator<Item = Script>,
+    ) -> Self {
         let model = bytes_model();
+        fs::write(model.path().join("chat_template.jinja"), template).unwrap();
+        Self::of(&model, scripts).await
+    }
+
+    async fn of(model: &TempDir, scripts: impl IntoIterator<Item = Script>) -> Self {
         let text = Text::open(model.path()).unwrap();
         Self::serve(scripts, Some(text), Defaults::open(model.path()).unwrap()).await
     }

@@ -1,0 +1,423 @@
+//! The layers of a decoder that one rank owns, over the rows of any number of sequences at once: what
+//! all architectures share. How they differ is in the model's configuration.
+//!
+//! Everything but attention works row by row, so all rows go through it together; attention runs
+//! per segment, against the segment's own cache. A row is therefore computed as it would be alone.
+//!
+//! Shapes: `rows` is the number of rows of the step, `hidden` the model's width. On a rank that
+//! holds no heads, or no columns of the networks, the part is absent and adds zeros.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use mlx_rs::error::Exception;
+use mlx_rs::fast::rms_norm;
+use mlx_rs::ops::indexing::TryIndexOp;
+use mlx_rs::{Array, Dtype};
+use offbook_collectives::Group;
+use offbook_protocol::{Layout, SequenceId};
+
+use crate::batch::{Segment, StepBatch};
+use crate::config::ModelConfig;
+use crate::kv_cache::SequenceCache;
+use crate::models::Fault;
+use crate::models::attention::Attention;
+use crate::models::experts::Experts;
+use crate::models::linear::{embed, project};
+use crate::models::mlp::Mlp;
+use crate::models::rotary::{Rotary, Turn};
+use crate::partition::RankShare;
+use crate::weights::{FeedForwardWeights, LayerWeights, Linear, ShardWeights};
+
+/// One rank's share of the model, ready to run.
+pub(crate) struct Decoder {
+    embedding: Option<Linear>,
+    blocks: Vec<Block>,
+    final_norm: Option<Array>,
+    head: Option<Linear>,
+    rotary: Rotary,
+    pub(crate) numerics: Numerics,
+}
+
+/// What holds for every layer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Numerics {
+    pub(crate) hidden: i32,
+    pub(crate) norm_eps: f32,
+    /// Of activations and caches.
+    pub(crate) dtype: Dtype,
+    pub(crate) device: DeviceKind,
+}
+
+/// Whether the device has kernels for whole blocks, or composes them from plain operations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DeviceKind {
+    Cpu,
+    Gpu,
+}
+
+/// What all layers of one step share.
+pub(crate) struct Rows<'a> {
+    pub(crate) segments: &'a [Segment],
+    /// The rows of each segment.
+    pub(crate) ranges: Vec<Range<i32>>,
+    pub(crate) count: i32,
+    pub(crate) turn: Turn,
+    pub(crate) group: &'a Group,
+    pub(crate) divided: Divided,
+}
+
+/// What ranks hold parts of, so that its sums have to be made whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Divided {
+    pub(crate) heads: bool,
+    pub(crate) columns: bool,
+}
+
+impl Divided {
+    /// `ranks` counts those that work on the model together.
+    pub(crate) fn by(layout: Layout, ranks: usize) -> Self {
+        match layout {
+            _ if ranks == 1 => Self::default(),
+            Layout::Tensor => Self {
+                heads: true,
+                columns: true,
+            },
+            Layout::Expert => Self {
+                heads: false,
+                columns: true,
+            },
+            Layout::Pipeline => Self::default(),
+        }
+    }
+}
+
+/// The caches of the sequences that run.
+pub(crate) type Caches = HashMap<SequenceId, SequenceCache>;
+
+struct Block {
+    input_norm: Array,
+    attention: Attention,
+    post_norm: Array,
+    feed_forward: FeedForward,
+}
+
+enum FeedForward {
+    Dense(Mlp),
+    Experts(Experts),
+}
+
+impl Decoder {
+    /// Fuses what multiplies the same input. `share` says what of the model they are.
+    pub(crate) fn new(
+        config: &ModelConfig,
+        share: &RankShare,
+        weights: ShardWeights,
+        numerics: Numerics,
+    ) -> Result<Self, Exception> {
+        let mut blocks = Vec::with_capacity(weights.layers.len());
+        for layer in weights.layers {
+            let block = Block::new(config, share, layer, numerics)?;
+            // One layer at a time: the parts are freed before the next layer is fused.
+            mlx_rs::transforms::eval(block.arrays())?;
+            blocks.push(block);
+        }
+        Ok(Self {
+            embedding: weights.embedding,
+            blocks,
+            final_norm: weights.final_norm,
+            head: weights.head,
+            rotary: Rotary::new(config.rotary_dim, config.head_dim, config.rope_theta),
+            numerics,
+        })
+    }
+
+    /// Layers on this rank.
+    pub(crate) fn layers(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// What the layers of a step share.
+    pub(crate) fn rows<'a>(
+        &self,
+        batch: &'a StepBatch,
+        group: &'a Group,
+        divided: Divided,
+    ) -> Rows<'a> {
+        let mut ranges = Vec::with_capacity(batch.segments.len());
+        let mut positions = Vec::with_capacity(batch.rows());
+        for segment in &batch.segments {
+            let first = positions.len() as i32;
+            let start = segment.start as i32;
+            positions.extend(start..start + segment.rows() as i32);
+            ranges.push(first..positions.len() as i32);
+        }
+        let turn = match self.numerics.device {
+            DeviceKind::Cpu => self.rotary.tables(&positions),
+            DeviceKind::Gpu => self.rotary.kernel(&positions),
+        };
+        Rows {
+            segments: &batch.segments,
+            ranges,
+            count: positions.len() as i32,
+            turn,
+            group,
+            divided,
+        }
+    }
+
+    /// `ids` (`[rows]`) → `[rows, hidden]`; `None` on a rank without the embedding.
+    pub(crate) fn embed(&self, ids: &Array) -> Result<Option<Array>, Exception> {
+        let Some(table) = &self.embedding else {
+            return Ok(None);
+        };
+        embed(table, ids)?.as_dtype(self.numerics.dtype).map(Some)
+    }
+
+    /// One of this rank's layers: `[rows, hidden]` → `[rows, hidden]`.
+    pub(crate) fn layer(
+        &self,
+        index: usize,
+        x: &Array,
+        rows: &Rows<'_>,
+        caches: &mut Caches,
+    ) -> Result<Array, Fault> {
+        let block = &self.blocks[index];
+        let norm = |x, weight| rms_norm(x, Some(weight), self.numerics.norm_eps);
+        let mut caches = Borrowed { caches, index };
+        let attended = block.attention.forward(
+            &norm(x, &block.input_norm)?,
+            rows,
+            &self.rotary,
+            &mut caches,
+        )?;
+        let x = x.add(attended)?;
+        let normed = norm(&x, &block.post_norm)?;
+        Ok(x.add(block.feed_forward.forward(&normed, rows)?)?)
+    }
+
+    /// Logits of the given rows over this rank's part of the vocabulary: `[rows, hidden]` →
+    /// `[draws, vocabulary rows]` in 32 bits; `None` on a rank without a part.
+    pub(crate) fn logits(&self, x: &Array, draws: &[i32]) -> Result<Option<Array>, Exception> {
+        let (Some(norm), Some(head)) = (&self.final_norm, &self.head) else {
+            return Ok(None);
+        };
+        let picked = if draws.len() as i32 == x.dim(0) {
+            x.clone()
+        } else {
+            x.take_axis(Array::from_slice(draws, &[draws.len() as i32]), 0)?
+        };
+        let normed = rms_norm(&picked, Some(norm), self.numerics.norm_eps)?;
+        project(head, &normed)?.as_dtype(Dtype::Float32).map(Some)
+    }
+}
+
+impl Block {
+    fn new(
+        config: &ModelConfig,
+        share: &RankShare,
+        layer: LayerWeights,
+        numerics: Numerics,
+    ) -> Result<Self, Exception> {
+        Ok(Self {
+            input_norm: layer.input_norm,
+            attention: Attention::new(config, share, layer.attention, numerics)?,
+            post_norm: layer.post_attention_norm,
+            feed_forward: match layer.feed_forward {
+                FeedForwardWeights::Dense(columns) => {
+                    FeedForward::Dense(Mlp::new(share, columns, numerics)?)
+                }
+                FeedForwardWeights::Experts(layer) => {
+                    FeedForward::Experts(Experts::new(config, share, layer, numerics)?)
+                }
+            },
+        })
+    }
+
+    fn arrays(&self) -> Vec<&Array> {
+        let mut all = vec![&self.input_norm, &self.post_norm];
+        all.extend(self.attention.arrays());
+        all.extend(match &self.feed_forward {
+            FeedForward::Dense(mlp) => mlp.arrays(),
+            FeedForward::Experts(experts) => experts.arrays(),
+        });
+        all
+    }
+}
+
+impl FeedForward {
+    /// `[rows, hidden]` → `[rows, hidden]`, whole on every rank.
+    fn forward(&self, x: &Array, rows: &Rows<'_>) -> Result<Array, Fault> {
+        match self {
+            Self::Dense(mlp) => mlp.forward(x, rows),
+            Self::Experts(experts) => experts.forward(x, rows),
+        }
+    }
+}
+
+/// The caches of one layer.
+pub(crate) struct Borrowed<'a> {
+    caches: &'a mut Caches,
+    index: usize,
+}
+
+impl Borrowed<'_> {
+    /// The cache of one sequence in this layer.
+    pub(crate) fn of(
+        &mut self,
+        sequence: SequenceId,
+    ) -> Result<&mut crate::kv_cache::LayerCache, Exception> {
+        self.caches
+            .get_mut(&sequence)
+            .and_then(|cache| cache.layers.get_mut(self.index))
+            .ok_or_else(|| Exception::custom(format!("sequence {sequence} has no cache")))
+    }
+}
+
+impl Rows<'_> {
+    /// This rank's part of what comes out of attention, or of its norms, summed over all ranks.
+    pub(crate) fn whole_of_heads(&self, part: Array) -> Result<Array, Fault> {
+        self.whole(part, self.divided.heads)
+    }
+
+    /// This rank's part of what comes out of a network or of experts, summed over all ranks.
+    pub(crate) fn whole_of_columns(&self, part: Array) -> Result<Array, Fault> {
+        self.whole(part, self.divided.columns)
+    }
+
+    fn whole(&self, part: Array, divided: bool) -> Result<Array, Fault> {
+        if divided {
+            Ok(self.group.all_sum(&part)?)
+        } else {
+            Ok(part)
+        }
+    }
+
+    /// One segment's rows of `x`; all of them without a slice when there is only one segment.
+    pub(crate) fn slice(&self, x: &Array, range: &Range<i32>) -> Result<Array, Exception> {
+        if range.len() as i32 == self.count {
+            Ok(x.clone())
+        } else {
+            x.try_index(range.clone())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use offbook_protocol::Sampling;
+    use serde_json::json;
+
+    use super::*;
+    use crate::batch::{Draw, Input};
+    use crate::checkpoint::Checkpoint;
+    use crate::precision::Precision;
+    use crate::trial::random_weights;
+
+    fn minimax() -> ModelConfig {
+        let config = json!({
+            "model_type": "minimax_m2", "hidden_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32, "rotary_dim": 16,
+            "rope_theta": 1e4, "rms_norm_eps": 1e-6, "intermediate_size": 64, "use_qk_norm": true,
+            "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 128,
+            "max_position_embeddings": 512,
+            "quantization": {"group_size": 32, "bits": 5}
+        });
+        ModelConfig::parse(&config, None).unwrap()
+    }
+
+    fn numerics(config: &ModelConfig, device: DeviceKind) -> Numerics {
+        Numerics {
+            hidden: config.hidden_size as i32,
+            norm_eps: config.rms_norm_eps,
+            dtype: Dtype::Float32,
+            device,
+        }
+    }
+
+    fn random(device: DeviceKind) -> Decoder {
+        let config = minimax();
+        let share = RankShare::whole(&config);
+        let weights = random_weights(&config, &share, Precision::Float32, 3).unwrap();
+        Decoder::new(&config, &share, weights, numerics(&config, device)).unwrap()
+    }
+
+    fn fixture(name: &str, device: DeviceKind) -> Decoder {
+        let all = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
+        let config = ModelConfig::open(&all.join(name)).unwrap();
+        let checkpoint = Checkpoint::open(&all.join(name)).unwrap();
+        let share = RankShare::whole(&config);
+        let precision = Precision::Float32;
+        let weights = ShardWeights::load(&checkpoint, &config, &share, precision, &mut |_, _| {});
+        Decoder::new(&config, &share, weights.unwrap(), numerics(&config, device)).unwrap()
+    }
+
+    fn segment(sequence: u64, start: usize, rows: usize) -> Segment {
+        Segment {
+            sequence: SequenceId(sequence),
+            start,
+            input: match rows {
+                1 => Input::Drawn(0),
+                _ => Input::Prompt((0..rows as u32).collect()),
+            },
+            draw: Some(Draw {
+                position: start + rows,
+                sampling: Sampling::greedy().into(),
+                reshape: None,
+            }),
+            reserve: 64,
+        }
+    }
+
+    /// What all layers make of the steps' rows, one after the other.
+    fn outputs(model: &Decoder, steps: &[Vec<Segment>]) -> Vec<Array> {
+        let group = Group::solo();
+        let mut caches = Caches::new();
+        let outputs = steps.iter().enumerate().map(|(step, segments)| {
+            let batch = StepBatch {
+                segments: segments.clone(),
+            };
+            for segment in segments {
+                caches
+                    .entry(segment.sequence)
+                    .or_insert_with(|| SequenceCache::new(model.layers()));
+            }
+            let rows = model.rows(&batch, &group, Divided::default());
+            let key = mlx_rs::random::key(step as u64).unwrap();
+            let shape = [rows.count, model.numerics.hidden];
+            let mut x = mlx_rs::random::normal::<f32>(&shape, None, None, Some(&key)).unwrap();
+            for layer in 0..model.layers() {
+                x = model.layer(layer, &x, &rows, &mut caches).unwrap();
+            }
+            x
+        });
+        outputs.collect()
+    }
+
+    /// On the way of a GPU norms, rotations and elementwise chains are kernels of their own, and the
+    /// weights of experts are taken in elsewhere.
+    #[test]
+    fn the_way_of_a_gpu_computes_the_same() {
+        let steps = [
+            vec![segment(1, 0, 40), segment(2, 0, 5)],
+            vec![segment(1, 40, 1), segment(2, 5, 1)],
+            vec![segment(2, 6, 1)],
+        ];
+        let check = |name: &str, model: &dyn Fn(DeviceKind) -> Decoder| {
+            let cpu = outputs(&model(DeviceKind::Cpu), &steps);
+            let gpu = outputs(&model(DeviceKind::Gpu), &steps);
+            for (step, (cpu, gpu)) in cpu.iter().zip(&gpu).enumerate() {
+                assert_eq!(cpu.shape(), gpu.shape());
+                let same = cpu.all_close(gpu, 1e-3, 1e-3, None).unwrap();
+                assert!(same, "{name}, step {step}:\n{cpu}\n{gpu}");
+            }
+        };
+        check("random", &random);
+        // Norms of all heads together; of each head, in dense layers and with either softmax.
+        for name in ["dense-f32", "qwen3-f32", "qwen3-moe-4bit", "qwen3-moe-f32"] {
+            check(name, &|device| fixture(name, device));
+        }
+    }
+}
