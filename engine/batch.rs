@@ -8,6 +8,9 @@
 //! waits here until the blocks of its prompt and its first tokens are free. When a running sequence
 //! needs a block and none is free, the youngest gives up its own and waits at the front: its known
 //! tokens are prefilled again, and it goes on with the token that it would have drawn anyway.
+//!
+//! What a sequence leaves behind stays in blocks that nobody else needs, and whoever begins with the
+//! same tokens begins behind them (`prefix_cache`).
 
 mod sequence;
 mod step_batch;
@@ -18,8 +21,11 @@ use std::sync::Arc;
 use offbook_protocol::{FinishReason, Join, Plan, SequenceId};
 use thiserror::Error;
 
+use crate::prefix_cache::{HIT_TOKENS_MIN, PrefixCache, usable_prefix};
+
 use self::sequence::Sequence;
 pub use self::step_batch::{Draw, Input, Past, Reshape, Segment, StepBatch};
+pub use crate::prefix_cache::{CacheMove, EntryId, Source};
 
 /// The sequences that have not ended: those that run, then those that wait, each in the order in
 /// which they joined.
@@ -29,6 +35,7 @@ pub struct Batch {
     running: Vec<Sequence>,
     waiting: VecDeque<Sequence>,
     preemptions: u64,
+    prefixes: PrefixCache,
     /// Who drew in the step that was built last, in row order.
     last_draws: Vec<SequenceId>,
 }
@@ -43,6 +50,9 @@ pub struct Limits {
     /// Positions that the caches of all sequences hold together. Only whole blocks of
     /// [`KV_BLOCK_TOKENS`] count, and one block is always there.
     pub kv_tokens: usize,
+    /// How many of these the caches of sequences that are gone may hold, as long as nobody needs them;
+    /// 0 keeps nothing, and no sequence begins with what another has computed.
+    pub retained_tokens: usize,
 }
 
 impl Limits {
@@ -63,6 +73,9 @@ pub struct Observed {
     pub row: usize,
     pub sequence: SequenceId,
     pub token: u32,
+    /// How much of its prompt the sequence found computed, on its first token; else 0. Of a sequence
+    /// that was preempted or goes on with an answer it is what the answer's own beginning found.
+    pub cached_tokens: usize,
     pub finish: Option<FinishReason>,
 }
 
@@ -73,6 +86,7 @@ impl Batch {
             running: Vec::new(),
             waiting: VecDeque::new(),
             preemptions: 0,
+            prefixes: PrefixCache::new(limits.retained_tokens),
             last_draws: Vec::new(),
         }
     }
@@ -85,7 +99,10 @@ impl Batch {
             .iter()
             .map(|join| self.sequence(join))
             .collect::<Result<_, _>>()?;
-        self.running.retain(|s| !plan.leaves.contains(&s.id));
+        let left = self.running.extract_if(.., |s| plan.leaves.contains(&s.id));
+        for sequence in left {
+            self.prefixes.retain(sequence.leave());
+        }
         self.waiting.retain(|s| !plan.leaves.contains(&s.id));
         self.waiting.extend(joins);
         Ok(())
@@ -120,6 +137,8 @@ impl Batch {
             seen: Vec::new(),
             stale: 0,
             reserved: 0,
+            is_fresh: true,
+            cached: (join.delivered > 0).then_some(0),
         })
     }
 
@@ -128,6 +147,7 @@ impl Batch {
     pub fn next_batch(&mut self, chunk_beside_decode: usize) -> Option<StepBatch> {
         self.grow();
         self.admit();
+        let written: Vec<usize> = self.running.iter().map(Sequence::written).collect();
         let rows: HashMap<SequenceId, usize> =
             self.last_draws.iter().copied().zip(0usize..).collect();
         let mut segments: Vec<Segment> = self
@@ -141,9 +161,9 @@ impl Batch {
             false => chunk_beside_decode.min(self.limits.prefill_chunk_tokens),
         };
         let mut budget = chunk.max(1);
-        for sequence in &mut self.running {
-            if budget > 0 && sequence.prefilled < sequence.prompt.len() {
-                let segment = sequence.prefill(budget);
+        for place in 0..self.running.len() {
+            if budget > 0 && self.running[place].is_reading() && self.begin(place, &written) {
+                let segment = self.running[place].prefill(budget);
                 budget -= segment.rows();
                 segments.push(segment);
             }
@@ -167,9 +187,11 @@ impl Batch {
             let sequence = &mut self.running[place];
             if !sequence.needs_block() {
                 place += 1;
-            } else if self.limits.kv_capacity() - held(&self.running) >= KV_BLOCK_TOKENS {
+            } else if self.free() >= KV_BLOCK_TOKENS {
                 self.running[place].reserved += KV_BLOCK_TOKENS;
+                self.prefixes.make_room(self.free());
             } else if let Some(mut youngest) = self.running.pop() {
+                self.prefixes.retain(youngest.leave());
                 youngest.preempt();
                 self.preemptions += 1;
                 self.waiting.push_front(youngest);
@@ -179,7 +201,7 @@ impl Batch {
 
     /// Lets those begin that fit. Nobody overtakes who waits longer, so that everybody's turn comes.
     fn admit(&mut self) {
-        let mut free = self.limits.kv_capacity() - held(&self.running);
+        let mut free = self.free();
         while let Some(mut sequence) = self.waiting.pop_front() {
             let wanted = sequence.wanted();
             if wanted > free {
@@ -188,8 +210,53 @@ impl Batch {
             }
             free -= wanted;
             sequence.reserved = wanted;
+            sequence.prefilled = self.prefixes.begin(sequence.beginner(), free);
             self.running.push(sequence);
         }
+    }
+
+    /// Positions that no running sequence has reserved.
+    fn free(&self) -> usize {
+        self.limits.kv_capacity() - held(&self.running)
+    }
+
+    /// Before the first rows of a prompt: looks once more whether somebody holds a part of it, for many
+    /// that join together begin alike, and it is the first of them who computes that. `written` is what
+    /// each running sequence had computed before this step. False when more will be there in the next
+    /// step, because somebody who comes first reads it in this one.
+    fn begin(&mut self, place: usize, written: &[usize]) -> bool {
+        let sequence = &self.running[place];
+        if !sequence.is_fresh {
+            return true;
+        }
+        if self.prefixes.is_on() {
+            let others = self
+                .running
+                .iter()
+                .zip(written)
+                .filter(|(s, _)| s.id != sequence.id);
+            let held = others
+                .map(|(other, &written)| {
+                    let tokens = other.known().take(written);
+                    (other.id, usable_prefix(&sequence.prompt, tokens))
+                })
+                .max_by_key(|(_, positions)| *positions);
+            let read = self.running[..place].iter().map(|other| {
+                let tokens = other.known().take(other.prefilled);
+                usable_prefix(&sequence.prompt, tokens)
+            });
+            let has = held
+                .map_or(0, |(_, positions)| positions)
+                .max(sequence.prefilled);
+            if read.max().unwrap_or(0) >= has + HIT_TOKENS_MIN {
+                return false;
+            }
+            let (has, beginner) = (sequence.prefilled, sequence.beginner());
+            let prefilled = self.prefixes.begin_again(beginner, has, held);
+            self.running[place].prefilled = prefilled;
+        }
+        self.running[place].begin();
+        true
     }
 
     /// Takes in the tokens of a step: `draws[i]` drew `tokens[i]`. Sequences that end are removed.
@@ -205,19 +272,29 @@ impl Batch {
                 drawn.stale -= 1;
                 continue;
             }
+            let cached_tokens = drawn.cached.replace(0).unwrap_or(0);
             let finish = drawn.see(token);
             if finish.is_some() {
                 // Who waits has nothing but stale tokens on its way, so it is one that runs.
-                self.running.retain(|s| s.id != sequence);
+                for ended in self.running.extract_if(.., |s| s.id == sequence) {
+                    self.prefixes.retain(ended.leave());
+                }
             }
             observed.push(Observed {
                 row,
                 sequence,
                 token,
+                cached_tokens,
                 finish,
             });
         }
         observed
+    }
+
+    /// What is to become of caches, decided since this was asked last: to be carried out in this order
+    /// before the step that was built last is submitted, and before the next one is built.
+    pub fn cache_moves(&mut self) -> Vec<CacheMove> {
+        self.prefixes.take_moves()
     }
 
     pub fn contains(&self, sequence: SequenceId) -> bool {
@@ -242,6 +319,7 @@ impl Batch {
     pub fn kv_use(&self) -> KvUse {
         KvUse {
             held_tokens: held(&self.running) as u64,
+            retained_tokens: self.prefixes.retained() as u64,
             capacity_tokens: self.limits.kv_capacity() as u64,
             preemptions: self.preemptions,
         }
@@ -254,7 +332,7 @@ fn held(running: &[Sequence]) -> usize {
 }
 
 /// `positions`, rounded up to whole blocks.
-fn blocks(positions: usize) -> usize {
+pub(crate) fn blocks(positions: usize) -> usize {
     positions.next_multiple_of(KV_BLOCK_TOKENS)
 }
 
@@ -263,6 +341,8 @@ fn blocks(positions: usize) -> usize {
 pub struct KvUse {
     /// Reserved by sequences that run.
     pub held_tokens: u64,
+    /// Kept of sequences that are gone, until somebody needs the room.
+    pub retained_tokens: u64,
     pub capacity_tokens: u64,
     /// Sequences that had to give up their cache, since the batch began.
     pub preemptions: u64,

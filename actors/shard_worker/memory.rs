@@ -109,6 +109,7 @@ mod tests {
             context_tokens: 64,
             sequences_max: 1,
             kv_tokens: Some(kv_tokens),
+            prefix_cache: true,
             collective_deadline: std::time::Duration::from_secs(1),
         };
         check(&spec(256), "a").unwrap();

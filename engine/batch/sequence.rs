@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use offbook_protocol::{FinishReason, Sampling, SequenceId};
 
+use crate::prefix_cache::{Beginner, Left};
+
 use super::step_batch::{Draw, Input, Past, Reshape, Segment};
 use super::{KV_BLOCK_TOKENS, blocks};
 
@@ -28,9 +30,56 @@ pub(super) struct Sequence {
     pub(super) stale: usize,
     /// Positions of its cache, whole blocks; 0 while it waits.
     pub(super) reserved: usize,
+    /// No step has had a row of it since it was let in.
+    pub(super) is_fresh: bool,
+    /// How much of its prompt it found computed when it first began, until that was told; `None`
+    /// before.
+    pub(super) cached: Option<usize>,
 }
 
 impl Sequence {
+    /// Whether tokens of its prompt are still to be given to a step.
+    pub(super) fn is_reading(&self) -> bool {
+        self.prefilled < self.prompt.len()
+    }
+
+    /// The tokens that are known, from position 0 on.
+    pub(super) fn known(&self) -> impl Iterator<Item = u32> {
+        self.prompt.iter().chain(&self.seen).copied()
+    }
+
+    /// How many of these have their keys and values in the cache, once the steps built so far are done.
+    /// There may be one more behind them, of a token that is not known yet.
+    pub(super) fn written(&self) -> usize {
+        match self.drawn {
+            0 => self.prefilled,
+            drawn => self.prompt.len() + self.seen.len().min(drawn - 1),
+        }
+    }
+
+    pub(super) fn beginner(&self) -> Beginner<'_> {
+        Beginner {
+            sequence: self.id,
+            prompt: &self.prompt,
+            reserve: self.reserved,
+        }
+    }
+
+    /// It begins with what of its prompt is prefilled.
+    pub(super) fn begin(&mut self) {
+        self.is_fresh = false;
+        self.cached.get_or_insert(self.prefilled);
+    }
+
+    /// The cache that it leaves behind.
+    pub(super) fn leave(&self) -> Left {
+        Left {
+            sequence: self.id,
+            tokens: self.known().take(self.written()).collect(),
+            reserved: self.reserved,
+        }
+    }
+
     pub(super) fn decodes(&self) -> bool {
         self.drawn > 0 && self.drawn < self.draws_max
     }
@@ -55,6 +104,7 @@ impl Sequence {
         self.prefilled = 0;
         self.drawn = 0;
         self.reserved = 0;
+        self.is_fresh = true;
     }
 
     pub(super) fn decode(&mut self, row: usize) -> Segment {

@@ -1,5 +1,7 @@
 //! Small batches by hand, and random ones to the end.
 
+mod prefixes;
+
 use offbook_protocol::{Epoch, PlanNumber, Sampling};
 
 use super::*;
@@ -8,6 +10,7 @@ const LIMITS: Limits = Limits {
     prefill_chunk_tokens: 4,
     context_tokens: 16,
     kv_tokens: 8 * KV_BLOCK_TOKENS,
+    retained_tokens: 0,
 };
 
 fn join(id: u64, prompt: usize, max_tokens: u32) -> Join {
@@ -180,6 +183,7 @@ const TIGHT: Limits = Limits {
     prefill_chunk_tokens: 300,
     context_tokens: 4 * KV_BLOCK_TOKENS,
     kv_tokens: 4 * KV_BLOCK_TOKENS,
+    retained_tokens: 0,
 };
 
 #[test]
