@@ -250,6 +250,13 @@ impl Game {
         {
             let kv = self.batch.kv_use();
             assert!(kv.held_tokens + kv.retained_tokens <= kv.capacity_tokens);
+            if let Some(next) = self.batch.waiting.front() {
+                let free = kv.capacity_tokens - kv.held_tokens;
+                assert!(
+                    next.wanted() as u64 > free,
+                    "somebody waits for what is kept"
+                );
+            }
             self.store.carry_out(self.batch.cache_moves());
             let before: HashMap<SequenceId, usize> = self.written_before(&step);
             let drawn = self.store.compute(&step, &self.drawn);
@@ -367,4 +374,140 @@ fn whoever_begins_with_what_is_kept_draws_the_same_tokens() {
     ];
     println!("{all:?}");
     assert!(least.iter().all(|count| *count > 500), "{all:?}");
+}
+
+const KEEPING: Limits = Limits {
+    prefill_chunk_tokens: 300,
+    context_tokens: 8 * KV_BLOCK_TOKENS,
+    kv_tokens: 8 * KV_BLOCK_TOKENS,
+    retained_tokens: 8 * KV_BLOCK_TOKENS,
+};
+
+/// Ends a sequence that has had its prompt read: what it leaves behind is its prompt.
+fn read_and_leave(batch: &mut Batch, id: u64, prompt: usize) {
+    let joins = vec![join(id, prompt, 200)];
+    batch.apply(&plan(joins, vec![])).unwrap();
+    while batch.running.iter().any(Sequence::is_reading) || batch.running.is_empty() {
+        batch.next_batch(usize::MAX).unwrap();
+    }
+    batch.apply(&plan(vec![], vec![id])).unwrap();
+    batch.cache_moves();
+}
+
+fn take_over(moves: &[CacheMove]) -> bool {
+    let is_one = |one: &CacheMove| matches!(one, CacheMove::TakeOver { .. });
+    moves.iter().any(is_one)
+}
+
+#[test]
+fn what_is_kept_is_taken_over_where_little_is_lost_and_copied_elsewhere() {
+    for (prompt, used, taken) in [(400, 399, true), (322, 321, true), (319, 318, false)] {
+        let mut batch = Batch::new(KEEPING);
+        read_and_leave(&mut batch, 1, 400);
+        assert_eq!(batch.kv_use().held_tokens, 0);
+        assert_eq!(batch.kv_use().retained_tokens, 3 * KV_BLOCK_TOKENS as u64);
+        batch
+            .apply(&plan(vec![join(2, prompt, 200)], vec![]))
+            .unwrap();
+        let step = batch.next_batch(usize::MAX).unwrap();
+        assert_eq!(shape(&step), [(2, used, 1, true)], "the last token is read");
+        let moves = batch.cache_moves();
+        assert_eq!(take_over(&moves), taken, "{prompt}: {moves:?}");
+        assert_eq!(batch.kv_use().retained_tokens == 0, taken);
+    }
+}
+
+#[test]
+fn who_begins_alike_waits_one_step_for_the_first() {
+    let mut batch = Batch::new(KEEPING);
+    let joins = vec![join(1, 100, 9), join(2, 90, 9), join(3, 15, 9)];
+    batch.apply(&plan(joins, vec![])).unwrap();
+    let first = batch.next_batch(usize::MAX).unwrap();
+    let expected = [(1, 0, 100, true), (3, 0, 15, true)];
+    assert_eq!(shape(&first), expected, "3 has too little in common with 1");
+    assert_eq!(batch.cache_moves(), []);
+    let second = batch.next_batch(usize::MAX).unwrap();
+    assert_eq!(shape(&second)[2], (2, 89, 1, true));
+    let copy = CacheMove::Copy {
+        from: Source::Sequence(SequenceId(1)),
+        sequence: SequenceId(2),
+        positions: 89,
+        reserve: KV_BLOCK_TOKENS,
+    };
+    assert_eq!(batch.cache_moves(), [copy]);
+    let told = batch.observe(&second.draws(), &[5, 6, 7]);
+    let told: Vec<_> = told.iter().map(|seen| seen.cached_tokens).collect();
+    assert_eq!(told, [0, 0, 89]);
+}
+
+#[test]
+fn what_nobody_used_for_longest_goes_first_and_from_its_end() {
+    let mut batch = Batch::new(KEEPING);
+    let other = |id, prompt: u32, from: u32| Join {
+        prompt: (from..from + prompt).collect(),
+        ..join(id, 1, 1)
+    };
+    for (id, from) in [(1, 0), (2, 1000)] {
+        batch
+            .apply(&plan(vec![other(id, 700, from)], vec![]))
+            .unwrap();
+        while let Some(step) = batch.next_batch(usize::MAX) {
+            batch.observe(&step.draws(), &vec![5; step.draws().len()]);
+        }
+    }
+    batch.cache_moves();
+    assert_eq!(batch.kv_use().retained_tokens, 6 * KV_BLOCK_TOKENS as u64);
+    batch
+        .apply(&plan(vec![other(3, 900, 2000)], vec![]))
+        .unwrap();
+    batch.next_batch(usize::MAX).unwrap();
+    let trim = CacheMove::Trim {
+        entry: EntryId(0),
+        reserve: KV_BLOCK_TOKENS,
+    };
+    assert_eq!(batch.cache_moves(), [trim]);
+    batch.apply(&plan(vec![], vec![3])).unwrap();
+    batch.apply(&plan(vec![other(4, 700, 0)], vec![])).unwrap();
+    let step = batch.next_batch(usize::MAX).unwrap();
+    assert_eq!(shape(&step)[0].1, KV_BLOCK_TOKENS, "what was left of it");
+}
+
+#[test]
+fn who_was_preempted_begins_behind_what_was_left_of_its_cache() {
+    let mut batch = Batch::new(Limits {
+        kv_tokens: 5 * KV_BLOCK_TOKENS,
+        ..KEEPING
+    });
+    let joins = vec![
+        join(1, 250, 300),
+        Join {
+            prompt: (1000..1500).collect(),
+            ..join(2, 1, 290)
+        },
+    ];
+    batch.apply(&plan(joins, vec![])).unwrap();
+    let mut of_2 = Vec::new();
+    while let Some(step) = batch.next_batch(usize::MAX) {
+        of_2.extend(shape(&step).into_iter().filter(|s| s.0 == 2 && s.2 > 1));
+        for seen in batch.observe(&step.draws(), &vec![5; step.draws().len()]) {
+            assert_eq!(seen.cached_tokens, 0, "its own work is not told");
+        }
+    }
+    assert_eq!(batch.kv_use().preemptions, 1);
+    let again = of_2.last().unwrap();
+    assert_eq!(again.1, 2 * KV_BLOCK_TOKENS, "{of_2:?}");
+}
+
+#[test]
+fn nothing_is_kept_where_nothing_may_be() {
+    let mut batch = Batch::new(Limits {
+        retained_tokens: 0,
+        ..KEEPING
+    });
+    read_and_leave(&mut batch, 1, 400);
+    assert_eq!(batch.kv_use().retained_tokens, 0);
+    let joins = vec![join(2, 400, 200), join(3, 400, 200)];
+    batch.apply(&plan(joins, vec![])).unwrap();
+    let step = batch.next_batch(usize::MAX).unwrap();
+    assert_eq!(shape(&step)[0], (2, 0, 300, false));
 }
