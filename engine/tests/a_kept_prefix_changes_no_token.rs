@@ -75,6 +75,52 @@ fn conversation(first_answer: &[u32]) -> Vec<Cue> {
     ]
 }
 
+#[test]
+fn in_caches_that_hold_a_part_of_it() {
+    if be_a_rank() {
+        return;
+    }
+    let fixture = Fixture::open("dense-f32");
+    let roomy = Cluster {
+        prefix_cache: false,
+        ..Cluster::of(&fixture.model)
+    };
+    let tight = Cluster {
+        prefix_cache: true,
+        kv_tokens: Some(1024),
+        ..roomy.clone()
+    };
+    let expected = roomy.play(crowd());
+    for layout in [Layout::Tensor, Layout::Pipeline] {
+        let apart = tight.clone().over(layout, &[1.0, 1.0]);
+        let drawn = play_apart(&apart, crowd(), "in_caches_that_hold_a_part_of_it");
+        for (id, answer) in &expected {
+            assert_eq!(tokens(&drawn[id]), tokens(answer), "{layout}: {id}");
+        }
+        let found = [1, 2, 3, 4, 5].map(|id| cached(&drawn, SequenceId(id)));
+        assert_eq!(found, [0, 0, 256, 0, 0], "{layout}");
+    }
+}
+
+/// In four blocks: 2 leaves the first prompt one of its three, and 3 begins with it. 5 is preempted, and
+/// comes back to what 4 has left it.
+fn crowd() -> Vec<Cue> {
+    let turn = |after_tokens, joins| Cue {
+        after_tokens,
+        joins,
+        leaves: Vec::new(),
+    };
+    vec![
+        turn(0, vec![ask(1, &text(520, 1), 8)]),
+        turn(8, vec![ask(2, &text(520, 2), 8)]),
+        turn(16, vec![ask(3, &text(520, 1), 8)]),
+        turn(
+            24,
+            vec![ask(4, &text(240, 3), 290), ask(5, &text(250, 4), 290)],
+        ),
+    ]
+}
+
 fn ask(id: u64, prompt: &[u32], max_tokens: u32) -> Join {
     let sampling = Sampling {
         temperature: 0.8,
