@@ -73,8 +73,8 @@ pub struct Observed {
     pub row: usize,
     pub sequence: SequenceId,
     pub token: u32,
-    /// How much of its prompt the sequence found computed, on its first token; else 0. Of a sequence
-    /// that was preempted or goes on with an answer it is what the answer's own beginning found.
+    /// How much of its prompt the sequence found computed when it first began, on its first token; else
+    /// 0, and for a sequence that goes on with an answer.
     pub cached_tokens: usize,
     pub finish: Option<FinishReason>,
 }
