@@ -49,6 +49,8 @@ pub struct ClusterSettings {
     pub sequences_max: u32,
     /// Positions that the caches of all sequences hold together; `None` for as many as they may need.
     pub kv_tokens: Option<u32>,
+    /// Whether what a request has computed is kept for those that begin with the same tokens.
+    pub prefix_cache: bool,
     pub collective_deadline: Duration,
     /// How long reading the weights may take.
     pub load_deadline: Duration,
@@ -154,6 +156,7 @@ impl Membership {
             context_tokens: settings.context_tokens,
             sequences_max: settings.sequences_max,
             kv_tokens: settings.kv_tokens,
+            prefix_cache: settings.prefix_cache,
             collective_deadline: settings.collective_deadline,
         };
         let deadline = settings.load_deadline;

@@ -144,7 +144,7 @@ pub struct Submit(pub Request);
 
 impl StreamMessage for Submit {
     const NAME: &'static str = "submit";
-    const VERSION: u16 = 4;
+    const VERSION: u16 = 5;
     type Item = RequestEvent;
 }
 

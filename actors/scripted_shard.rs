@@ -155,6 +155,7 @@ impl Engine {
                 token: self.token,
                 logprob: None,
                 top: Vec::new(),
+                cached_tokens: 0,
                 finish: (*left == 0).then_some(FinishReason::Length),
             }
         };

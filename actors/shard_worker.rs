@@ -300,6 +300,7 @@ pub struct LoadShard(pub ShardSpec);
 
 impl RemoteMessage for LoadShard {
     const NAME: &'static str = "load-shard";
+    const VERSION: u16 = 2;
     type Reply = Result<Loaded, LoadRefusal>;
 }
 
@@ -449,6 +450,7 @@ pub struct WatchOutcomes {
 
 impl StreamMessage for WatchOutcomes {
     const NAME: &'static str = "watch-outcomes";
+    const VERSION: u16 = 2;
     type Item = StepOutcome;
 }
 

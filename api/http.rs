@@ -204,13 +204,33 @@ fn call_id(answer: &str, choice: usize, index: usize) -> String {
     format!("call_{answer}{choice:02}{index:02}")
 }
 
-/// What OpenAI's API calls usage.
-fn usage(prompt: usize, generated: usize) -> Value {
-    json!({
-        "prompt_tokens": prompt,
-        "completion_tokens": generated,
-        "total_tokens": prompt + generated,
-    })
+/// What OpenAI's API calls usage, in tokens.
+#[derive(Clone, Copy, Debug, Default)]
+struct Usage {
+    /// Of each prompt once, however many answers it has.
+    prompt: usize,
+    /// Those of `prompt` that did not have to be computed.
+    cached: usize,
+    generated: usize,
+}
+
+impl Usage {
+    fn value(self) -> Value {
+        json!({
+            "prompt_tokens": self.prompt,
+            "prompt_tokens_details": { "cached_tokens": self.cached },
+            "completion_tokens": self.generated,
+            "total_tokens": self.prompt + self.generated,
+        })
+    }
+}
+
+/// What was found computed of all prompts, from what each choice found of its own. The answers to one
+/// prompt find what the first of them has computed: so of theirs it is the least.
+fn cached(choices: &[u32], answers_per_prompt: usize) -> usize {
+    let of_prompts = choices.chunks(answers_per_prompt);
+    let least = of_prompts.map(|found| found.iter().min().copied().unwrap_or(0));
+    least.map(|tokens| tokens as usize).sum()
 }
 
 /// For what is written and not read yet, and for the events that say why an answer ends.

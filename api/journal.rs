@@ -218,6 +218,8 @@ struct TokenLine {
     logprob: Option<u32>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     top: Vec<(u32, u32)>,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    cached_tokens: u32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     finish: Option<FinishReason>,
 }
@@ -230,6 +232,7 @@ impl TokenLine {
             token: token.token,
             logprob: token.logprob.map(f32::to_bits),
             top: top.map(|one| (one.token, one.logprob.to_bits())).collect(),
+            cached_tokens: token.cached_tokens,
             finish: token.finish,
         }
     }
@@ -245,10 +248,15 @@ impl TokenLine {
             token: self.token,
             logprob: self.logprob.map(f32::from_bits),
             top: self.top.into_iter().map(candidate).collect(),
+            cached_tokens: self.cached_tokens,
             finish: self.finish,
         };
         (self.choice, token)
     }
+}
+
+fn is_zero(tokens: &u32) -> bool {
+    *tokens == 0
 }
 
 const SUFFIX: &str = "answer";
@@ -281,6 +289,7 @@ mod tests {
                 token: 9,
                 logprob: f32::NEG_INFINITY,
             }],
+            cached_tokens: id % 2 * 20,
             finish,
         }
     }

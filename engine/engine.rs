@@ -61,6 +61,7 @@ impl Engine {
             prefill_chunk_tokens: spec.prefill_chunk_tokens as usize,
             context_tokens: spec.context_tokens as usize,
             kv_tokens: spec.kv_tokens() as usize,
+            retained_tokens: spec.retained_tokens() as usize,
         };
         let share = Share {
             rank: spec.rank,
@@ -91,6 +92,8 @@ impl Engine {
             context_tokens: spec.context_tokens,
             // As many as its batch asks for: the trial says itself how large that is.
             kv_tokens: usize::MAX,
+            // Every prompt is to be read.
+            retained_tokens: 0,
         };
         Self::of(spec.config.clone(), partition, share, limits)
     }

@@ -19,6 +19,34 @@ impl SequenceCache {
             layers: (0..layers).map(|_| LayerCache { pairs: None }).collect(),
         }
     }
+
+    /// The first `positions` by themselves, with room for `reserve`. One copy on the device; this cache
+    /// can go on, or go.
+    pub(crate) fn copy(&self, positions: usize, reserve: usize) -> Result<Self, Exception> {
+        let copies = self.layers.iter().map(|l| l.copy(positions, reserve));
+        Ok(Self {
+            layers: copies.collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Gives up what is reserved behind these positions; what was copied for it is returned. Nothing
+    /// where no more was reserved.
+    pub(crate) fn trim(&mut self, reserve: usize) -> Result<Vec<&Array>, Exception> {
+        let capacity = |layer: &LayerCache| Some(layer.pairs.as_ref()?.dim(1) as usize);
+        let is_larger = |layer: &LayerCache| capacity(layer).is_some_and(|have| have > reserve);
+        if !self.layers.iter().any(is_larger) {
+            return Ok(Vec::new());
+        }
+        *self = self.copy(reserve, reserve)?;
+        Ok(self.arrays())
+    }
+
+    pub(crate) fn arrays(&self) -> Vec<&Array> {
+        self.layers
+            .iter()
+            .filter_map(|l| l.pairs.as_ref())
+            .collect()
+    }
 }
 
 /// Keys and values of one layer. Empty until the first rows come.
@@ -59,6 +87,18 @@ impl LayerCache {
         let values = pairs.try_index((heads / 2.., ..end, ..))?;
         self.pairs = Some(pairs);
         Ok(KeysAndValues { keys, values })
+    }
+
+    fn copy(&self, positions: usize, reserve: usize) -> Result<Self, Exception> {
+        let Some(pairs) = &self.pairs else {
+            return Ok(Self { pairs: None });
+        };
+        let (heads, width, end) = (pairs.dim(0), pairs.dim(2), positions as i32);
+        let mut copy = zeros_dtype(&[heads, reserve as i32, width], pairs.dtype())?;
+        // A slice by itself would keep the whole buffer.
+        let prefix = pairs.try_index((.., ..end, ..))?;
+        copy.try_index_mut((.., ..end, ..), &prefix)?;
+        Ok(Self { pairs: Some(copy) })
     }
 
     /// The buffer, grown when `needed` (`[heads, positions, width]`) does not fit. The handle is
@@ -102,5 +142,35 @@ mod tests {
         let column = column.try_as_slice::<f32>().unwrap();
         assert_eq!((column[0], column[199]), (1.0, 1.0));
         assert_eq!((column[200], column[255], column[256]), (2.0, 2.0, 3.0));
+    }
+    #[test]
+    fn a_copy_has_a_buffer_of_its_own() {
+        let place = |start, reserve| Place { start, reserve };
+        let mut cache = SequenceCache::new(2);
+        cache.layers[0]
+            .append(&rows(300, 1.0), place(0, 512))
+            .unwrap();
+        let mut copy = cache.copy(260, 512).unwrap();
+        assert!(copy.layers[1].pairs.is_none(), "a layer without heads");
+        let seen = copy.layers[0]
+            .append(&rows(2, 2.0), place(260, 512))
+            .unwrap();
+        let column = |array: &Array| -> Vec<f32> {
+            let column = array.try_index((1, .., 7)).unwrap().contiguous().unwrap();
+            column.try_as_slice::<f32>().unwrap().to_vec()
+        };
+        assert_eq!(column(&seen.keys)[258..], [1.0, 1.0, 2.0, 2.0]);
+        let seen = cache.layers[0]
+            .append(&rows(1, 3.0), place(300, 512))
+            .unwrap();
+        assert_eq!(column(&seen.values)[259..][..3], [1.0; 3]);
+
+        assert!(cache.trim(512).unwrap().is_empty(), "as large as it may be");
+        assert_eq!(cache.trim(256).unwrap().len(), 1);
+        assert_eq!(cache.layers[0].pairs.as_ref().unwrap().dim(1), 256);
+        let seen = cache.layers[0]
+            .append(&rows(1, 4.0), place(255, 256))
+            .unwrap();
+        assert_eq!(column(&seen.keys)[254..], [1.0, 4.0]);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Who owns what is decided by pure files (`config`, `partition`, `budget`, `planner`); `checkpoint` and
 //! `weights` bring a rank's share to its device. `step_loop` is the life of a shard: `batch` says
-//! which rows a step has, `step` builds it from `models`, `kv_cache`, `reshaping` and `sampler`.
+//! which rows a step has and what `prefix_cache` keeps of ended sequences, `step` builds it from `models`, `kv_cache`, `reshaping` and `sampler`.
 //! `trial` runs the same loop on random weights, to measure it.
 
 mod precision;
@@ -16,6 +16,7 @@ mod engine;
 pub mod step_loop;
 mod trial;
 pub mod batch;
+mod prefix_cache;
 mod plan_inbox;
 mod prefill_pace;
 mod step;

@@ -12,7 +12,9 @@ use serde::Serialize;
 
 use crate::budget::{Budget, Workload};
 use crate::config::ModelConfig;
-use crate::partition::{Partition, PartitionError, PlanReport, RankShare, ShareSlices};
+use crate::partition::{
+    FeedForwardSlices, Partition, PartitionError, PlanReport, RankShare, ShareSlices,
+};
 use crate::precision::Precision;
 
 /// What a node can do.
@@ -217,10 +219,11 @@ impl RankShare {
             slice.bytes(packing(&slice.module), precision.bytes())
         };
         let experts: u64 = (slices.layers.iter())
-            .filter_map(|layer| layer.experts.as_ref())
-            .map(|experts| bytes(&experts.gate) + bytes(&experts.up) + bytes(&experts.down))
+            .filter(|layer| matches!(layer.feed_forward, FeedForwardSlices::Experts { .. }))
+            .filter_map(|layer| layer.feed_forward.columns())
+            .map(|columns| bytes(&columns.gate) + bytes(&columns.up) + bytes(&columns.down))
             .sum();
-        let chosen = experts * config.experts_per_token as u64 / config.experts as u64;
+        let chosen = experts * config.experts_per_token as u64 / config.experts.max(1) as u64;
         let embedding = slices.embedding.as_ref().map_or(0, bytes);
         // A head that is the embedding is read, as far as this rank has its rows.
         let head = if config.tied_embeddings && self.embeds {

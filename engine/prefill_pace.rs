@@ -37,14 +37,16 @@ impl PrefillPace {
         let tokens = load.prefill_tokens as f64;
         match (load.decodes, load.prefill_tokens, self.decode) {
             (_, 0, _) => mix(&mut self.decode, took),
-            (false, _, _) => mix(&mut self.per_token, took / tokens),
+            // What is left of a prompt whose beginning was there already: it takes what any step takes.
+            (_, ..CHUNK_TOKENS_MIN, _) => {}
             // A step that happened to be quick is no promise: the chunk grows threefold at most.
-            (true, _, Some(decode)) => {
+            (_, _, Some(decode)) => {
                 mix(
                     &mut self.per_token,
                     (took - decode).max(decode / 4.0) / tokens,
                 );
             }
+            (false, _, None) => mix(&mut self.per_token, took / tokens),
             (true, _, None) => {}
         }
     }
@@ -130,6 +132,22 @@ mod tests {
         };
         pace.note(quick, milliseconds(4.0));
         assert!(pace.chunk_tokens() <= 4 * CHUNK_TOKENS_FIRST, "{pace:?}");
+    }
+
+    #[test]
+    fn the_rests_of_prompts_say_little_of_what_a_chunk_takes() {
+        let mut pace = PrefillPace::new(512);
+        run(&mut pace, 100);
+        for rest in [1, 1, 2, 20, 1, 30].repeat(10) {
+            for decodes in [false, true] {
+                let load = Load {
+                    decodes,
+                    prefill_tokens: rest,
+                };
+                pace.note(load, milliseconds(5.0 + 0.2 * rest as f64));
+            }
+        }
+        assert!((19..=20).contains(&pace.chunk_tokens()), "{pace:?}");
     }
 
     #[test]

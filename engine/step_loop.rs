@@ -195,8 +195,9 @@ impl<'a> Loop<'a> {
         let Some(batch) = batch else {
             return Ok(false);
         };
+        let since = Instant::now();
         // Who was preempted for this step gives up its memory before the step takes any.
-        self.stepper.forget_all_but(&self.batch);
+        self.settle(self.next)?;
         report.begins(batch.prefill_tokens());
         let step = self.next;
         self.next = step.next();
@@ -207,7 +208,6 @@ impl<'a> Loop<'a> {
             },
             window: self.options.window.load(Ordering::Relaxed).max(1) as usize,
         };
-        let since = Instant::now();
         let submitted = self.stepper.submit(&batch, orders);
         let submitted = submitted.map_err(|fault| self.blame(step, fault))?;
         self.clock.built += since.elapsed().saturating_sub(submitted.blocked);
@@ -248,9 +248,16 @@ impl<'a> Loop<'a> {
             let plan = self.inbox.wait(step, self.rank)?;
             self.batch.apply(&plan).map_err(StepError::Plan)?;
         }
-        self.stepper.forget_all_but(&self.batch);
+        self.settle(step)?;
         self.time(step, submitted.work, report);
         Ok(())
+    }
+
+    /// Carries out what the batch has decided about caches.
+    fn settle(&mut self, step: Step) -> Result<(), StepError> {
+        let moves = self.batch.cache_moves();
+        let settled = self.stepper.settle(&moves, &self.batch);
+        settled.map_err(|error| self.blame(step, error.into()))
     }
 
     /// Nothing runs: waits for the next plan, and applies it. `false` when there will be none.
@@ -330,6 +337,7 @@ fn sampled(observed: &[Observed], answer: &Answer) -> Vec<SampledToken> {
                 token: seen.token,
                 logprob: chosen,
                 top,
+                cached_tokens: seen.cached_tokens as u32,
                 finish: seen.finish,
             }
         })

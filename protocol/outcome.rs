@@ -21,6 +21,9 @@ pub struct SampledToken {
     pub logprob: Option<f32>,
     /// The most likely tokens, most likely first, when the sequence asked for them.
     pub top: Vec<Candidate>,
+    /// How many tokens of the prompt did not have to be computed, because an earlier sequence had:
+    /// on the first token of an answer, else 0.
+    pub cached_tokens: u32,
     /// Set on the last token of a sequence.
     pub finish: Option<FinishReason>,
 }

@@ -33,6 +33,8 @@ pub struct ShardSpec {
     /// Positions that the caches of all sequences hold together, the same on every rank. `None`: as
     /// many as `sequences_max` sequences of the full context need.
     pub kv_tokens: Option<u32>,
+    /// Whether what a sequence has computed is kept for those that begin with the same tokens.
+    pub prefix_cache: bool,
     /// How long a collective may take.
     pub collective_deadline: Duration,
 }
@@ -42,6 +44,16 @@ impl ShardSpec {
     pub fn kv_tokens(&self) -> u32 {
         let full = self.context_tokens.saturating_mul(self.sequences_max);
         self.kv_tokens.unwrap_or(full.max(self.context_tokens))
+    }
+
+    /// How many of these the caches of sequences that are gone may hold while nobody needs them: all,
+    /// where somebody said how many there are to be, for then they were found to fit the memory.
+    pub fn retained_tokens(&self) -> u32 {
+        match (self.prefix_cache, self.kv_tokens) {
+            (false, _) => 0,
+            (true, Some(kv_tokens)) => kv_tokens,
+            (true, None) => self.kv_tokens().min(RETAINED_TOKENS_DEFAULT),
+        }
     }
 }
 
@@ -165,6 +177,10 @@ named!(Transport, "transport", "quic, shm, ring, nccl, jaccl",
     "quic" => Quic, "shm" => SharedMemory, "ring" => Ring, "nccl" => Nccl, "jaccl" => Jaccl);
 named!(FastSynch, "fast_synch", "auto, on, off, require", "auto" => Auto, "on" => On, "off" => Off, "require" => Require);
 
+/// What is kept where nobody said how much the caches may hold, and so nobody checked that it fits: 4 GB of
+/// MiniMax-M2.5 in 16 bits, over all ranks, which is little beside its weights.
+const RETAINED_TOKENS_DEFAULT: u32 = 16_384;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -179,5 +195,27 @@ mod tests {
             error.to_string(),
             "unknown transport 'tcp': one of quic, shm, ring, nccl, jaccl"
         );
+    }
+
+    #[test]
+    fn kept_caches_take_only_memory_that_somebody_measured_or_little() {
+        let spec = |kv_tokens, prefix_cache| ShardSpec {
+            epoch: Epoch(1),
+            rank: Rank(0),
+            model: PathBuf::new(),
+            layout: Layout::Tensor,
+            weights: vec![NodeWeight(1.0)],
+            transport: Transport::Quic,
+            fast_synch: FastSynch::Auto,
+            prefill_chunk_tokens: 256,
+            context_tokens: 196_608,
+            sequences_max: 16,
+            kv_tokens,
+            prefix_cache,
+            collective_deadline: Duration::from_secs(1),
+        };
+        assert_eq!(spec(Some(65_536), true).retained_tokens(), 65_536);
+        assert_eq!(spec(None, true).retained_tokens(), RETAINED_TOKENS_DEFAULT);
+        assert_eq!(spec(Some(65_536), false).retained_tokens(), 0);
     }
 }

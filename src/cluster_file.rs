@@ -67,6 +67,9 @@ pub(crate) struct Limits {
     /// Positions that the caches of all sequences hold together on each node, of which only whole
     /// blocks of 256 count; 0 takes as many as `sequences_max` sequences of the full context need.
     pub(crate) kv_tokens: u32,
+    /// Whether what a request has computed is kept for those that begin with the same tokens, in room
+    /// of `kv_tokens` that nobody needs; where that is 0, in no more than 16384 positions.
+    pub(crate) prefix_cache: bool,
     pub(crate) queue_max: u32,
     /// Tokens at most of the requests that wait: those of their prompts, and those that may be
     /// generated for them.
@@ -109,6 +112,7 @@ impl Default for Limits {
             context_tokens: 0,
             sequences_max: 16,
             kv_tokens: 0,
+            prefix_cache: true,
             queue_max: 64,
             queue_tokens_max: 8 << 20,
             queue_deadline_seconds: 120.0,
@@ -310,6 +314,7 @@ impl ClusterFile {
             context_tokens: self.context_tokens(model_context),
             sequences_max: self.limits.sequences_max,
             kv_tokens: (self.limits.kv_tokens > 0).then_some(self.limits.kv_tokens),
+            prefix_cache: self.limits.prefix_cache,
             collective_deadline: Duration::from_secs_f64(self.limits.collective_deadline_seconds),
             load_deadline: Duration::from_secs_f64(self.limits.load_deadline_seconds),
             node_grace: Duration::from_secs_f64(self.limits.node_grace_seconds),

@@ -84,7 +84,14 @@ fn a_chat_is_read_on_word_for_word() {
         "messages": [{"role": "user", "content": "Tell me a long story about a fox."}],
         "stream": true, "stream_options": {"include_usage": true}, "temperature": 0, "seed": 3,
     });
+    // Once before, so that both find the same of the prompt computed, and their usage says so.
+    cluster
+        .stream("/v1/chat/completions", &request)
+        .for_each(drop);
     let undisturbed: Vec<Value> = cluster.stream("/v1/chat/completions", &request).collect();
+    let usage = &undisturbed[undisturbed.len() - 2]["usage"];
+    let cached = &usage["prompt_tokens_details"]["cached_tokens"];
+    assert!(cached.as_u64() > Some(0), "{usage}");
     let mut stream = cluster.stream("/v1/chat/completions", &request);
     let mut read: Vec<Value> = (&mut stream).take(10).collect();
     send_signal(cluster.node_pid(0), "KILL");

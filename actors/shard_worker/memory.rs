@@ -30,12 +30,14 @@ pub(super) fn check(spec: &ShardSpec, node: &str) -> Result<(), String> {
             format!("{error}: lower limits.kv_tokens, which is {kv_tokens}, in the cluster file")
         });
     }
-    if let Err(error) = fits(spec.context_tokens) {
-        let context = spec.context_tokens;
+    let (context, kept) = (spec.context_tokens, spec.retained_tokens());
+    if let Err(error) = fits(context.saturating_add(kept)) {
         tracing::warn!(
             error,
             context,
-            "a sequence of the full context will not fit: lower it"
+            kept,
+            "a sequence of the full context will not fit beside what the prefix cache keeps: lower \
+             limits.context_tokens, or say with limits.kv_tokens how much there is"
         );
     }
     Ok(())
@@ -109,6 +111,7 @@ mod tests {
             context_tokens: 64,
             sequences_max: 1,
             kv_tokens: Some(kv_tokens),
+            prefix_cache: true,
             collective_deadline: std::time::Duration::from_secs(1),
         };
         check(&spec(256), "a").unwrap();

@@ -27,9 +27,13 @@ pub(super) enum Stage {
 
 impl Client {
     pub(super) fn new(chance: &mut Chance) -> Self {
-        let prompt: Vec<u32> = (0..=chance.below(20))
+        let mut prompt: Vec<u32> = (0..=chance.below(20))
             .map(|_| chance.below(VOCABULARY as usize) as u32)
             .collect();
+        // Many begin alike, and find what others have computed.
+        if prompt.len().is_multiple_of(2) {
+            prompt.splice(..0, (0..20).map(|i| i % VOCABULARY));
+        }
         let stops = if chance.once_in(2) {
             vec![chance.below(VOCABULARY as usize) as u32]
         } else {

@@ -6,7 +6,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use offbook_engine::PlanInbox;
-use offbook_engine::batch::{Batch, Input, Limits, StepBatch};
+use offbook_engine::batch::{
+    Batch, CacheMove, EntryId, Input, KV_BLOCK_TOKENS, Limits, Source, StepBatch,
+};
 use offbook_protocol::{
     Epoch, Plan, PlanNumber, Rank, SampledToken, SequenceId, Step, StepOutcome,
 };
@@ -80,6 +82,8 @@ pub(super) struct Loop {
     next: Step,
     /// The digest of each sequence's tokens, up to each position.
     cache: BTreeMap<SequenceId, Vec<u64>>,
+    /// The same of sequences that are gone.
+    entries: BTreeMap<EntryId, Vec<u64>>,
     /// What the step before drew.
     drawn: Vec<u32>,
     /// Up to which plan to apply before the next step.
@@ -105,15 +109,58 @@ impl Loop {
                 prefill_chunk_tokens: 8,
                 context_tokens: CONTEXT_TOKENS as usize,
                 kv_tokens: usize::MAX,
+                retained_tokens: RETAINED_TOKENS,
             }),
             plans: PlanInbox::new(epoch),
             commands: VecDeque::new(),
             ahead: VecDeque::new(),
             next: Step(0),
             cache: BTreeMap::new(),
+            entries: BTreeMap::new(),
             drawn: Vec::new(),
             upto: PlanNumber(0),
             end: None,
+        }
+    }
+
+    /// Does with caches what the batch has decided.
+    fn settle(&mut self) {
+        let Self { cache, entries, .. } = self;
+        for to_do in self.batch.cache_moves() {
+            match to_do {
+                CacheMove::Drop(sequence) => {
+                    cache.remove(&sequence);
+                }
+                CacheMove::Retain { sequence, entry } => {
+                    entries.insert(entry, cache.remove(&sequence).expect("it ran"));
+                }
+                CacheMove::Trim { entry, reserve } => {
+                    let kept = entries.get_mut(&entry).expect("it is kept");
+                    kept.truncate(reserve + 1);
+                }
+                CacheMove::Evict(entry) => {
+                    entries.remove(&entry);
+                }
+                CacheMove::TakeOver {
+                    entry, sequence, ..
+                } => {
+                    let kept = entries.remove(&entry).expect("it is kept");
+                    cache.insert(sequence, kept);
+                }
+                CacheMove::Copy {
+                    from,
+                    sequence,
+                    positions,
+                    ..
+                } => {
+                    let source = match from {
+                        Source::Entry(entry) => &entries[&entry],
+                        Source::Sequence(other) => &cache[&other],
+                    };
+                    let copy = source[..=positions].to_vec();
+                    cache.insert(sequence, copy);
+                }
+            }
         }
     }
 
@@ -155,12 +202,14 @@ impl Loop {
     fn read(&mut self) -> Option<StepOutcome> {
         let step = self.ahead.pop_front_if(|step| step.done)?;
         let observed = self.batch.observe(&step.draws, &step.tokens);
+        self.settle();
         self.upto = self.plans.upto(step.control);
         let sampled = observed.iter().map(|seen| SampledToken {
             sequence: seen.sequence,
             token: seen.token,
             logprob: None,
             top: Vec::new(),
+            cached_tokens: seen.cached_tokens as u32,
             finish: seen.finish,
         });
         Some(StepOutcome {
@@ -178,8 +227,7 @@ impl Loop {
             };
             self.batch.apply(&plan).expect("a plan can be carried out");
         }
-        let Self { batch, cache, .. } = self;
-        cache.retain(|sequence, _| batch.contains(*sequence));
+        self.settle();
         true
     }
 
@@ -406,6 +454,7 @@ impl World {
             "{} sequences in a batch",
             running.batch.len()
         );
+        running.settle();
         let tokens = running.compute(&batch);
         running.next = step.next();
         running.ahead.push_back(Submitted {
@@ -504,5 +553,7 @@ impl World {
 }
 
 const STEPS_AHEAD_MAX: usize = 2;
+/// Few enough for entries to be evicted.
+const RETAINED_TOKENS: usize = 6 * KV_BLOCK_TOKENS;
 const CHUNK_BESIDE_DECODE: usize = 4;
 const COLLECTIVE_DEADLINE: Duration = Duration::from_secs(3);

@@ -17,7 +17,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::resumed::Teller;
 use super::sse::Script;
-use super::{Api, Service, call_id, id, logprobs, now, seeded, sse, usage};
+use super::{Api, Service, Usage, cached, call_id, id, logprobs, now, seeded, sse};
 use crate::journal::{Asked, Endpoint, Unfinished};
 use crate::text::{AnswerParser, Conversation, Piece, StopFinder, Text, ToolSchemas};
 use chunks::ChatChunks;
@@ -200,8 +200,13 @@ impl ChatAnswer {
         if self.token_ids {
             object["prompt_token_ids"] = json!(self.prompt);
         }
-        let generated = collected.iter().map(|choice| choice.tokens.len()).sum();
-        object["usage"] = usage(self.prompt.len(), generated);
+        let found: Vec<u32> = collected.iter().map(Collected::cached).collect();
+        let usage = Usage {
+            prompt: self.prompt.len(),
+            cached: cached(&found, found.len()),
+            generated: collected.iter().map(|choice| choice.tokens.len()).sum(),
+        };
+        object["usage"] = usage.value();
         object
     }
 }

@@ -174,6 +174,11 @@ impl Collected {
         self.finish.map(Finish::name)
     }
 
+    /// How much of its prompt was found computed.
+    pub(super) fn cached(&self) -> u32 {
+        self.tokens.iter().map(|token| token.cached_tokens).sum()
+    }
+
     pub(super) fn token_ids(&self) -> Vec<u32> {
         self.tokens.iter().map(|token| token.token).collect()
     }

@@ -19,7 +19,7 @@ use super::fields::Fields;
 use super::options::Options;
 use super::resumed::Teller;
 use super::sse::Script;
-use super::{Api, Service, id, logprobs, now, seeded, sse, usage};
+use super::{Api, Service, Usage, cached, id, logprobs, now, seeded, sse};
 use crate::journal::{Asked, Endpoint, Unfinished};
 use crate::text::{AnswerParser, Piece, StopFinder, Text};
 use chunks::CompletionChunks;
@@ -174,7 +174,9 @@ impl Completion {
             object
         });
         let mut object = self.object(choices.collect());
-        object["usage"] = self.usage(collected.iter().map(|choice| choice.tokens.len()).sum());
+        let found: Vec<u32> = collected.iter().map(Collected::cached).collect();
+        let generated = collected.iter().map(|choice| choice.tokens.len()).sum();
+        object["usage"] = self.usage(&found, generated);
         object
     }
 
@@ -183,8 +185,14 @@ impl Completion {
         &self.prompts[choice / self.answers_per_prompt]
     }
 
-    fn usage(&self, generated: usize) -> Value {
-        usage(self.prompts.iter().map(Vec::len).sum(), generated)
+    /// `found` is what each choice found computed of its prompt.
+    fn usage(&self, found: &[u32], generated: usize) -> Value {
+        let usage = Usage {
+            prompt: self.prompts.iter().map(Vec::len).sum(),
+            cached: cached(found, self.answers_per_prompt),
+            generated,
+        };
+        usage.value()
     }
 }
 

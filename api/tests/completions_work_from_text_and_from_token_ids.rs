@@ -90,7 +90,8 @@ async fn text_goes_on_without_any_structure() {
     );
     let usage = &events[events.len() - 2];
     assert_eq!(usage["choices"], json!([]));
-    let expected = json!({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7});
+    let expected = json!({"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 0},
+                          "completion_tokens": 4, "total_tokens": 7});
     assert_eq!(usage["usage"], expected);
 }
 

@@ -66,6 +66,8 @@ fn spec(model: PathBuf, context_tokens: u32) -> ShardSpec {
         context_tokens: context_tokens + 1,
         sequences_max: 64,
         kv_tokens: None,
+        // Every prompt is to be read.
+        prefix_cache: false,
         collective_deadline: Duration::from_secs(10),
     }
 }

@@ -40,6 +40,7 @@ fn token(sequence: SequenceId, token: u32) -> SampledToken {
         token,
         logprob: None,
         top: Vec::new(),
+        cached_tokens: 0,
         finish: None,
     }
 }

@@ -71,6 +71,7 @@ impl Shards {
                 token: 1,
                 logprob: None,
                 top: Vec::new(),
+                cached_tokens: 0,
                 finish: (*left == 0).then_some(FinishReason::Length),
             };
             admission.note(Epoch(1), &token);

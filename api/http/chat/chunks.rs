@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::super::answer::Delta;
 use super::super::options::Options;
 use super::super::sse::Chunks;
-use super::super::{call_id, logprobs, usage};
+use super::super::{Usage, cached, call_id, logprobs};
 use super::ChatAnswer;
 use crate::text::Piece;
 
@@ -17,6 +17,8 @@ pub(super) struct ChatChunks {
     /// Per choice: tokens that no chunk has told of yet, because they brought no words.
     untold: Vec<Vec<SampledToken>>,
     generated: usize,
+    /// Per choice: what it found computed of the prompt.
+    cached: Vec<u32>,
 }
 
 impl ChatChunks {
@@ -27,6 +29,7 @@ impl ChatChunks {
             include_usage,
             untold: vec![Vec::new(); choices],
             generated: 0,
+            cached: vec![0; choices],
         }
     }
 
@@ -87,6 +90,7 @@ impl Chunks for ChatChunks {
 
     fn delta(&mut self, choice: usize, delta: Delta) -> Vec<Value> {
         self.generated += 1;
+        self.cached[choice] += delta.token.cached_tokens;
         self.untold[choice].push(delta.token);
         let mut chunks: Vec<Value> = delta
             .pieces
@@ -104,7 +108,12 @@ impl Chunks for ChatChunks {
             return Vec::new();
         }
         let mut object = self.object(Vec::new());
-        object["usage"] = usage(self.answer.prompt.len(), self.generated);
+        let usage = Usage {
+            prompt: self.answer.prompt.len(),
+            cached: cached(&self.cached, self.cached.len()),
+            generated: self.generated,
+        };
+        object["usage"] = usage.value();
         vec![object]
     }
 }

@@ -26,6 +26,8 @@ struct Choice {
     untold: Vec<SampledToken>,
     /// Characters told of so far.
     offset: usize,
+    /// What it found computed of its prompt.
+    cached: u32,
 }
 
 impl CompletionChunks {
@@ -57,6 +59,7 @@ impl Chunks for CompletionChunks {
     fn delta(&mut self, index: usize, delta: Delta) -> Vec<Value> {
         self.generated += 1;
         let choice = &mut self.choices[index];
+        choice.cached += delta.token.cached_tokens;
         choice.untold.push(delta.token);
         let text = text(&delta.pieces);
         if text.is_empty() && delta.finish.is_none() && !self.every_token {
@@ -85,7 +88,8 @@ impl Chunks for CompletionChunks {
             return Vec::new();
         }
         let mut object = self.object(Vec::new());
-        object["usage"] = self.completion.usage(self.generated);
+        let cached: Vec<u32> = self.choices.iter().map(|choice| choice.cached).collect();
+        object["usage"] = self.completion.usage(&cached, self.generated);
         vec![object]
     }
 }

@@ -75,6 +75,17 @@ impl Script {
         Self::Answer(tokens.iter().enumerate().map(step).collect())
     }
 
+    /// The same, of a cluster that has computed so many tokens of the prompt before.
+    pub(crate) fn finding(self, cached_tokens: u32) -> Self {
+        let Self::Answer(mut steps) = self else {
+            return self;
+        };
+        if let Some(Step::Token(token)) = steps.first_mut() {
+            token.cached_tokens = cached_tokens;
+        }
+        Self::Answer(steps)
+    }
+
     /// This text, and then what `last` does.
     pub(crate) fn says_then(text: &str, last: Step) -> Self {
         let says = text
@@ -100,6 +111,7 @@ pub(crate) fn token(id: u32, finish: Option<FinishReason>) -> SampledToken {
         token: id,
         logprob: Some(-0.25),
         top,
+        cached_tokens: 0,
         finish,
     }
 }

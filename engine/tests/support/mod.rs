@@ -37,6 +37,7 @@ pub(crate) struct Cluster {
     pub(crate) window: u32,
     /// Positions of all caches; `None` for as many as are ever needed.
     pub(crate) kv_tokens: Option<u32>,
+    pub(crate) prefix_cache: bool,
 }
 
 impl Cluster {
@@ -49,6 +50,7 @@ impl Cluster {
             prefill_chunk_tokens: 512,
             window: 100,
             kv_tokens: None,
+            prefix_cache: true,
         }
     }
 
@@ -103,6 +105,7 @@ impl Cluster {
             context_tokens: 1024,
             sequences_max: 16,
             kv_tokens: self.kv_tokens,
+            prefix_cache: self.prefix_cache,
             collective_deadline: DEADLINE,
         }
     }
