@@ -8,7 +8,6 @@
 //! Shapes: `rows` is the number of rows of the step, `hidden` the model's width. On a rank that
 //! holds no heads, or no share of the experts, the part is absent and adds zeros.
 
-use std::collections::HashMap;
 use std::ops::Range;
 
 use mlx_rs::error::Exception;
@@ -20,7 +19,7 @@ use offbook_protocol::{Layout, SequenceId};
 
 use crate::batch::{Segment, StepBatch};
 use crate::config::ModelConfig;
-use crate::kv_cache::SequenceCache;
+use crate::kv_cache::Caches;
 use crate::models::Fault;
 use crate::models::attention::Attention;
 use crate::models::experts::{Experts, RouterAndExperts};
@@ -91,9 +90,6 @@ impl Divided {
         }
     }
 }
-
-/// The caches of the sequences that run.
-pub(crate) type Caches = HashMap<SequenceId, SequenceCache>;
 
 struct Block {
     input_norm: Array,
@@ -290,6 +286,7 @@ mod tests {
 
     use super::*;
     use crate::batch::{Draw, Input};
+    use crate::kv_cache::SequenceCache;
     use crate::precision::Precision;
     use crate::trial::random_weights;
 
