@@ -1,11 +1,21 @@
 //! Keys and values of one sequence, per layer. The cache is one buffer per layer that is updated in
 //! place: MLX donates the old buffer to the update as long as nobody else holds it, so a step costs
-//! the rows it adds, not the rows it has.
+//! the rows it adds, not the rows it has. What becomes of a cache when its sequence is gone is decided
+//! in `prefix_cache`.
+
+use std::collections::HashMap;
 
 use mlx_rs::error::Exception;
 use mlx_rs::ops::indexing::{TryIndexMutOp, TryIndexOp};
 use mlx_rs::ops::{concatenate, zeros_dtype};
+use mlx_rs::transforms::async_eval;
 use mlx_rs::{Array, Dtype};
+use offbook_protocol::SequenceId;
+
+use crate::batch::{CacheMove, EntryId, Source};
+
+/// The caches of the sequences that run.
+pub(crate) type Caches = HashMap<SequenceId, SequenceCache>;
 
 /// What one sequence keeps on this rank: one cache for each layer that the rank owns.
 #[derive(Debug)]
@@ -20,33 +30,89 @@ impl SequenceCache {
         }
     }
 
-    /// The first `positions` by themselves, with room for `reserve`. One copy on the device; this cache
-    /// can go on, or go.
-    pub(crate) fn copy(&self, positions: usize, reserve: usize) -> Result<Self, Exception> {
+    /// The first `positions` by themselves, with room for `reserve`. One copy on the device, which begins
+    /// at once: it must not wait for a step that needs it, and keep the memory that it is copied from.
+    fn copy(&self, positions: usize, reserve: usize) -> Result<Self, Exception> {
         let copies = self.layers.iter().map(|l| l.copy(positions, reserve));
-        Ok(Self {
-            layers: copies.collect::<Result<_, _>>()?,
-        })
+        let layers: Vec<LayerCache> = copies.collect::<Result<_, _>>()?;
+        let arrays: Vec<&Array> = layers.iter().filter_map(|l| l.pairs.as_ref()).collect();
+        if !arrays.is_empty() {
+            async_eval(arrays)?;
+        }
+        Ok(Self { layers })
     }
 
-    /// Gives up what is reserved behind these positions; what was copied for it is returned. Nothing
-    /// where no more was reserved.
-    pub(crate) fn trim(&mut self, reserve: usize) -> Result<Vec<&Array>, Exception> {
+    /// Gives up what is reserved behind these positions, if there is anything.
+    fn trim(&mut self, reserve: usize) -> Result<(), Exception> {
         let capacity = |layer: &LayerCache| Some(layer.pairs.as_ref()?.dim(1) as usize);
         let is_larger = |layer: &LayerCache| capacity(layer).is_some_and(|have| have > reserve);
-        if !self.layers.iter().any(is_larger) {
-            return Ok(Vec::new());
+        if self.layers.iter().any(is_larger) {
+            *self = self.copy(reserve, reserve)?;
         }
-        *self = self.copy(reserve, reserve)?;
-        Ok(self.arrays())
+        Ok(())
     }
+}
 
-    pub(crate) fn arrays(&self) -> Vec<&Array> {
-        self.layers
-            .iter()
-            .filter_map(|l| l.pairs.as_ref())
-            .collect()
+/// The caches of sequences that are gone.
+#[derive(Debug, Default)]
+pub(crate) struct KeptCaches {
+    entries: HashMap<EntryId, SequenceCache>,
+}
+
+impl KeptCaches {
+    /// Does one thing that the batch has decided; `running` are the caches of the sequences that run.
+    ///
+    /// # Errors
+    /// When the device fails, or a cache is not there: the batch decides about none that was never made.
+    pub(crate) fn carry_out(
+        &mut self,
+        to_do: CacheMove,
+        running: &mut Caches,
+    ) -> Result<(), Exception> {
+        match to_do {
+            CacheMove::Drop(sequence) => {
+                running.remove(&sequence);
+            }
+            CacheMove::Retain { sequence, entry } => {
+                let cache = running.remove(&sequence).ok_or_else(missing)?;
+                self.entries.insert(entry, cache);
+            }
+            CacheMove::Trim { entry, reserve } => {
+                let cache = self.entries.get_mut(&entry).ok_or_else(missing)?;
+                cache.trim(reserve)?;
+            }
+            CacheMove::Evict(entry) => {
+                self.entries.remove(&entry);
+            }
+            CacheMove::TakeOver {
+                entry,
+                sequence,
+                reserve,
+            } => {
+                let mut cache = self.entries.remove(&entry).ok_or_else(missing)?;
+                cache.trim(reserve)?;
+                running.insert(sequence, cache);
+            }
+            CacheMove::Copy {
+                from,
+                sequence,
+                positions,
+                reserve,
+            } => {
+                let source = match from {
+                    Source::Entry(entry) => self.entries.get(&entry),
+                    Source::Sequence(other) => running.get(&other),
+                };
+                let copy = source.ok_or_else(missing)?.copy(positions, reserve)?;
+                running.insert(sequence, copy);
+            }
+        }
+        Ok(())
     }
+}
+
+fn missing() -> Exception {
+    Exception::custom("a cache is not there that another sequence was to begin with")
 }
 
 /// Keys and values of one layer. Empty until the first rows come.
@@ -165,9 +231,11 @@ mod tests {
             .unwrap();
         assert_eq!(column(&seen.values)[259..][..3], [1.0; 3]);
 
-        assert!(cache.trim(512).unwrap().is_empty(), "as large as it may be");
-        assert_eq!(cache.trim(256).unwrap().len(), 1);
-        assert_eq!(cache.layers[0].pairs.as_ref().unwrap().dim(1), 256);
+        let capacity = |cache: &SequenceCache| cache.layers[0].pairs.as_ref().unwrap().dim(1);
+        cache.trim(768).unwrap();
+        assert_eq!(capacity(&cache), 512, "no more than it had");
+        cache.trim(256).unwrap();
+        assert_eq!(capacity(&cache), 256);
         let seen = cache.layers[0]
             .append(&rows(1, 4.0), place(255, 256))
             .unwrap();

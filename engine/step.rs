@@ -5,7 +5,7 @@
 //! rank broadcasts, `[control word, control word, token, token, …]`. All ranks go on with the tokens in it, so
 //! they cannot diverge. A rank alone needs no message.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use mlx_rs::error::Exception;
@@ -16,11 +16,11 @@ use mlx_rs::{Array, Dtype};
 use offbook_collectives::{Gathered, Group};
 use offbook_protocol::{Layout, SequenceId};
 
-use crate::batch::{Batch, CacheMove, Draw, EntryId, Input, Source, StepBatch};
+use crate::batch::{Batch, CacheMove, Draw, Input, StepBatch};
 use crate::engine::Engine;
-use crate::kv_cache::SequenceCache;
+use crate::kv_cache::{Caches, KeptCaches, SequenceCache};
 use crate::models::Fault;
-use crate::models::decoder::{Caches, DeviceKind, Divided, Rows};
+use crate::models::decoder::{DeviceKind, Divided, Rows};
 use crate::reshaping::Reshaping;
 use crate::sampler::{self, Drawn, Logprobs, RowLogprobs, host};
 
@@ -30,7 +30,7 @@ pub(crate) struct Stepper<'a> {
     group: &'a Group,
     caches: Caches,
     /// Of sequences that are gone.
-    entries: HashMap<EntryId, SequenceCache>,
+    kept: KeptCaches,
     /// What the step before drew: `[draws]`.
     tokens: Option<Array>,
     reshaping: Reshaping,
@@ -93,7 +93,7 @@ impl<'a> Stepper<'a> {
             engine,
             group,
             caches: Caches::new(),
-            entries: HashMap::new(),
+            kept: KeptCaches::default(),
             tokens: None,
             reshaping: Reshaping::default(),
             in_flight: InFlight::default(),
@@ -102,50 +102,11 @@ impl<'a> Stepper<'a> {
     }
 
     /// Does with caches what the batch has decided, and forgets what else was kept of sequences that
-    /// are not in it any more. What is copied is submitted at once: it must not wait for a step that
-    /// needs it while it keeps the memory that it is copied from.
+    /// are not in it any more.
     pub(crate) fn settle(&mut self, moves: &[CacheMove], batch: &Batch) -> Result<(), Exception> {
         self.reshaping.forget_all_but(batch);
-        for &to_do in moves {
-            match to_do {
-                CacheMove::Drop(sequence) => {
-                    self.caches.remove(&sequence);
-                }
-                CacheMove::Retain { sequence, entry } => {
-                    let cache = self.caches.remove(&sequence);
-                    self.entries.insert(entry, cache.ok_or_else(missing)?);
-                }
-                CacheMove::Trim { entry, reserve } => {
-                    let cache = self.entries.get_mut(&entry).ok_or_else(missing)?;
-                    begin(cache.trim(reserve)?)?;
-                }
-                CacheMove::Evict(entry) => {
-                    self.entries.remove(&entry);
-                }
-                CacheMove::TakeOver {
-                    entry,
-                    sequence,
-                    reserve,
-                } => {
-                    let mut cache = self.entries.remove(&entry).ok_or_else(missing)?;
-                    begin(cache.trim(reserve)?)?;
-                    self.caches.insert(sequence, cache);
-                }
-                CacheMove::Copy {
-                    from,
-                    sequence,
-                    positions,
-                    reserve,
-                } => {
-                    let source = match from {
-                        Source::Entry(entry) => self.entries.get(&entry),
-                        Source::Sequence(other) => self.caches.get(&other),
-                    };
-                    let copy = source.ok_or_else(missing)?.copy(positions, reserve)?;
-                    begin(copy.arrays())?;
-                    self.caches.insert(sequence, copy);
-                }
-            }
+        for to_do in moves {
+            self.kept.carry_out(*to_do, &mut self.caches)?;
         }
         Ok(())
     }
@@ -464,19 +425,6 @@ impl InFlight {
             self.layers -= oldest.count;
             self.submitted.pop_front();
         }
-    }
-}
-
-/// The batch decides about no cache that was never made.
-fn missing() -> Exception {
-    Exception::custom("a cache is not there that another sequence was to begin with")
-}
-
-/// Has these computed, by and by.
-fn begin(arrays: Vec<&Array>) -> Result<(), Exception> {
-    match arrays.is_empty() {
-        true => Ok(()),
-        false => async_eval(arrays),
     }
 }
 

@@ -7,7 +7,6 @@
 //! Shapes: `rows` is the number of rows of the step, `hidden` the model's width. On a rank that
 //! holds no heads, or no columns of the networks, the part is absent and adds zeros.
 
-use std::collections::HashMap;
 use std::ops::Range;
 
 use mlx_rs::error::Exception;
@@ -19,7 +18,7 @@ use offbook_protocol::{Layout, SequenceId};
 
 use crate::batch::{Segment, StepBatch};
 use crate::config::ModelConfig;
-use crate::kv_cache::SequenceCache;
+use crate::kv_cache::Caches;
 use crate::models::Fault;
 use crate::models::attention::Attention;
 use crate::models::experts::Experts;
@@ -91,9 +90,6 @@ impl Divided {
         }
     }
 }
-
-/// The caches of the sequences that run.
-pub(crate) type Caches = HashMap<SequenceId, SequenceCache>;
 
 struct Block {
     input_norm: Array,
@@ -313,6 +309,7 @@ mod tests {
     use super::*;
     use crate::batch::{Draw, Input};
     use crate::checkpoint::Checkpoint;
+    use crate::kv_cache::SequenceCache;
     use crate::precision::Precision;
     use crate::trial::random_weights;
 
