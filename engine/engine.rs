@@ -129,6 +129,14 @@ impl Engine {
         &self.partition
     }
 
+    /// What the caches of all sequences may hold together from the next group on, in positions, and no
+    /// sequence may be longer. All ranks must be given the same.
+    pub fn bound_caches(&mut self, kv_tokens: u32) {
+        let kv_tokens = kv_tokens as usize;
+        self.limits.kv_tokens = kv_tokens;
+        self.limits.context_tokens = self.limits.context_tokens.min(kv_tokens);
+    }
+
     pub(crate) fn limits(&self) -> Limits {
         self.limits
     }

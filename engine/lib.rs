@@ -11,6 +11,8 @@ pub mod partition;
 pub mod budget;
 pub mod checkpoint;
 pub mod weights;
+pub mod memory;
+mod window;
 mod engine;
 pub mod step_loop;
 mod trial;
@@ -38,3 +40,4 @@ pub use step_loop::{
 };
 pub use trial::{Trial, TrialShare};
 pub use weights::{AttentionWeights, ExpertWeights, LayerWeights, Linear, LoadError, ShardWeights};
+pub use window::{Window, WorkKind};

@@ -2,7 +2,6 @@
 //! that serves.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
@@ -26,6 +25,7 @@ use crate::step_loop::{self, Command, EndReason, LoopEnd, LoopOptions, Report, S
 use crate::weights::{
     AttentionWeights, ExpertWeights, LayerWeights, Linear, LoadError, ShardWeights,
 };
+use crate::window::Window;
 
 impl ModelConfig {
     /// MiniMax-M2.5 at 5 bits, as `config.json` describes it, with so many of its 62 layers.
@@ -83,6 +83,26 @@ impl Trial {
         engine: Engine,
         group: Group,
     ) -> (Engine, Result<Vec<StepTiming>, StepError>) {
+        let window = Arc::new(Window::new(WINDOW_LAYERS, WINDOW_LAYERS));
+        let (engine, timings) = self.run_all(engine, group, window);
+        let last = timings.map(|mut timings| {
+            let first = timings.len().saturating_sub(self.steps);
+            timings.split_off(first)
+        });
+        (engine, last)
+    }
+
+    /// The same with the times of all steps, those of the prompts first, and with a window that others
+    /// may move meanwhile.
+    ///
+    /// # Errors
+    /// What ended the steps.
+    pub fn run_all(
+        &self,
+        engine: Engine,
+        group: Group,
+        window: Arc<Window>,
+    ) -> (Engine, Result<Vec<StepTiming>, StepError>) {
         let (commands, commanded) = sync_channel(2);
         let plan = self.plan(engine.config());
         // The channel has room for it.
@@ -94,7 +114,7 @@ impl Trial {
         };
         let options = LoopOptions {
             epoch: EPOCH,
-            window: Arc::new(AtomicU32::new(WINDOW_LAYERS)),
+            window,
             step_log_every: 0,
             plan_deadline: PLAN_DEADLINE,
         };
@@ -102,10 +122,7 @@ impl Trial {
             step_loop::run(engine, group, commanded, &mut watch, options);
         let outcome = match reason {
             EndReason::Failed(error) => Err(error),
-            EndReason::Shutdown => {
-                let first = watch.timings.len().saturating_sub(self.steps);
-                Ok(watch.timings.split_off(first))
-            }
+            EndReason::Shutdown => Ok(watch.timings),
         };
         (engine, outcome)
     }

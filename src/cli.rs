@@ -11,6 +11,7 @@ use offbook_protocol::{FastSynch, Layout, Transport};
 
 use crate::bench::ranks::Collectives;
 use crate::bench::wire::Wire;
+use crate::byte_size::ByteSize;
 
 /// Runs one large language model over a few machines.
 #[derive(Debug, Parser)]
@@ -113,6 +114,9 @@ pub(crate) struct LocalOptions {
     /// Where keys, configuration and state are kept; without it, a folder that is removed at the end
     #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
+    /// What the shard of each node may take of its memory, as in 2GiB; what there is if not given
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) memory_limit: Option<ByteSize>,
     /// Requests that are worked on at the same time
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) sequences: u32,
@@ -159,6 +163,10 @@ pub(crate) struct Node {
     /// Where the API listens; only the head of the cluster, its first node, has one
     #[arg(long, default_value = "127.0.0.1:8080", value_name = "IP:PORT")]
     pub(crate) http: SocketAddr,
+    /// What the shard of this node may take of its memory, as in 96GiB; without it, what the cluster file
+    /// says
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) memory_limit: Option<ByteSize>,
     /// Stop when whoever started this process ends
     #[arg(long, hide = true)]
     pub(crate) supervised: bool,
@@ -174,6 +182,8 @@ pub(crate) struct Shard {
     pub(crate) data_dir: PathBuf,
     #[arg(long)]
     pub(crate) model: Option<PathBuf>,
+    #[arg(long)]
+    pub(crate) memory_limit: Option<ByteSize>,
 }
 
 #[derive(Debug, Subcommand)]

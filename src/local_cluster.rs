@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use tokio::task::JoinSet;
 
 use crate::cli::LocalOptions;
-use crate::cluster_file::{ClusterFile, Limits, found};
+use crate::cluster_file::{ClusterFile, Limits, MaxActiveTasks, found};
 use crate::{demo_model, fast_synch};
 
 /// A running cluster. Its processes end with this value, and with this process.
@@ -56,6 +56,9 @@ impl LocalCluster {
             for (node, weight) in nodes.iter_mut().zip(&options.division.weights) {
                 node.weight = *weight;
             }
+            for node in &mut nodes {
+                node.memory_limit = options.memory_limit;
+            }
             let mut limits = Limits {
                 context_tokens: options.division.context,
                 ..Limits::default()
@@ -71,6 +74,8 @@ impl LocalCluster {
                 parallel: options.division.parallel,
                 transport: options.transport,
                 fast_synch,
+                adaptive_throttle: false,
+                max_active_tasks: MaxActiveTasks::default(),
                 limits,
                 nodes,
             }
