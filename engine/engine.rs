@@ -87,7 +87,7 @@ impl Engine {
             device,
         };
         let limits = Limits {
-            prefill_chunk_tokens: TRIAL_CHUNK_TOKENS,
+            prefill_chunk_tokens: spec.prefill_chunk_tokens,
             context_tokens: spec.context_tokens,
             // As many as its batch asks for: the trial says itself how large that is.
             kv_tokens: usize::MAX,
@@ -168,9 +168,6 @@ fn device() -> Result<DeviceKind, Exception> {
         DeviceType::Gpu => DeviceKind::Gpu,
     })
 }
-
-/// As much as serving prefills in one step by default.
-const TRIAL_CHUNK_TOKENS: usize = 512;
 
 /// Why a share of a model could not be loaded. None of these goes away by trying again.
 #[derive(Debug, Error)]

@@ -38,6 +38,6 @@ pub use step_log::StepTiming;
 pub use step_loop::{
     Command, EndReason, LoopEnd, LoopOptions, Report, StepError, run as run_steps,
 };
-pub use trial::{Trial, TrialShare};
+pub use trial::{TRIAL_CHUNK_TOKENS, Trial, TrialShare};
 pub use weights::{AttentionWeights, ExpertWeights, LayerWeights, Linear, LoadError, ShardWeights};
 pub use window::{Window, WorkKind};

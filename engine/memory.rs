@@ -9,7 +9,7 @@ use mlx_rs::{Device, DeviceType, memory};
 pub struct DeviceMemory {
     /// In arrays.
     pub active_bytes: u64,
-    /// Freed, and kept by the allocator for the next array. The CPU's allocator keeps none.
+    /// Freed, and kept by the allocator for the next array.
     pub cache_bytes: u64,
     /// The most that was active at once, since the process began or [`forget_peak`].
     pub peak_bytes: u64,

@@ -48,6 +48,23 @@ impl ModelConfig {
         Self::parse(&config, None)
     }
 
+    /// A model whose layers are wide for their weights, so that what they compute from a long prompt
+    /// weighs more than they do: 2048 wide, 8 experts of which 2 are chosen, at 4 bits.
+    ///
+    /// # Errors
+    /// [`ConfigError`] for no layers.
+    pub fn wide(layers: usize) -> Result<Self, ConfigError> {
+        let config: Value = json!({
+            "model_type": "minimax_m2", "hidden_size": 2048, "num_hidden_layers": layers,
+            "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128,
+            "rotary_dim": 64, "rope_theta": 5_000_000, "rms_norm_eps": 1e-6,
+            "intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 2,
+            "vocab_size": 4096, "max_position_embeddings": 131_072,
+            "quantization": {"group_size": 64, "bits": 4}
+        });
+        Self::parse(&config, None)
+    }
+
     /// The same shape with its first layers alone.
     #[must_use]
     pub fn with_layers(self, layers: usize) -> Self {
@@ -347,8 +364,12 @@ pub struct TrialShare {
     pub rank: Rank,
     /// Positions of all sequences that the trial will reach.
     pub context_tokens: usize,
+    /// Tokens of a prompt in one step at most.
+    pub prefill_chunk_tokens: usize,
 }
 
+/// What a trial prefills in one step where nothing else is wanted.
+pub const TRIAL_CHUNK_TOKENS: usize = 512;
 const EPOCH: Epoch = Epoch(1);
 /// The first decode steps compile kernels and fill caches.
 const WARM_UP_STEPS: usize = 8;

@@ -105,6 +105,62 @@ fn a_large_cache_is_cleared_at_the_mark_and_not_over_and_over() {
     assert!(!controller.observe(&small).clear_cache, "not worth it");
 }
 
+/// A prompt of 512 tokens through six wide layers on a CPU, then a few steps of decode, without a bound
+/// on the window: `offbook bench prefill-memory --windows none --layers 6 --prompt 512 --chunk 512
+/// --steps 4 --samples FILE`, of which every second or fourth line is here. Once with
+/// `--headroom 100MiB`, once with all the memory of a machine.
+fn recorded(text: &str) -> Vec<Sample> {
+    let read = |line: &str| {
+        let fields: Vec<&str> = line.split(',').collect();
+        let number = |at: usize| fields[at].parse::<u64>().unwrap();
+        Sample {
+            at: Duration::from_millis(number(0)),
+            work: match fields[1] {
+                "prefill" => WorkKind::Prefill,
+                _ => WorkKind::Decode,
+            },
+            active_bytes: number(2),
+            cache_bytes: number(3),
+            limit_bytes: number(4),
+            available_bytes: Some(number(5)),
+            stalled: fields[6].parse().unwrap(),
+        }
+    };
+    text.lines().skip(1).map(read).collect()
+}
+
+#[test]
+fn on_a_recorded_prefill_that_is_short_of_memory_it_has_shrunk_before_the_limit() {
+    let trace = recorded(include_str!("traces/short_of_memory.csv"));
+    let mut controller = Controller::new(30, 100);
+    let mut windows = Vec::new();
+    for sample in trace.iter().filter(|one| one.work == WorkKind::Prefill) {
+        windows.push((sample.used(), controller.observe(sample).window));
+    }
+    let first_high = windows.iter().position(|(used, _)| *used >= HIGH_WATER);
+    let first_high = first_high.expect("the trace reaches the mark");
+    assert!(
+        windows[..first_high]
+            .iter()
+            .all(|(_, window)| *window == 30)
+    );
+    assert_eq!(windows[first_high].1, 15);
+    let first_full = windows.iter().position(|(used, _)| *used >= 1.0);
+    let first_full = first_full.expect("without a bound it reaches the limit");
+    assert_eq!(windows[first_full - 1].1, 1, "it was as small as it gets");
+}
+
+#[test]
+fn on_a_recorded_prefill_with_room_to_spare_it_does_nothing() {
+    let trace = recorded(include_str!("traces/room_to_spare.csv"));
+    assert!(trace.len() > 100);
+    let mut controller = Controller::new(30, 100);
+    for sample in &trace {
+        let decision = controller.observe(sample);
+        assert_eq!((decision.change, decision.clear_cache), (None, false));
+    }
+}
+
 prop_compose! {
     fn samples()(
         steps in prop::collection::vec(
