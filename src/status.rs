@@ -142,9 +142,40 @@ fn printable(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use offbook_protocol::{Epoch, FastSynch, Layout, Rank, Transport};
+    use offbook_protocol::{
+        Epoch, FastSynch, KvFigures, Layout, MemoryFigures, Rank, StepHistograms, ThrottleFigures,
+        Transport,
+    };
 
     use super::*;
+
+    #[test]
+    fn every_rank_has_a_row_of_what_it_holds() {
+        let shard = ShardSteps {
+            rank: Rank(1),
+            node: "b".into(),
+            decode: StepHistograms::default(),
+            prefill: StepHistograms::default(),
+            kv: KvFigures {
+                in_use_tokens: 512,
+                capacity_tokens: 8192,
+                preemptions: 3,
+            },
+            memory: MemoryFigures {
+                active_bytes: 77 << 20,
+                ..MemoryFigures::default()
+            },
+            throttle: ThrottleFigures {
+                prefill_window: 15,
+                decode_window: 100,
+                ..ThrottleFigures::default()
+            },
+        };
+        let text = holdings(&[shard]);
+        let row: Vec<&str> = text.lines().last().unwrap().split_whitespace().collect();
+        let expected = ["1", "512/8192", "3", "77", "0", "0", "0", "15/100"];
+        assert_eq!(row, expected);
+    }
 
     #[test]
     fn a_shard_that_is_given_up_is_shown_with_its_last_words() {
