@@ -3,6 +3,7 @@
 //! Who owns what is decided by pure files (`config`, `partition`, `budget`); `checkpoint` and
 //! `weights` bring a rank's share to its device. `step_loop` is the life of a shard: `batch` says
 //! which rows a step has, `step` builds it from `models`, `kv_cache`, `reshaping` and `sampler`.
+//! `window` says how many layers may be in flight, `memory` what MLX holds.
 //! `trial` runs the same loop on random weights, to measure it.
 
 mod precision;
