@@ -15,6 +15,7 @@ mod node_agent;
 mod shard_worker;
 mod collective;
 mod throttle;
+mod system_memory;
 mod scripted_shard;
 #[cfg(test)]
 mod simulation;
@@ -25,6 +26,8 @@ pub use scheduler::{BeginEpoch, Scheduler, SchedulerLimits, Submit};
 pub use scripted_shard::{Drawn, ScriptedShard};
 pub use shard_worker::{ShardWorker, ShardWorkerConfig, StallLimits};
 pub use throttle::WindowSettings;
+pub use throttle::controller::Sample;
+pub use throttle::keeper::{LOOK_EVERY, WindowKeeper};
 
 /// Under which names the actors are registered with their process.
 pub mod names {

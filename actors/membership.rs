@@ -65,8 +65,10 @@ pub struct Membership {
     formation: Formation,
     epochs: EpochFile,
     presence: Presence,
-    /// What rank 0 said of the model when it had loaded: the same on every rank.
+    /// What the ranks said when they had loaded: the same on every rank, but for the positions that
+    /// their caches may hold, of which these are the fewest.
     loaded: Option<Loaded>,
+    kv_tokens_noted: Option<u32>,
     begin_epoch: Recipient<BeginEpoch>,
     end_epoch: Recipient<EndEpoch>,
     give_up: Recipient<GiveUp>,
@@ -101,6 +103,7 @@ impl Membership {
             epochs,
             presence: Presence::new(settings.node_grace),
             loaded: None,
+            kv_tokens_noted: None,
             begin_epoch: scheduler.begin_epoch,
             end_epoch: scheduler.end_epoch,
             give_up: scheduler.give_up,
@@ -135,6 +138,7 @@ impl Membership {
             return;
         }
         let epoch = self.formation.epoch();
+        self.loaded = None;
         if let Err(error) = self.epochs.store(epoch) {
             tracing::error!(%epoch, %error, "cannot store the epoch: is the disk full?");
         }
@@ -165,7 +169,7 @@ impl Membership {
             let actions = match reply {
                 Ok(Ok(loaded)) => {
                     let address = loaded.address;
-                    this.loaded = Some(loaded);
+                    this.note_loaded(epoch, rank, loaded);
                     this.formation.loaded(epoch, rank, address)
                 }
                 Ok(Err(LoadRefusal {
@@ -180,6 +184,22 @@ impl Membership {
             };
             this.carry_out(actions, ctx);
         }));
+    }
+
+    /// All ranks are to count alike, so the one with the least memory decides for all.
+    fn note_loaded(&mut self, epoch: Epoch, rank: Rank, loaded: Loaded) {
+        if epoch != self.formation.epoch() {
+            return;
+        }
+        let kv_tokens = loaded.kv_tokens;
+        match &mut self.loaded {
+            Some(least) if least.kv_tokens <= kv_tokens => {}
+            _ => {
+                let node = self.formation.ranked(rank).map(|member| &*member.node);
+                tracing::debug!(%epoch, %rank, node, kv_tokens, "what caches may hold");
+                self.loaded = Some(loaded);
+            }
+        }
     }
 
     fn join(
@@ -203,6 +223,7 @@ impl Membership {
             epoch,
             rank,
             members,
+            kv_tokens: self.loaded.as_ref().map_or(0, |loaded| loaded.kv_tokens),
         };
         let asked = self.ask_shard(rank, JoinGroup(spec), JOIN_DEADLINE);
         ctx.spawn(asked.into_actor(self).map(move |reply, this, ctx| {
@@ -234,8 +255,11 @@ impl Membership {
         }
     }
 
-    fn serve(&self, epoch: Epoch) {
-        let Some(loaded) = &self.loaded else { return };
+    fn serve(&mut self, epoch: Epoch) {
+        let Some(loaded) = self.loaded.clone() else {
+            return;
+        };
+        self.note_smaller_caches(loaded.kv_tokens);
         let shards = self.formation.group().filter_map(|member| {
             member
                 .shard
@@ -246,12 +270,37 @@ impl Membership {
             epoch,
             shards: shards.collect(),
             sampling_rank: loaded.sampling_rank,
-            context_tokens: loaded.context_tokens,
+            context_tokens: loaded.context_tokens.min(loaded.kv_tokens),
             vocabulary: loaded.vocabulary,
         };
         tracing::info!(%epoch, "the cluster serves");
         if self.begin_epoch.try_send(begin).is_err() {
             tracing::error!(%epoch, "the scheduler does not take the new epoch");
+        }
+    }
+
+    /// Says once what memory does not allow.
+    fn note_smaller_caches(&mut self, kv_tokens: u32) {
+        if self.kv_tokens_noted.replace(kv_tokens) == Some(kv_tokens) {
+            return;
+        }
+        let settings = &self.settings;
+        let context_tokens = settings.context_tokens;
+        let full = context_tokens.saturating_mul(settings.sequences_max);
+        let wanted = settings.kv_tokens.unwrap_or(full);
+        if kv_tokens < context_tokens {
+            tracing::warn!(
+                context_tokens = kv_tokens,
+                wanted = context_tokens,
+                "memory allows no sequence of the full context: longer requests are refused"
+            );
+        } else if kv_tokens < wanted {
+            tracing::info!(
+                kv_tokens,
+                wanted,
+                "memory allows smaller caches than all sequences of the full context would fill: \
+                 requests that find no room wait"
+            );
         }
     }
 

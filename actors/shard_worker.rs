@@ -17,12 +17,13 @@ use std::time::Duration;
 
 use actix::{
     Actor, ActorFutureExt, Addr, AsyncContext, Context, Handler, Message, ResponseActFuture,
-    WrapFuture,
+    ResponseFuture, WrapFuture,
 };
 use futures::{FutureExt, future};
 use offbook_engine::Command;
+use offbook_engine::memory::DeviceMemory;
 use offbook_protocol::{
-    Epoch, GroupSpec, Plan, Rank, ShardSpec, ShardSteps, StepOutcome, Transport,
+    Epoch, GroupSpec, MemoryFigures, Plan, Rank, ShardSpec, ShardSteps, StepOutcome, Transport,
 };
 use offbook_runtime::{
     ActorPath, AskError, Identity, LostReason, Open, ProcessName, Remote, RemoteMessage,
@@ -33,14 +34,14 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use self::attendance::Attendance;
-use self::engine_thread::{EngineThread, News, Run};
+use self::engine_thread::{EngineThread, News, Place, Run};
 use self::step_record::{StepRecord, Steps};
 use self::watchdog::Progress;
 use crate::collective::{Abort, Bind, Collective, Hold, Meet};
 use crate::membership::{NoteProgress, RegisterShard, StepFailed};
 use crate::names;
 use crate::node_agent::Attach;
-use crate::throttle::{Throttle, WindowSettings, Work};
+use crate::throttle::{ReadThrottle, Throttle, WindowSettings};
 
 /// What a shard process knows from the start.
 #[derive(Clone, Debug)]
@@ -54,6 +55,8 @@ pub struct ShardWorkerConfig {
     /// Where the model is on this machine, if not where the cluster says.
     pub model: Option<PathBuf>,
     pub window: WindowSettings,
+    /// What MLX may take in this process; `None` leaves that to MLX.
+    pub memory_limit_bytes: Option<u64>,
     pub stalls: StallLimits,
 }
 
@@ -111,8 +114,11 @@ impl ShardWorker {
         .start();
         let (throttle, window) = Throttle::new(config.window);
         let (steps, progress) = (StepRecord::default(), Progress::default());
-        let (engine, news) =
-            EngineThread::start(config.node.clone(), window, steps.clone(), progress.clone())?;
+        let place = Place {
+            node: config.node.clone(),
+            memory_limit_bytes: config.memory_limit_bytes,
+        };
+        let (engine, news) = EngineThread::start(place, window, steps.clone(), progress.clone())?;
         watchdog::start(progress, config.stalls)?;
         let head = ActorPath::new(config.head.clone(), names::MEMBERSHIP);
         Ok(Self {
@@ -226,9 +232,6 @@ impl ShardWorker {
                 // Progress is for the eye: the next one says more.
                 let _ = self.progress.try_tell(note);
             }
-            News::Work(work) => {
-                let _ = self.throttle.try_send(work);
-            }
             News::Ended { epoch, failure } => self.ended(epoch, failure, ctx),
         }
     }
@@ -314,6 +317,9 @@ pub struct Loaded {
     /// Positions that a sequence may reach.
     pub context_tokens: u32,
     pub vocabulary: u32,
+    /// Positions that the caches of this rank may hold together: as many as were asked for, or as
+    /// many as there is memory for.
+    pub kv_tokens: u32,
 }
 
 /// The share is not held.
@@ -360,6 +366,7 @@ impl Handler<LoadShard> for ShardWorker {
                 sampling_rank: loaded.sampling_rank,
                 context_tokens: loaded.context_tokens,
                 vocabulary: loaded.vocabulary,
+                kv_tokens: loaded.kv_tokens,
             })
         };
         Box::pin(loaded.into_actor(self))
@@ -373,6 +380,7 @@ pub struct JoinGroup(pub GroupSpec);
 
 impl RemoteMessage for JoinGroup {
     const NAME: &'static str = "join-group";
+    const VERSION: u16 = 2;
     type Reply = Result<Joined, String>;
 }
 
@@ -388,7 +396,7 @@ impl Handler<JoinGroup> for ShardWorker {
 
     fn handle(&mut self, join: JoinGroup, _: &mut Context<Self>) -> Self::Result {
         let JoinGroup(spec) = join;
-        let (epoch, rank) = (spec.epoch, spec.rank);
+        let (epoch, rank, kv_tokens) = (spec.epoch, spec.rank, spec.kv_tokens);
         let collective = self.collective.clone();
         let engine = self.engine.clone();
         let (commands, commanded) = std::sync::mpsc::sync_channel(PLANS_MAX);
@@ -404,6 +412,7 @@ impl Handler<JoinGroup> for ShardWorker {
             let seed = seed.map_err(|error| error.to_string())?;
             let run = Run {
                 epoch,
+                kv_tokens,
                 seed,
                 commands: commanded,
                 outcomes,
@@ -527,28 +536,54 @@ impl Handler<LeaveGroup> for ShardWorker {
     }
 }
 
-/// Say what your steps have taken; nothing while you are in no group.
+/// Say what your steps have taken and what you hold; nothing while you are in no group.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Option<ShardSteps>")]
 pub struct ReadSteps;
 
 impl RemoteMessage for ReadSteps {
     const NAME: &'static str = "read-steps";
+    const VERSION: u16 = 2;
     type Reply = Option<ShardSteps>;
 }
 
 impl Handler<ReadSteps> for ShardWorker {
-    type Result = Option<ShardSteps>;
+    type Result = ResponseFuture<Option<ShardSteps>>;
 
     fn handle(&mut self, _: ReadSteps, _: &mut Context<Self>) -> Self::Result {
-        let rank = self.attendance.running()?.1.rank;
-        let Steps { decode, prefill } = self.steps.read();
-        Some(ShardSteps {
-            rank,
-            node: self.config.node.clone(),
+        let Some((_, Running { rank, .. })) = self.attendance.running() else {
+            return Box::pin(future::ready(None));
+        };
+        let (rank, node) = (*rank, self.config.node.clone());
+        let Steps {
             decode,
             prefill,
+            kv,
+            ..
+        } = self.steps.read();
+        let throttle = self.throttle.send(ReadThrottle);
+        Box::pin(async move {
+            Some(ShardSteps {
+                rank,
+                node,
+                decode,
+                prefill,
+                kv,
+                memory: memory_figures(),
+                throttle: throttle.await.unwrap_or_default(),
+            })
         })
+    }
+}
+
+/// All zero where MLX does not say.
+fn memory_figures() -> MemoryFigures {
+    let memory = DeviceMemory::read().unwrap_or_default();
+    MemoryFigures {
+        active_bytes: memory.active_bytes,
+        cache_bytes: memory.cache_bytes,
+        peak_bytes: memory.peak_bytes,
+        limit_bytes: memory.limit_bytes,
     }
 }
 

@@ -159,6 +159,7 @@ fn router(api: Api) -> Router {
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/v1/cluster", get(cluster::report))
+        .route("/v1/cluster/shards", get(cluster::shards))
         .route("/health", get(health::health))
         .route("/metrics", get(metrics::scrape))
         .method_not_allowed_fallback(method_not_allowed)

@@ -88,7 +88,7 @@ impl Engine {
             device,
         };
         let limits = Limits {
-            prefill_chunk_tokens: TRIAL_CHUNK_TOKENS,
+            prefill_chunk_tokens: spec.prefill_chunk_tokens,
             context_tokens: spec.context_tokens,
             // As many as its batch asks for: the trial says itself how large that is.
             kv_tokens: usize::MAX,
@@ -132,6 +132,14 @@ impl Engine {
         &self.partition
     }
 
+    /// What the caches of all sequences may hold together from the next group on, in positions, and no
+    /// sequence may be longer. All ranks must be given the same.
+    pub fn bound_caches(&mut self, kv_tokens: u32) {
+        let kv_tokens = kv_tokens as usize;
+        self.limits.kv_tokens = kv_tokens;
+        self.limits.context_tokens = self.limits.context_tokens.min(kv_tokens);
+    }
+
     pub(crate) fn limits(&self) -> Limits {
         self.limits
     }
@@ -163,9 +171,6 @@ fn device() -> Result<DeviceKind, Exception> {
         DeviceType::Gpu => DeviceKind::Gpu,
     })
 }
-
-/// As much as serving prefills in one step by default.
-const TRIAL_CHUNK_TOKENS: usize = 512;
 
 /// Why a share of a model could not be loaded. None of these goes away by trying again.
 #[derive(Debug, Error)]

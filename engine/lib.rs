@@ -2,7 +2,9 @@
 //!
 //! Who owns what is decided by pure files (`config`, `partition`, `budget`, `planner`); `checkpoint` and
 //! `weights` bring a rank's share to its device. `step_loop` is the life of a shard: `batch` says
-//! which rows a step has and what `prefix_cache` keeps of ended sequences, `step` builds it from `models`, `kv_cache`, `reshaping` and `sampler`.
+//! which rows a step has and what `prefix_cache` keeps of ended sequences, `step` builds it from `models`,
+//! `kv_cache`, `reshaping` and `sampler`. `window` says how many layers may be in flight, `memory` what MLX
+//! holds.
 //! `trial` runs the same loop on random weights, to measure it.
 
 mod precision;
@@ -12,6 +14,8 @@ pub mod budget;
 mod planner;
 pub mod checkpoint;
 pub mod weights;
+pub mod memory;
+mod window;
 mod engine;
 pub mod step_loop;
 mod trial;
@@ -39,8 +43,9 @@ pub use step_log::StepTiming;
 pub use step_loop::{
     Command, EndReason, LoopEnd, LoopOptions, Report, StepError, run as run_steps,
 };
-pub use trial::{Trial, TrialShare};
+pub use trial::{TRIAL_CHUNK_TOKENS, Trial, TrialShare};
 pub use weights::{
     AttentionWeights, ExpertWeights, FeedForwardWeights, LayerWeights, Linear, LoadError,
     ShardWeights, SwigluWeights,
 };
+pub use window::{Window, WorkKind};

@@ -23,6 +23,7 @@ use crate::models::Fault;
 use crate::models::decoder::{DeviceKind, Divided, Rows};
 use crate::reshaping::Reshaping;
 use crate::sampler::{self, Drawn, Logprobs, RowLogprobs, host};
+use crate::window::{Window, WorkKind};
 
 /// What one rank keeps from step to step.
 pub(crate) struct Stepper<'a> {
@@ -80,11 +81,11 @@ pub(crate) struct Control {
 
 /// How a step is to be submitted.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Orders {
+pub(crate) struct Orders<'w> {
     /// What the message carries when this rank samples.
     pub(crate) control: Control,
     /// Layers in flight at most, over all steps.
-    pub(crate) window: usize,
+    pub(crate) window: &'w Window,
 }
 
 impl<'a> Stepper<'a> {
@@ -112,7 +113,11 @@ impl<'a> Stepper<'a> {
     }
 
     /// Builds the step and hands it to the device.
-    pub(crate) fn submit(&mut self, batch: &StepBatch, orders: Orders) -> Result<Submitted, Fault> {
+    pub(crate) fn submit(
+        &mut self,
+        batch: &StepBatch,
+        orders: Orders<'_>,
+    ) -> Result<Submitted, Fault> {
         let layers = self.engine.model.layers();
         for segment in &batch.segments {
             self.caches
@@ -202,7 +207,7 @@ impl<'a> Stepper<'a> {
     }
 
     /// Through this rank's layers: `[rows, hidden]`, as it was sent on where another rank follows.
-    fn forward(&mut self, batch: &StepBatch, window: usize) -> Result<Array, Fault> {
+    fn forward(&mut self, batch: &StepBatch, window: &Window) -> Result<Array, Fault> {
         let model = &self.engine.model;
         let divided = Divided::by(self.engine.layout(), self.group.size());
         let rows = model.rows(batch, self.group, divided);
@@ -210,10 +215,16 @@ impl<'a> Stepper<'a> {
         // A prompt's layers are submitted one by one: they hold much memory and take long. A decode
         // step goes whole, as long as the window leaves room for the one behind it.
         let layers = model.layers();
-        let stride = match batch.is_decode() {
-            true if window >= 2 * layers => layers,
-            true => (window / 2).max(1),
-            false => 1,
+        let kind = match batch.is_decode() {
+            true => WorkKind::Decode,
+            false => WorkKind::Prefill,
+        };
+        // It may move while the step is built.
+        let room = || window.layers(kind) as usize;
+        let stride = match kind {
+            WorkKind::Decode if room() >= 2 * layers => layers,
+            WorkKind::Decode => (room() / 2).max(1),
+            WorkKind::Prefill => 1,
         };
         let mut unsubmitted = 0;
         for index in 0..layers {
@@ -223,7 +234,7 @@ impl<'a> Stepper<'a> {
                 unsubmitted = 0;
             }
             if unsubmitted == 0 {
-                self.in_flight.make_room(stride, window)?;
+                self.in_flight.make_room(stride, room())?;
             }
             x = model.layer(index, &x, &rows, &mut self.caches)?;
             unsubmitted += 1;

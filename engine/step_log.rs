@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use offbook_protocol::{Rank, Step};
 
+use crate::batch::KvUse;
+
 /// The time of one step on one rank. `total` is `model` + `gpu_eval` + `eval`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepTiming {
@@ -26,6 +28,8 @@ pub struct StepTiming {
     pub prefill_tokens: usize,
     /// Layers that may be in flight.
     pub window: u32,
+    /// What the caches hold once the step was read.
+    pub kv: KvUse,
 }
 
 impl StepTiming {
@@ -81,6 +85,7 @@ mod tests {
             batch: 3,
             prefill_tokens: 0,
             window: 100,
+            kv: KvUse::default(),
         };
         assert_eq!(
             timing.to_string(),

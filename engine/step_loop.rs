@@ -12,7 +12,6 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
@@ -20,7 +19,7 @@ use offbook_collectives::{CollectiveError, Group, GroupHandle};
 use offbook_protocol::{Epoch, Plan, PlanNumber, Rank, SampledToken, Step, StepOutcome};
 use thiserror::Error;
 
-use crate::batch::{Batch, BatchError, Observed};
+use crate::batch::{Batch, BatchError, KvUse, Observed};
 use crate::engine::Engine;
 use crate::models::Fault;
 use crate::plan_inbox::{PlanGap, PlanInbox};
@@ -28,6 +27,7 @@ use crate::prefill_pace::{CHUNK_TOKENS_FIRST, Load, PrefillPace};
 use crate::sampler::RowLogprobs;
 use crate::step::{Answer, Control, Orders, Stepper, Submitted, Work};
 use crate::step_log::{Noted, StepTiming};
+use crate::window::{Window, WorkKind};
 
 /// What the engine's thread is told.
 #[derive(Clone, Debug)]
@@ -43,8 +43,9 @@ pub trait Report {
     /// A step is about to be built, which reads so many tokens of prompts.
     fn begins(&mut self, _prefill_tokens: usize) {}
 
-    /// Nothing runs: the loop waits for the next plan. Called again and again while it waits.
-    fn idles(&mut self) {}
+    /// Nothing runs: the loop waits for the next plan, and this is what the caches hold. Called again
+    /// and again while it waits.
+    fn idles(&mut self, _kv: KvUse) {}
 
     /// The tokens of one step, in order. Called on the sampling rank alone.
     fn outcome(&mut self, outcome: StepOutcome);
@@ -61,8 +62,9 @@ pub trait Report {
 pub struct LoopOptions {
     /// Plans of other epochs are passed over.
     pub epoch: Epoch,
-    /// How many layers may be in flight on the device. Read at every step; anybody may move it.
-    pub window: Arc<AtomicU32>,
+    /// How many layers may be in flight on the device. Read before every submission; anybody may
+    /// move it.
+    pub window: Arc<Window>,
     /// Every how many steps the log line is `info` rather than `debug`; 0 for never.
     pub step_log_every: u64,
     /// How long a plan that the sampling rank has may be missing here.
@@ -199,6 +201,7 @@ impl<'a> Loop<'a> {
         // Who was preempted for this step gives up its memory before the step takes any.
         self.settle(self.next)?;
         report.begins(batch.prefill_tokens());
+        self.options.window.begin(kind(batch.prefill_tokens()));
         let step = self.next;
         self.next = step.next();
         let orders = Orders {
@@ -206,7 +209,7 @@ impl<'a> Loop<'a> {
                 plans: self.inbox.plans.control_word(),
                 chunk_beside_decode: self.pace.chunk_tokens() as u32,
             },
-            window: self.options.window.load(Ordering::Relaxed).max(1) as usize,
+            window: &self.options.window,
         };
         let submitted = self.stepper.submit(&batch, orders);
         let submitted = submitted.map_err(|fault| self.blame(step, fault))?;
@@ -263,7 +266,7 @@ impl<'a> Loop<'a> {
     /// Nothing runs: waits for the next plan, and applies it. `false` when there will be none.
     fn begin(&mut self, report: &mut impl Report) -> Result<bool, StepError> {
         loop {
-            report.idles();
+            report.idles(self.batch.kv_use());
             if let Some(plan) = self.inbox.plans.next_plan() {
                 self.batch.apply(&plan).map_err(StepError::Plan)?;
                 self.clock.restart(self.handle.waited());
@@ -300,12 +303,13 @@ impl<'a> Loop<'a> {
     }
 
     fn time(&mut self, step: Step, work: Work, report: &mut impl Report) {
-        let window = self.options.window.load(Ordering::Relaxed);
+        let window = self.options.window.layers(kind(work.prefill_tokens));
         let timing = StepTiming {
             step,
             batch: work.sequences,
             prefill_tokens: work.prefill_tokens,
             window,
+            kv: self.batch.kv_use(),
             ..self.clock.lap(self.handle.waited())
         };
         let load = Load {
@@ -322,6 +326,14 @@ impl<'a> Loop<'a> {
             },
         );
         report.timing(timing);
+    }
+}
+
+/// What a step does that reads so many tokens of prompts.
+fn kind(prefill_tokens: usize) -> WorkKind {
+    match prefill_tokens {
+        0 => WorkKind::Decode,
+        _ => WorkKind::Prefill,
     }
 }
 
@@ -457,6 +469,7 @@ impl Clock {
             batch: 0,
             prefill_tokens: 0,
             window: 0,
+            kv: KvUse::default(),
         };
         self.restart(waited);
         timing

@@ -2,7 +2,6 @@
 //! that serves.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
@@ -28,6 +27,7 @@ use crate::weights::{
     AttentionWeights, ExpertWeights, FeedForwardWeights, LayerWeights, Linear, LoadError,
     ShardWeights, SwigluWeights,
 };
+use crate::window::Window;
 
 impl ModelConfig {
     /// MiniMax-M2.5 at 5 bits, as `config.json` describes it, with so many of its 62 layers.
@@ -46,6 +46,23 @@ impl ModelConfig {
             "rotary_dim": 64, "rope_theta": 5_000_000, "rms_norm_eps": 1e-6,
             "intermediate_size": 1536, "num_local_experts": 256, "num_experts_per_tok": 8,
             "vocab_size": 200_064, "max_position_embeddings": 196_608, "quantization": quantization
+        });
+        Self::parse(&config, None)
+    }
+
+    /// A model whose layers are wide for their weights, so that what they compute from a long prompt
+    /// weighs more than they do: 2048 wide, 8 experts of which 2 are chosen, at 4 bits.
+    ///
+    /// # Errors
+    /// [`ConfigError`] for no layers.
+    pub fn wide(layers: usize) -> Result<Self, ConfigError> {
+        let config: Value = json!({
+            "model_type": "minimax_m2", "hidden_size": 2048, "num_hidden_layers": layers,
+            "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128,
+            "rotary_dim": 64, "rope_theta": 5_000_000, "rms_norm_eps": 1e-6,
+            "intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 2,
+            "vocab_size": 4096, "max_position_embeddings": 131_072,
+            "quantization": {"group_size": 64, "bits": 4}
         });
         Self::parse(&config, None)
     }
@@ -85,6 +102,26 @@ impl Trial {
         engine: Engine,
         group: Group,
     ) -> (Engine, Result<Vec<StepTiming>, StepError>) {
+        let window = Arc::new(Window::new(WINDOW_LAYERS, WINDOW_LAYERS));
+        let (engine, timings) = self.run_all(engine, group, window);
+        let last = timings.map(|mut timings| {
+            let first = timings.len().saturating_sub(self.steps);
+            timings.split_off(first)
+        });
+        (engine, last)
+    }
+
+    /// The same with the times of all steps, those of the prompts first, and with a window that others
+    /// may move meanwhile.
+    ///
+    /// # Errors
+    /// What ended the steps.
+    pub fn run_all(
+        &self,
+        engine: Engine,
+        group: Group,
+        window: Arc<Window>,
+    ) -> (Engine, Result<Vec<StepTiming>, StepError>) {
         let (commands, commanded) = sync_channel(2);
         let plan = self.plan(engine.config());
         // The channel has room for it.
@@ -96,7 +133,7 @@ impl Trial {
         };
         let options = LoopOptions {
             epoch: EPOCH,
-            window: Arc::new(AtomicU32::new(WINDOW_LAYERS)),
+            window,
             step_log_every: 0,
             plan_deadline: PLAN_DEADLINE,
         };
@@ -104,10 +141,7 @@ impl Trial {
             step_loop::run(engine, group, commanded, &mut watch, options);
         let outcome = match reason {
             EndReason::Failed(error) => Err(error),
-            EndReason::Shutdown => {
-                let first = watch.timings.len().saturating_sub(self.steps);
-                Ok(watch.timings.split_off(first))
-            }
+            EndReason::Shutdown => Ok(watch.timings),
         };
         (engine, outcome)
     }
@@ -356,8 +390,12 @@ pub struct TrialShare {
     pub rank: Rank,
     /// Positions of all sequences that the trial will reach.
     pub context_tokens: usize,
+    /// Tokens of a prompt in one step at most.
+    pub prefill_chunk_tokens: usize,
 }
 
+/// What a trial prefills in one step where nothing else is wanted.
+pub const TRIAL_CHUNK_TOKENS: usize = 512;
 const EPOCH: Epoch = Epoch(1);
 /// The first decode steps compile kernels and fill caches.
 const WARM_UP_STEPS: usize = 8;

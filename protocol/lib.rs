@@ -24,4 +24,4 @@ pub use shard::{
     FastSynch, GroupMember, GroupSpec, Layout, LoadProgress, NodeWeight, ShardSpec, Transport,
     UnknownName,
 };
-pub use steps::{Histogram, ShardSteps, StepHistograms};
+pub use steps::{Histogram, KvFigures, MemoryFigures, ShardSteps, StepHistograms, ThrottleFigures};

@@ -119,6 +119,8 @@ pub struct GroupSpec {
     pub rank: Rank,
     /// In rank order, this shard included.
     pub members: Vec<GroupMember>,
+    /// Positions that the caches of all sequences hold together: what every rank has memory for.
+    pub kv_tokens: u32,
 }
 
 /// Where one rank can be met.

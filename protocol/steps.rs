@@ -1,5 +1,5 @@
-//! Where the time of a shard's steps has gone so far: counts, which can be read at any moment and
-//! compared with what they were before.
+//! Where the time of a shard's steps has gone so far, and what it holds: figures that can be read at
+//! any moment and compared with what they were before.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Rank;
 
-/// The steps of one shard, since its process began.
+/// The figures of one shard. What is counted is counted since its process began.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ShardSteps {
     pub rank: Rank,
@@ -16,6 +16,48 @@ pub struct ShardSteps {
     pub decode: StepHistograms,
     /// Steps with rows of prompts.
     pub prefill: StepHistograms,
+    pub kv: KvFigures,
+    pub memory: MemoryFigures,
+    pub throttle: ThrottleFigures,
+}
+
+/// The caches of all sequences, in positions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KvFigures {
+    /// Reserved by sequences that run now, in whole blocks.
+    pub in_use_tokens: u64,
+    /// Kept of sequences that are gone, until somebody needs the room, in whole blocks.
+    pub retained_tokens: u64,
+    /// What they may come to; 0 until the shard has been in a group.
+    pub capacity_tokens: u64,
+    /// How often a sequence gave its cache up for an older one.
+    pub preemptions: u64,
+}
+
+/// MLX's memory in the shard's process, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryFigures {
+    /// In arrays: weights, caches, results of layers.
+    pub active_bytes: u64,
+    /// Freed, and kept for the next array.
+    pub cache_bytes: u64,
+    /// The most that was active at once.
+    pub peak_bytes: u64,
+    /// What MLX keeps to.
+    pub limit_bytes: u64,
+}
+
+/// The window of layers in flight.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThrottleFigures {
+    /// Layers in flight at most while prompts are read.
+    pub prefill_window: u32,
+    /// And while there is only decode.
+    pub decode_window: u32,
+    /// How often it was made smaller.
+    pub shrinks: u64,
+    /// How often MLX's cache was cleared.
+    pub cache_clears: u64,
 }
 
 /// One histogram for each part of a step; the step log says what the parts are.

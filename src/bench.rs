@@ -4,6 +4,7 @@ mod api;
 mod collective;
 mod decode;
 mod loss;
+mod prefill_memory;
 pub(crate) mod message;
 mod serve;
 mod step;
@@ -25,6 +26,7 @@ pub(crate) async fn run(command: BenchCommand) -> Result<()> {
         BenchCommand::Decode(options) => decode::run(options).await,
         BenchCommand::Loss(options) => loss::run(options).await,
         BenchCommand::Message(options) => message::run(options).await,
+        BenchCommand::PrefillMemory(options) => prefill_memory::run(options).await,
         BenchCommand::Serve(options) => serve::run(options).await,
         BenchCommand::Step(options) => step::run(options).await,
     }

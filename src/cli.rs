@@ -7,12 +7,14 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use offbook_actors::WindowSettings;
 use offbook_protocol::{FastSynch, Layout, Transport};
+use serde::{Deserialize, Serialize};
 
 use crate::bench::ranks::Collectives;
 use crate::bench::wire::Wire;
+use crate::byte_size::ByteSize;
 
 /// Runs one large language model over a few machines.
 #[derive(Debug, Parser)]
@@ -175,6 +177,9 @@ pub(crate) struct LocalOptions {
     /// Where keys, configuration and state are kept; without it, a folder that is removed at the end
     #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
+    /// What the shard of each node may take of its memory, as in 2GiB; what there is if not given
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) memory_limit: Option<ByteSize>,
     /// Requests that are worked on at the same time
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) sequences: u32,
@@ -221,6 +226,10 @@ pub(crate) struct Node {
     /// Where the API listens; only the head of the cluster, its first node, has one
     #[arg(long, default_value = "127.0.0.1:8080", value_name = "IP:PORT")]
     pub(crate) http: SocketAddr,
+    /// What the shard of this node may take of its memory, as in 96GiB; without it, what the cluster file
+    /// says
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) memory_limit: Option<ByteSize>,
     /// Stop when whoever started this process ends
     #[arg(long, hide = true)]
     pub(crate) supervised: bool,
@@ -236,6 +245,8 @@ pub(crate) struct Shard {
     pub(crate) data_dir: PathBuf,
     #[arg(long)]
     pub(crate) model: Option<PathBuf>,
+    #[arg(long)]
+    pub(crate) memory_limit: Option<ByteSize>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -436,6 +447,13 @@ pub(crate) enum BenchCommand {
     Api(BenchApi),
     /// Decode speed of one node, of several, and of mlx-lm if Python has it
     Decode(BenchDecode),
+    /// What the window of layers in flight does to memory and speed while a long prompt is read
+    ///
+    /// A wide model with random weights, alone on this machine, each window in a process of its own.
+    /// Columns: what the weights take; the most that was held beyond them at once, by MLX's account and
+    /// by the system's; prompt tokens per second; the median of a decode step; the smallest that the
+    /// window was, and how often it shrank. A process that runs out of memory has a line that says so.
+    PrefillMemory(BenchPrefillMemory),
     /// How long an answer pauses when a shard is killed
     ///
     /// One answer after the other is streamed; in the middle of each, the shard of the next rank is
@@ -748,6 +766,93 @@ pub(crate) struct BenchApi {
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchPrefillMemory {
+    /// Layers in flight at most: numbers, none (no bound), or adaptive (30 at most)
+    #[arg(
+        long,
+        value_name = "W,W,…",
+        value_delimiter = ',',
+        default_value = "1,4,30,none,adaptive"
+    )]
+    pub(crate) windows: Vec<WindowChoice>,
+    /// Layers of the model
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) layers: u32,
+    /// Tokens of the prompt
+    #[arg(long, value_name = "TOKENS", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) prompt: u32,
+    /// Tokens of it that one step reads
+    #[arg(long, value_name = "TOKENS", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) chunk: u32,
+    /// Decode steps that are timed behind it
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) steps: u32,
+    /// Memory beyond the weights that MLX is told to keep to, and that adaptive keeps below
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) headroom: Option<ByteSize>,
+    /// Memory beyond the weights at which the system refuses more (Linux, on the CPU)
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) hard_limit: Option<ByteSize>,
+    /// Write what memory looked like every 10 ms, as comma-separated values
+    #[arg(long, value_name = "FILE")]
+    pub(crate) samples: Option<PathBuf>,
+    /// Print one JSON object per row
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A window that is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum WindowChoice {
+    Layers(u32),
+    None,
+    Adaptive,
+}
+
+impl WindowChoice {
+    pub(crate) fn settings(self) -> WindowSettings {
+        let layers = match self {
+            Self::Layers(layers) => layers,
+            Self::None => u32::MAX,
+            Self::Adaptive => {
+                return WindowSettings {
+                    adaptive: true,
+                    ..WindowSettings::default()
+                };
+            }
+        };
+        WindowSettings {
+            prefill: layers,
+            decode: layers,
+            adaptive: false,
+        }
+    }
+}
+
+impl FromStr for WindowChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.parse()) {
+            ("none", _) => Ok(Self::None),
+            ("adaptive", _) => Ok(Self::Adaptive),
+            (_, Ok(layers)) if layers > 0 => Ok(Self::Layers(layers)),
+            _ => Err("a number of layers from 1, none or adaptive".into()),
+        }
+    }
+}
+
+impl fmt::Display for WindowChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Layers(layers) => f.pad(&layers.to_string()),
+            Self::None => f.pad("none"),
+            Self::Adaptive => f.pad("adaptive"),
+        }
+    }
 }
 
 #[derive(Debug, Args)]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use offbook_actors::{ClusterSettings, SchedulerLimits, ShardKeeping, StallLimits};
+use offbook_actors::{ClusterSettings, SchedulerLimits, ShardKeeping, StallLimits, WindowSettings};
 use offbook_engine::batch::KV_BLOCK_TOKENS;
 use offbook_protocol::{FastSynch, Layout, NodeWeight, Transport};
 use offbook_runtime::supervise::RestartPolicy;
@@ -16,6 +16,7 @@ use offbook_runtime::{Identity, NodeKey, Patience, ProcessName, Trust, TrustedNo
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::byte_size::ByteSize;
 use crate::cli::{ClusterCommand, ClusterInit};
 
 /// See the module's own words. Unknown keys are errors.
@@ -31,9 +32,33 @@ pub(crate) struct ClusterFile {
     /// Whether collectives stay on the device's stream: `auto`, `on`, `off` or `require`.
     #[serde(default)]
     pub(crate) fast_synch: FastSynch,
+    /// Whether the window of layers in flight shrinks when memory is short, and grows again.
+    #[serde(default)]
+    pub(crate) adaptive_throttle: bool,
+    #[serde(default)]
+    pub(crate) max_active_tasks: MaxActiveTasks,
     #[serde(default)]
     pub(crate) limits: Limits,
     pub(crate) nodes: Vec<ClusterNode>,
+}
+
+/// The set points of the window: layers submitted to the device and not finished.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct MaxActiveTasks {
+    /// In steps with rows of prompts.
+    pub(crate) prefill: u32,
+    /// In others.
+    pub(crate) decode: u32,
+}
+
+impl Default for MaxActiveTasks {
+    fn default() -> Self {
+        let WindowSettings {
+            prefill, decode, ..
+        } = WindowSettings::default();
+        Self { prefill, decode }
+    }
 }
 
 /// One machine of the cluster.
@@ -48,6 +73,9 @@ pub(crate) struct ClusterNode {
     /// Its share of the model, relative to the others.
     #[serde(default = "one")]
     pub(crate) weight: f64,
+    /// What its shard may take of its memory, as in "96GiB"; what there is if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) memory_limit: Option<ByteSize>,
     /// For transport `jaccl`: which of its RDMA devices (`ibv_devices`) leads to which other node.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) rdma: BTreeMap<String, String>,
@@ -192,6 +220,11 @@ impl ClusterFile {
         if self.transport == Transport::Jaccl {
             self.check_rdma()?;
         }
+        let MaxActiveTasks { prefill, decode } = self.max_active_tasks;
+        ensure!(
+            prefill > 0 && decode > 0,
+            "max_active_tasks.prefill and .decode must be at least 1"
+        );
         let limits = &self.limits;
         ensure!(
             limits.sequences_max > 0,
@@ -364,6 +397,14 @@ impl ClusterFile {
         }
     }
 
+    pub(crate) fn window_settings(&self) -> WindowSettings {
+        WindowSettings {
+            prefill: self.max_active_tasks.prefill,
+            decode: self.max_active_tasks.decode,
+            adaptive: self.adaptive_throttle,
+        }
+    }
+
     /// Of a shard's system. It speaks with its own node and with the head: a head that stands still
     /// for a while costs no step, so its silence is borne as long as any silence may last.
     pub(crate) fn shard_runtime_limits(&self) -> offbook_runtime::Limits {
@@ -417,6 +458,7 @@ pub(crate) fn found(
             address: *address,
             keys: vec![identity.key()],
             weight: one(),
+            memory_limit: None,
             rdma: BTreeMap::new(),
         });
     }
@@ -466,6 +508,8 @@ pub(crate) fn command(command: ClusterCommand) -> Result<()> {
         parallel,
         transport,
         fast_synch,
+        adaptive_throttle: false,
+        max_active_tasks: MaxActiveTasks::default(),
         limits: Limits::default(),
         nodes,
     })?;
@@ -507,6 +551,8 @@ mod tests {
             parallel: Layout::Tensor,
             transport: Transport::Quic,
             fast_synch: FastSynch::Auto,
+            adaptive_throttle: false,
+            max_active_tasks: MaxActiveTasks::default(),
             limits: Limits::default(),
             nodes,
         });
@@ -534,6 +580,26 @@ mod tests {
     }
 
     #[test]
+    fn the_throttle_and_memory_limits_are_read_and_written() {
+        let (_folder, path) = founded();
+        let mut file = ClusterFile::load(&path).unwrap();
+        assert_eq!(file.window_settings(), WindowSettings::default());
+        file.adaptive_throttle = true;
+        file.max_active_tasks.prefill = 8;
+        file.nodes[0].memory_limit = Some("96GiB".parse().unwrap());
+        file.save(&path).unwrap();
+        let read = ClusterFile::load(&path).unwrap();
+        let expected = WindowSettings {
+            prefill: 8,
+            decode: 100,
+            adaptive: true,
+        };
+        assert_eq!(read.window_settings(), expected);
+        let limit = read.nodes[0].memory_limit.map(ByteSize::bytes);
+        assert_eq!(limit, Some(96 << 30));
+    }
+
+    #[test]
     fn a_folder_that_is_used_again_keeps_its_keys() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("identity.pem");
@@ -550,6 +616,12 @@ mod tests {
             ("sequences_max = 16", "sequences_max = 0", "sequences_max"),
             ("kv_tokens = 0", "kv_tokens = 255", "kv_tokens"),
             ("weight = 1.0", "weight = -1.0", "weight"),
+            (
+                "weight = 1.0",
+                "weight = 1.0\nmemory_limit = \"much\"",
+                "'much' is no number of bytes",
+            ),
+            ("prefill = 30", "prefill = 0", "max_active_tasks.prefill"),
             (
                 "silence_seconds = 10.0",
                 "silence_seconds = 0.0",

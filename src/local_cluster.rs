@@ -16,7 +16,7 @@ use tempfile::TempDir;
 use tokio::task::JoinSet;
 
 use crate::cli::LocalOptions;
-use crate::cluster_file::{ClusterFile, Limits, found};
+use crate::cluster_file::{ClusterFile, Limits, MaxActiveTasks, found};
 use crate::plan::Divided;
 use crate::planner::{self, Ground};
 use crate::{demo_model, fast_synch};
@@ -67,6 +67,9 @@ impl LocalCluster {
             for (node, weight) in nodes.iter_mut().zip(&divided.weights) {
                 node.weight = weight.0;
             }
+            for node in &mut nodes {
+                node.memory_limit = options.memory_limit;
+            }
             let mut limits = Limits {
                 context_tokens: options.division.context,
                 ..Limits::default()
@@ -82,6 +85,8 @@ impl LocalCluster {
                 parallel: divided.layout,
                 transport: options.transport,
                 fast_synch,
+                adaptive_throttle: false,
+                max_active_tasks: MaxActiveTasks::default(),
                 limits,
                 nodes,
             }

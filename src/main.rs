@@ -4,6 +4,8 @@ mod cli;
 mod logging;
 mod cluster_file;
 mod fast_synch;
+mod throttle;
+mod byte_size;
 mod demo_model;
 mod local_cluster;
 mod up;

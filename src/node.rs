@@ -184,6 +184,9 @@ fn launch(options: &Node) -> Result<ShardLaunch> {
     if let Some(model) = &options.model {
         arguments.extend(["--model".into(), path(model)]);
     }
+    if let Some(limit) = options.memory_limit {
+        arguments.extend(["--memory-limit".into(), limit.to_string()]);
+    }
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     Ok(ShardLaunch { program, arguments })
 }

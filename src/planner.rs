@@ -5,12 +5,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use bytesize::ByteSize;
 use offbook_engine::{Candidate, Machine, ModelConfig, Network, Partition, RankShare, candidates};
 use offbook_protocol::{FastSynch, Layout, NodeWeight, Transport};
 use serde::Serialize;
 
 use crate::bench::ranks::{Event, Job, Latency, Limits, ModelJob, Ranks, StepTimes, Wanted};
+use crate::byte_size::ByteSize;
 use crate::cli::{Division, Hardware, Parallel};
 use crate::plan::{Divided, PRECISION, bytes};
 
@@ -86,7 +86,7 @@ pub(crate) async fn advise(model: &Path, division: &Division, ground: Ground) ->
     let given = for_each("--bandwidth", bandwidth, count)?;
     let (speeds, source) = match given {
         Some(given) => (
-            given.iter().map(|size| size.as_u64() as f64).collect(),
+            given.iter().map(|size| size.bytes() as f64).collect(),
             Source::Given,
         ),
         None => (
@@ -96,7 +96,7 @@ pub(crate) async fn advise(model: &Path, division: &Division, ground: Ground) ->
     };
     let node = |(rank, bytes_per_second): (usize, f64)| NodeFacts {
         bytes_per_second,
-        memory_bytes: memory.as_ref().map(|memory| memory[rank].as_u64()),
+        memory_bytes: memory.as_ref().map(|memory| memory[rank].bytes()),
         source,
     };
     let nodes: Vec<NodeFacts> = speeds.into_iter().enumerate().map(node).collect();
@@ -248,10 +248,6 @@ impl Source {
 
 /// One number for every node, or one that holds for all.
 fn for_each(flag: &str, given: &[ByteSize], count: usize) -> Result<Option<Vec<ByteSize>>> {
-    ensure!(
-        given.iter().all(|size| size.as_u64() > 0),
-        "every number of {flag} must be above 0"
-    );
     match given {
         [] => Ok(None),
         [one] => Ok(Some(vec![*one; count])),
@@ -335,7 +331,7 @@ async fn network(
 ) -> Result<NetworkFacts> {
     let given = (
         exchange.map(|exchange| exchange.as_secs_f64()),
-        link.map(|link| link.as_u64() as f64),
+        link.map(|link| link.bytes() as f64),
     );
     let measured = match given {
         (Some(exchange), Some(link)) => (exchange, link),

@@ -6,14 +6,16 @@ use std::time::Duration;
 
 use actix::Actor;
 use anyhow::Result;
-use offbook_actors::{ShardWorker, ShardWorkerConfig, WindowSettings};
+use offbook_actors::{ShardWorker, ShardWorkerConfig};
 use offbook_runtime::supervise::lifeline;
 use offbook_runtime::{Identity, ProcessName, System, SystemConfig};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::byte_size::ByteSize;
 use crate::cli::Shard;
 use crate::cluster_file::{ClusterFile, identity_file};
 use crate::node::boot;
+use crate::throttle;
 
 pub(crate) async fn run(options: Shard) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
@@ -43,7 +45,11 @@ pub(crate) async fn run(options: Shard) -> Result<()> {
         trust,
         tensors: own.address.ip(),
         model: options.model,
-        window: WindowSettings::default(),
+        window: throttle::chosen(cluster.window_settings())?,
+        memory_limit_bytes: options
+            .memory_limit
+            .or(own.memory_limit)
+            .map(ByteSize::bytes),
         stalls: cluster.stall_limits(),
     };
     ShardWorker::new(system.clone(), config)?.start();

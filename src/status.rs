@@ -1,7 +1,7 @@
 //! `offbook status`: what an operator wants to know of a running cluster, in one look.
 
 use anyhow::{Context, Result, bail};
-use offbook_protocol::{ClusterReport, NodeReport, Phase, ShardReport};
+use offbook_protocol::{ClusterReport, NodeReport, Phase, ShardReport, ShardSteps};
 
 use crate::cli::Status;
 
@@ -20,7 +20,46 @@ pub(crate) async fn run(options: Status) -> Result<()> {
     let report = serde_json::from_str(&text);
     let report = report.with_context(|| format!("{url} is not the report of a cluster"))?;
     print!("{}", table(&report));
+    // Shards that stand still do not answer, and the state of the cluster is worth more than theirs.
+    let answer = reqwest::get(format!("{url}/shards")).await;
+    if let Ok(answer) = answer
+        && let Ok(shards) = answer.json::<Vec<ShardSteps>>().await
+        && !shards.is_empty()
+    {
+        print!("\n{}", holdings(&shards));
+    }
     Ok(())
+}
+
+/// What the caches and MLX hold, by rank.
+fn holdings(shards: &[ShardSteps]) -> String {
+    let mib = |bytes: u64| bytes >> 20;
+    let mut text = format!(
+        "{:>4}  {:>19}  {:>11}  {:>10}  {:>9}  {:>9}  {:>9}  {:>14}\n",
+        "rank",
+        "KV tokens in use/of",
+        "preemptions",
+        "active MiB",
+        "cache MiB",
+        "peak MiB",
+        "limit MiB",
+        "window pre/dec"
+    );
+    for shard in shards {
+        let (kv, memory, throttle) = (&shard.kv, &shard.memory, &shard.throttle);
+        text += &format!(
+            "{:>4}  {:>19}  {:>11}  {:>10}  {:>9}  {:>9}  {:>9}  {:>14}\n",
+            shard.rank.to_string(),
+            format!("{}/{}", kv.in_use_tokens, kv.capacity_tokens),
+            kv.preemptions,
+            mib(memory.active_bytes),
+            mib(memory.cache_bytes),
+            mib(memory.peak_bytes),
+            mib(memory.limit_bytes),
+            format!("{}/{}", throttle.prefill_window, throttle.decode_window),
+        );
+    }
+    text
 }
 
 fn table(report: &ClusterReport) -> String {
@@ -103,9 +142,41 @@ fn printable(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use offbook_protocol::{Epoch, FastSynch, Layout, Rank, Transport};
+    use offbook_protocol::{
+        Epoch, FastSynch, KvFigures, Layout, MemoryFigures, Rank, StepHistograms, ThrottleFigures,
+        Transport,
+    };
 
     use super::*;
+
+    #[test]
+    fn every_rank_has_a_row_of_what_it_holds() {
+        let shard = ShardSteps {
+            rank: Rank(1),
+            node: "b".into(),
+            decode: StepHistograms::default(),
+            prefill: StepHistograms::default(),
+            kv: KvFigures {
+                in_use_tokens: 512,
+                retained_tokens: 256,
+                capacity_tokens: 8192,
+                preemptions: 3,
+            },
+            memory: MemoryFigures {
+                active_bytes: 77 << 20,
+                ..MemoryFigures::default()
+            },
+            throttle: ThrottleFigures {
+                prefill_window: 15,
+                decode_window: 100,
+                ..ThrottleFigures::default()
+            },
+        };
+        let text = holdings(&[shard]);
+        let row: Vec<&str> = text.lines().last().unwrap().split_whitespace().collect();
+        let expected = ["1", "512/8192", "3", "77", "0", "0", "0", "15/100"];
+        assert_eq!(row, expected);
+    }
 
     #[test]
     fn a_shard_that_is_given_up_is_shown_with_its_last_words() {

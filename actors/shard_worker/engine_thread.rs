@@ -2,19 +2,22 @@
 //! share, then run an epoch until it ends, then whatever comes next.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 use std::sync::mpsc as blocking;
 
 use offbook_collectives::{FastSynch, Group, GroupHandle, can_delegate};
+use offbook_engine::batch::KvUse;
+use offbook_engine::memory as device_memory;
 use offbook_engine::{
-    Command, EndReason, Engine, LoopEnd, LoopOptions, Report, StepError, StepTiming, step_loop,
+    Command, EndReason, Engine, LoopEnd, LoopOptions, Report, StepError, StepTiming, Window,
+    step_loop,
 };
 use offbook_protocol::{Epoch, LoadProgress, Rank, ShardSpec, StepOutcome, Transport};
 use tokio::sync::{mpsc, oneshot};
 
+use super::LoadRefusal;
+use super::memory::{self, Bound};
 use super::step_record::StepRecord;
 use super::watchdog::{Phase, Progress};
-use super::{LoadRefusal, Work, memory};
 use crate::collective::GroupSeed;
 
 /// The sending end of the thread's orders. When the last one is dropped, the thread ends.
@@ -26,7 +29,6 @@ pub(super) struct EngineThread {
 /// What the thread says without being asked.
 pub(super) enum News {
     Progress(LoadProgress),
-    Work(Work),
     Ended {
         epoch: Epoch,
         failure: Option<String>,
@@ -39,11 +41,15 @@ pub(super) struct Held {
     pub(super) sampling_rank: Rank,
     pub(super) context_tokens: u32,
     pub(super) vocabulary: u32,
+    /// Positions that this rank's caches may hold together.
+    pub(super) kv_tokens: u32,
 }
 
 /// One epoch to run.
 pub(super) struct Run {
     pub(super) epoch: Epoch,
+    /// Positions that the caches may hold together, on every rank.
+    pub(super) kv_tokens: u32,
     pub(super) seed: GroupSeed,
     pub(super) commands: blocking::Receiver<Command>,
     pub(super) outcomes: mpsc::Sender<StepOutcome>,
@@ -64,20 +70,21 @@ enum Order {
 
 impl EngineThread {
     pub(super) fn start(
-        node: String,
-        window: Arc<AtomicU32>,
+        place: Place,
+        window: Arc<Window>,
         steps: StepRecord,
         progress: Progress,
     ) -> std::io::Result<(Self, mpsc::Receiver<News>)> {
         let (orders, ordered) = blocking::sync_channel(ORDERS_MAX);
         let (news, told) = mpsc::channel(NEWS_MAX);
         let thread = Thread {
-            node,
+            place,
             news,
             window,
             steps,
             progress,
             held: None,
+            device_bytes: None,
         };
         std::thread::Builder::new()
             .name("engine".into())
@@ -117,18 +124,36 @@ impl EngineThread {
     }
 }
 
+/// Where the thread works, and what it may take there.
+pub(super) struct Place {
+    pub(super) node: String,
+    pub(super) memory_limit_bytes: Option<u64>,
+}
+
+/// A share that is loaded, for what, and how many positions of caches fit beside it.
+struct Share {
+    spec: ShardSpec,
+    engine: Engine,
+    kv_tokens: u32,
+}
+
 struct Thread {
-    node: String,
+    place: Place,
     news: mpsc::Sender<News>,
-    window: Arc<AtomicU32>,
+    window: Arc<Window>,
     steps: StepRecord,
     progress: Progress,
     /// What is loaded, and for what: another epoch of the same share needs no reading.
-    held: Option<(ShardSpec, Engine)>,
+    held: Option<Share>,
+    /// What a device with memory of its own has.
+    device_bytes: Option<u64>,
 }
 
 impl Thread {
     fn work(mut self, orders: &blocking::Receiver<Order>) {
+        if let Err(error) = self.keep_to_the_limit() {
+            tracing::error!(%error, "MLX takes no memory limit: the device will say why");
+        }
         while let Ok(order) = orders.recv() {
             match order {
                 Order::Load(spec, reply) => {
@@ -138,6 +163,14 @@ impl Thread {
             }
             self.progress.note(Phase::Idle);
         }
+    }
+
+    fn keep_to_the_limit(&mut self) -> Result<(), Box<dyn std::error::Error>> {
+        self.device_bytes = device_memory::device_bytes()?;
+        if let Some(bytes) = self.place.memory_limit_bytes {
+            device_memory::limit(bytes)?;
+        }
+        Ok(())
     }
 
     fn load(&mut self, spec: ShardSpec) -> Result<Held, LoadRefusal> {
@@ -155,10 +188,12 @@ impl Thread {
             // Another epoch would not bring another device.
             can_delegate().map_err(|why| lasting(format!("fast_synch is required, but {why}")))?;
         }
-        if !self.held.as_ref().is_some_and(|(held, _)| same(held)) {
+        if !self.held.as_ref().is_some_and(|held| same(&held.spec)) {
             // Two shares at once might not fit.
             self.held = None;
-            memory::check(&spec, &self.node).map_err(lasting)?;
+            let _ = device_memory::clear_cache();
+            let bound = Bound::of(self.place.memory_limit_bytes, self.device_bytes);
+            let kv_tokens = memory::kv_tokens(&spec, &self.place.node, bound).map_err(lasting)?;
             let (news, progress) = (self.news.clone(), self.progress.clone());
             progress.note(Phase::Load);
             let engine = Engine::load(&spec, &mut |load| {
@@ -166,11 +201,17 @@ impl Thread {
                 let _ = news.try_send(News::Progress(load));
             });
             let engine = engine.map_err(|error| lasting(error.to_string()))?;
-            self.held = Some((spec.clone(), engine));
+            self.held = Some(Share {
+                spec: spec.clone(),
+                engine,
+                kv_tokens,
+            });
         }
-        let (held, engine) = self.held.as_mut().expect("it was loaded above");
-        held.epoch = spec.epoch;
+        let held = self.held.as_mut().expect("it was loaded above");
+        held.spec.epoch = spec.epoch;
+        let engine = &held.engine;
         Ok(Held {
+            kv_tokens: held.kv_tokens,
             sampling_rank: engine.partition().sampling_rank(),
             context_tokens: spec.context_tokens,
             vocabulary: engine.config().vocabulary_size as u32,
@@ -180,14 +221,16 @@ impl Thread {
     fn run(&mut self, run: Run, reply: oneshot::Sender<Result<Begun, String>>) {
         let Run {
             epoch,
+            kv_tokens,
             seed,
             commands,
             outcomes,
         } = run;
-        let Some((spec, engine)) = self.held.take().filter(|(spec, _)| spec.epoch == epoch) else {
+        let Some(mut share) = self.held.take().filter(|held| held.spec.epoch == epoch) else {
             let _ = reply.send(Err(format!("no share is loaded for epoch {epoch}")));
             return;
         };
+        let spec = share.spec.clone();
         let transport = spec.transport;
         let deadline = spec.collective_deadline;
         let fast_synch = match spec.fast_synch {
@@ -207,7 +250,7 @@ impl Thread {
         let group = match group {
             Ok(group) => group,
             Err(error) => {
-                self.held = Some((spec, engine));
+                self.held = Some(share);
                 let _ = reply.send(Err(error.to_string()));
                 return;
             }
@@ -219,19 +262,20 @@ impl Thread {
         }));
         let report = Reporter {
             outcomes: Some(outcomes),
-            news: self.news.clone(),
             steps: self.steps.clone(),
             progress: self.progress.clone(),
-            work: None,
         };
+        share.engine.bound_caches(kv_tokens);
         let options = LoopOptions {
             epoch,
             window: Arc::clone(&self.window),
             step_log_every: STEP_LOG_EVERY,
             plan_deadline: spec.collective_deadline,
         };
-        let LoopEnd { engine, reason } = step_loop::run(engine, group, commands, report, options);
-        self.held = Some((spec, engine));
+        let LoopEnd { engine, reason } =
+            step_loop::run(share.engine, group, commands, report, options);
+        self.steps.note_end();
+        self.held = Some(Share { engine, ..share });
         let failure = match reason {
             EndReason::Shutdown => None,
             EndReason::Failed(error) => Some(error.to_string()),
@@ -244,10 +288,8 @@ impl Thread {
 struct Reporter {
     /// None once one was not taken.
     outcomes: Option<mpsc::Sender<StepOutcome>>,
-    news: mpsc::Sender<News>,
     steps: StepRecord,
     progress: Progress,
-    work: Option<Work>,
 }
 
 impl Report for Reporter {
@@ -258,8 +300,9 @@ impl Report for Reporter {
         });
     }
 
-    fn idles(&mut self) {
+    fn idles(&mut self, kv: KvUse) {
         self.progress.note(Phase::Idle);
+        self.steps.note_idle(kv);
     }
 
     fn outcome(&mut self, outcome: StepOutcome) {
@@ -271,14 +314,6 @@ impl Report for Reporter {
 
     fn timing(&mut self, timing: StepTiming) {
         self.steps.note(&timing);
-        let work = if timing.prefill_tokens > 0 {
-            Work::Prefill
-        } else {
-            Work::Decode
-        };
-        if self.work.replace(work) != Some(work) {
-            let _ = self.news.try_send(News::Work(work));
-        }
     }
 
     /// The end of the loop says it too, when the engine is free again.

@@ -1,46 +1,98 @@
-//! Refuses a share that this machine cannot hold, before a byte of it is read.
+//! Whether this machine can hold a share, and how many positions of caches beside it: asked before a
+//! byte of it is read.
 
-use std::process::Command;
+use std::fmt;
 
+use offbook_engine::batch::KV_BLOCK_TOKENS;
 use offbook_engine::budget::Place;
 use offbook_engine::{Budget, Checkpoint, ModelConfig, Partition, Precision, Workload};
 use offbook_protocol::ShardSpec;
 
-/// An error that names the node, the rank and the bytes, when not even a short conversation would
-/// fit, or not the caches that were asked for; a warning when the longest sequence would not. Whatever else is wrong with the model is for the
-/// loader to say.
-pub(super) fn check(spec: &ShardSpec, node: &str) -> Result<(), String> {
-    let Some(available) = available_bytes() else {
-        return Ok(());
-    };
-    let Some(budget) = budgets(spec) else {
-        return Ok(());
+use crate::system_memory::SystemMemory;
+
+/// What a share may take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bound {
+    bytes: u64,
+    source: Source,
+}
+
+/// Where a bound comes from, which says what would raise it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    /// An operator.
+    Limit,
+    /// The device, or the machine.
+    Machine,
+}
+
+impl Bound {
+    /// The smallest of what an operator allows, what a device with memory of its own has
+    /// (`device_bytes`), and, where it has none, what the system could give now. `None` where nobody
+    /// says.
+    pub(super) fn of(limit_bytes: Option<u64>, device_bytes: Option<u64>) -> Option<Self> {
+        let machine = device_bytes.or_else(SystemMemory::loadable_bytes);
+        let limit = limit_bytes.map(|bytes| (bytes, Source::Limit));
+        let machine = machine.map(|bytes| (bytes, Source::Machine));
+        let least = [limit, machine].into_iter().flatten();
+        let (bytes, source) = least.min_by_key(|(bytes, _)| *bytes)?;
+        Some(Self { bytes, source })
+    }
+}
+
+/// What to change so that a share fits.
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Limit => "raise its memory limit (--memory-limit, or memory_limit of the node)",
+            Self::Machine => "free memory there",
+        })?;
+        f.write_str(", give it a smaller weight, or add nodes")
+    }
+}
+
+/// Positions that the caches of this rank may hold together: as many as were asked for, or, where
+/// nobody asked for a number, as many of these as there is memory for, in whole blocks. Whatever else
+/// is wrong with the model is for the loader to say.
+///
+/// # Errors
+/// Naming the node, the rank, the bytes and what to change, when not even a short conversation would
+/// fit, or not the caches that were asked for.
+pub(super) fn kv_tokens(spec: &ShardSpec, node: &str, bound: Option<Bound>) -> Result<u32, String> {
+    let asked = spec.kv_tokens();
+    let (Some(bound), Some(budget)) = (bound, budgets(spec)) else {
+        return Ok(asked);
     };
     let place = Place {
         rank: spec.rank,
         node,
     };
-    let fits = |context_tokens: u32| {
-        let fits = budget(context_tokens).fits(place, available);
-        fits.map_err(|error| error.to_string())
-    };
-    fits(spec.context_tokens.min(SHORT_CONTEXT_TOKENS))?;
+    let remedy = bound.source;
+    let fits = |kv_tokens: u32| budget(kv_tokens).fits(place, bound.bytes);
+    let least = spec.context_tokens.min(SHORT_CONTEXT_TOKENS);
+    fits(least).map_err(|error| format!("{error}: {remedy}"))?;
     if let Some(kv_tokens) = spec.kv_tokens {
-        return fits(kv_tokens).map_err(|error| {
-            format!("{error}: lower limits.kv_tokens, which is {kv_tokens}, in the cluster file")
+        return fits(kv_tokens).map(|()| asked).map_err(|error| {
+            format!(
+                "{error}: lower limits.kv_tokens, which is {kv_tokens}, in the cluster file, or \
+                 {remedy}"
+            )
         });
     }
-    let (context, kept) = (spec.context_tokens, spec.retained_tokens());
-    if let Err(error) = fits(context.saturating_add(kept)) {
-        tracing::warn!(
-            error,
-            context,
-            kept,
-            "a sequence of the full context will not fit beside what the prefix cache keeps: lower \
-             limits.context_tokens, or say with limits.kv_tokens how much there is"
-        );
+    if fits(asked).is_ok() {
+        return Ok(asked);
     }
-    Ok(())
+    let block = KV_BLOCK_TOKENS as u32;
+    // A budget grows with the positions: so many blocks fit, and no more.
+    let (mut fit, mut too_many) = (least / block, asked.div_ceil(block));
+    while fit + 1 < too_many {
+        let middle = fit.midpoint(too_many);
+        match fits(middle * block) {
+            Ok(()) => fit = middle,
+            Err(_) => too_many = middle,
+        }
+    }
+    Ok((fit * block).max(least))
 }
 
 /// What this share needs, by the positions that all caches hold together.
@@ -69,24 +121,6 @@ fn budgets(spec: &ShardSpec) -> Option<impl Fn(u32) -> Budget + use<>> {
     })
 }
 
-/// What the system could give now, or `None` where it does not say.
-fn available_bytes() -> Option<u64> {
-    if cfg!(target_os = "macos") {
-        // Unified memory, all of it: macOS moves what is idle out of the way.
-        let output = Command::new("sysctl")
-            .args(["-n", "hw.memsize"])
-            .output()
-            .ok()?;
-        return String::from_utf8(output.stdout).ok()?.trim().parse().ok();
-    }
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
-}
-
 /// Below this a model is of no use, so a machine must hold at least as much.
 const SHORT_CONTEXT_TOKENS: u32 = 4096;
 
@@ -96,10 +130,9 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn caches_that_cannot_be_held_are_refused_with_the_key_to_lower() {
+    fn spec(context_tokens: u32, kv_tokens: Option<u32>) -> ShardSpec {
         let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/dense-f32");
-        let spec = |kv_tokens| ShardSpec {
+        ShardSpec {
             epoch: Epoch(1),
             rank: Rank(0),
             model: model.into(),
@@ -108,21 +141,54 @@ mod tests {
             transport: Transport::Quic,
             fast_synch: FastSynch::Auto,
             prefill_chunk_tokens: 16,
-            context_tokens: 64,
-            sequences_max: 1,
-            kv_tokens: Some(kv_tokens),
+            context_tokens,
+            sequences_max: 16,
+            kv_tokens,
             prefix_cache: true,
             collective_deadline: std::time::Duration::from_secs(1),
-        };
-        check(&spec(256), "a").unwrap();
-        let error = check(&spec(u32::MAX), "a").unwrap_err();
+        }
+    }
+
+    fn limited(bytes: u64) -> Option<Bound> {
+        let bound = Bound::of(Some(bytes), None);
+        assert_eq!(bound.map(|bound| bound.source), Some(Source::Limit));
+        bound
+    }
+
+    #[test]
+    fn caches_that_cannot_be_held_are_refused_with_the_key_to_lower() {
+        let bound = Bound::of(None, None);
+        assert_eq!(kv_tokens(&spec(64, Some(256)), "a", bound), Ok(256));
+        let error = kv_tokens(&spec(64, Some(u32::MAX)), "a", bound).unwrap_err();
         let remedy = "lower limits.kv_tokens, which is 4294967295, in the cluster file";
         assert!(error.contains(remedy), "{error}");
     }
 
     #[test]
-    fn the_system_says_what_it_has() {
-        let available = available_bytes().expect("Linux and macOS say so");
-        assert!(available > 1 << 20, "{available} bytes");
+    fn a_share_beyond_the_limit_is_refused_with_rank_node_bytes_and_remedy() {
+        let error = kv_tokens(&spec(64, None), "macbook", limited(100_000)).unwrap_err();
+        for part in [
+            "rank 0 does not fit node 'macbook'",
+            "and has 100000",
+            "raise its memory limit (--memory-limit, or memory_limit of the node)",
+        ] {
+            assert!(error.contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn caches_that_nobody_asked_for_shrink_to_what_fits_and_fill_it() {
+        let spec = spec(8192, None);
+        let budget = budgets(&spec).unwrap();
+        let asked = spec.kv_tokens();
+        let bytes = |kv_tokens| budget(kv_tokens).bytes();
+        let between = bytes(8192).midpoint(bytes(asked));
+        let fit = kv_tokens(&spec, "a", limited(between)).unwrap();
+        assert!(fit < asked && fit.is_multiple_of(256), "{fit} of {asked}");
+        assert!(bytes(fit) <= between && bytes(fit + 256) > between);
+        assert_eq!(kv_tokens(&spec, "a", limited(bytes(asked))), Ok(asked));
+        let least = bytes(SHORT_CONTEXT_TOKENS);
+        assert_eq!(kv_tokens(&spec, "a", limited(least)), Ok(4096));
+        assert!(kv_tokens(&spec, "a", limited(least - 1)).is_err());
     }
 }

@@ -2,7 +2,7 @@
 
 use axum::Json;
 use axum::extract::State;
-use offbook_protocol::{ClusterReport, Rejection};
+use offbook_protocol::{ClusterReport, Rejection, ShardSteps};
 
 use super::Api;
 use super::error::ApiError;
@@ -13,4 +13,9 @@ pub(super) async fn report(State(api): State<Api>) -> Result<Json<ClusterReport>
     report
         .map(Json)
         .map_err(|detail| Rejection::NotReady { detail }.into())
+}
+
+/// What each shard counts and holds, in rank order; without those that do not answer now.
+pub(super) async fn shards(State(api): State<Api>) -> Json<Vec<ShardSteps>> {
+    Json(api.service.backend.steps().await)
 }

@@ -1,5 +1,5 @@
 //! `GET /metrics`, in the format that Prometheus reads: what clients wait for, and where the time of
-//! every shard's steps goes. Figures alone: no prompt, no answer, no name of a client.
+//! every shard's steps goes, what its caches and MLX hold. Figures alone: no prompt, no answer, no name of a client.
 
 use std::fmt;
 use std::sync::Arc;
@@ -203,7 +203,8 @@ impl Collector for Scrape {
         if let Some(report) = &self.report {
             cluster(report, &mut encoder)?;
         }
-        steps(&self.steps, &mut encoder)
+        steps(&self.steps, &mut encoder)?;
+        holdings(&self.steps, &mut encoder)
     }
 }
 
@@ -288,6 +289,99 @@ fn steps(shards: &[ShardSteps], encoder: &mut DescriptorEncoder<'_>) -> fmt::Res
         }
     }
     Ok(())
+}
+
+/// What each rank's caches and MLX hold, and the window.
+fn holdings(shards: &[ShardSteps], encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let gauges: [(&str, &str, Figure); 7] = [
+        (
+            "kv_tokens_in_use",
+            "Positions that running sequences have reserved in the caches",
+            |shard| shard.kv.in_use_tokens,
+        ),
+        (
+            "kv_tokens_retained",
+            "Positions kept of sequences that are gone, until somebody needs the room",
+            |shard| shard.kv.retained_tokens,
+        ),
+        (
+            "kv_tokens_capacity",
+            "Positions that the caches may hold",
+            |shard| shard.kv.capacity_tokens,
+        ),
+        (
+            "memory_active_bytes",
+            "Bytes of MLX's arrays: weights, caches, results of layers",
+            |shard| shard.memory.active_bytes,
+        ),
+        (
+            "memory_cache_bytes",
+            "Bytes that MLX has freed and keeps",
+            |shard| shard.memory.cache_bytes,
+        ),
+        (
+            "memory_peak_bytes",
+            "The most bytes that were in MLX's arrays at once",
+            |shard| shard.memory.peak_bytes,
+        ),
+        ("memory_limit_bytes", "Bytes that MLX keeps to", |shard| {
+            shard.memory.limit_bytes
+        }),
+    ];
+    for (name, help, figure) in gauges {
+        let mut family = gauge(encoder, name, help)?;
+        for shard in shards {
+            let value = ConstGauge::new(figure(shard));
+            value.encode(family.encode_family(&rank_and_node(shard))?)?;
+        }
+    }
+    let help = "Layers in flight at most, by kind of step";
+    let mut window = gauge(encoder, "throttle_window", help)?;
+    for shard in shards {
+        let [rank, node] = rank_and_node(shard);
+        for (kind, layers) in [
+            ("decode", shard.throttle.decode_window),
+            ("prefill", shard.throttle.prefill_window),
+        ] {
+            let labels = [rank.clone(), node.clone(), ("kind", kind.to_owned())];
+            ConstGauge::new(u64::from(layers)).encode(window.encode_family(&labels)?)?;
+        }
+    }
+    let counters: [(&str, &str, Figure); 3] = [
+        (
+            "preemptions",
+            "How often a sequence gave its cache up for an older one",
+            |shard| shard.kv.preemptions,
+        ),
+        (
+            "throttle_shrinks",
+            "How often the window was made smaller because memory was short",
+            |shard| shard.throttle.shrinks,
+        ),
+        (
+            "cache_clears",
+            "How often MLX's cache was cleared because memory was short",
+            |shard| shard.throttle.cache_clears,
+        ),
+    ];
+    for (name, help, figure) in counters {
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for shard in shards {
+            let value = ConstCounter::new(figure(shard));
+            value.encode(family.encode_family(&rank_and_node(shard))?)?;
+        }
+    }
+    Ok(())
+}
+
+/// One figure of a shard.
+type Figure = fn(&ShardSteps) -> u64;
+
+fn rank_and_node(shard: &ShardSteps) -> [(&'static str, String); 2] {
+    [
+        ("rank", shard.rank.to_string()),
+        ("node", shard.node.clone()),
+    ]
 }
 
 fn counted(

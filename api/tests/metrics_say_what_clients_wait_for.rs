@@ -3,7 +3,7 @@
 mod support;
 
 use futures::StreamExt;
-use offbook_protocol::{Phase, Rejection};
+use offbook_protocol::{Phase, Rejection, ShardSteps};
 use serde_json::json;
 use support::{Script, Server, Step, report};
 
@@ -82,4 +82,35 @@ async fn a_cluster_that_is_not_ready_says_so_and_its_shards_still_count() {
     server.set_cluster(Ok(report(Phase::Ready, "")));
     let text = server.get("/metrics").await.text().await.unwrap();
     assert_eq!(value(&text, "offbook_ready "), 1.0);
+}
+
+#[tokio::test]
+async fn what_caches_and_memory_hold_is_there_by_rank() {
+    let server = Server::start([]).await;
+    let text = server.get("/metrics").await.text().await.unwrap();
+    for (name, expected) in [
+        ("kv_tokens_in_use", 512.0),
+        ("kv_tokens_capacity", 4096.0),
+        ("preemptions_total", 3.0),
+        ("memory_active_bytes", 7e9),
+        ("memory_cache_bytes", 5.0),
+        ("memory_peak_bytes", 8e9),
+        ("memory_limit_bytes", 9e9),
+        ("throttle_shrinks_total", 1.0),
+        ("cache_clears_total", 2.0),
+    ] {
+        let line = format!("offbook_{name}{{rank=\"0\",node=\"node-1\"}}");
+        assert!((value(&text, &line) - expected).abs() < 0.5, "{name}");
+    }
+    for (kind, layers) in [("prefill", 15.0), ("decode", 100.0)] {
+        let line = format!("offbook_throttle_window{{rank=\"0\",node=\"node-1\",kind=\"{kind}\"}}");
+        assert!((value(&text, &line) - layers).abs() < 0.5, "{kind}");
+    }
+    let shards: Vec<ShardSteps> = server
+        .get("/v1/cluster/shards")
+        .await
+        .json()
+        .await
+        .expect("the same figures for programs");
+    assert_eq!(shards[0].kv.in_use_tokens, 512);
 }

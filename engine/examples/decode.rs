@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use offbook_collectives::Group;
-use offbook_engine::{Command, Engine, LoopOptions, Report, StepError, StepTiming, step_loop};
+use offbook_engine::{
+    Command, Engine, LoopOptions, Report, StepError, StepTiming, Window, step_loop,
+};
 use offbook_protocol::{
     Epoch, FastSynch, Join, Layout, NodeWeight, Plan, PlanNumber, Rank, Sampling, SequenceId,
     ShardSpec, StepOutcome, Transport,
@@ -75,7 +76,7 @@ fn spec(model: PathBuf, context_tokens: u32) -> ShardSpec {
 fn options() -> LoopOptions {
     LoopOptions {
         epoch: Epoch(1),
-        window: Arc::new(AtomicU32::new(100)),
+        window: Arc::new(Window::new(100, 100)),
         step_log_every: 0,
         plan_deadline: Duration::from_secs(10),
     }

@@ -24,6 +24,7 @@ fn of_every_share_of_a_model_with_random_weights() {
                 weights: vec![NodeWeight(1.0); 2],
                 rank: Rank(rank),
                 context_tokens: trial.context_needed(),
+                prefill_chunk_tokens: 512,
             };
             let engine = Engine::random(&share, 1).unwrap();
             let (engine, timings) = trial.run(engine, Group::solo());

@@ -80,6 +80,7 @@ async fn one_cluster(options: &BenchDecode, model: &Path, nodes: u32) -> Result<
         fast_synch: None,
         gpus: None,
         data_dir: None,
+        memory_limit: None,
         sequences: 1,
         request_timeout: Duration::from_secs(600),
         drain: Duration::from_secs(1),

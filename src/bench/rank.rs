@@ -10,11 +10,12 @@ use anyhow::Result;
 use offbook_collectives::conformance::{ConformanceError, Exactness, verify};
 use offbook_collectives::measure::{self, Probe, Products, Summation};
 use offbook_collectives::{CollectiveError, Group};
-use offbook_engine::{Engine, ModelConfig, StepTiming, Trial, TrialShare};
+use offbook_engine::{Engine, ModelConfig, StepTiming, TRIAL_CHUNK_TOKENS, Trial, TrialShare};
 use offbook_protocol::NodeWeight;
 use offbook_runtime::supervise::lifeline;
 
 use super::form::{MEETING_MAX, form};
+use super::prefill_memory;
 use super::ranks::{Assignment, Event, Failed, Job, Latency, ModelJob, StepTimes};
 use crate::cli::{MINIMAX, Rank};
 use crate::logging;
@@ -90,6 +91,13 @@ impl Member<'_> {
             Job::Model(job) => {
                 let groups = std::mem::take(&mut self.groups);
                 self.model(job, groups)
+            }
+            Job::PrefillMemory(job) => {
+                let figures = prefill_memory::measure(job).map_err(|why| {
+                    Box::new(failed(None, &format!("{why:#}"), None, Duration::ZERO))
+                })?;
+                say(&Event::PrefillMemory(figures));
+                Ok(())
             }
             Job::Latency { bytes, rounds } => bytes
                 .iter()
@@ -279,6 +287,7 @@ impl Member<'_> {
             weights: vec![NodeWeight(1.0); self.assignment.ranks],
             rank: offbook_protocol::Rank(self.rank as u32),
             context_tokens: trial.context_needed(),
+            prefill_chunk_tokens: TRIAL_CHUNK_TOKENS,
         };
         let mut engine = Engine::random(&share, SEED).map_err(|why| broken(None, &why))?;
         let mut timings = vec![Vec::new(); job.kinds];

@@ -17,6 +17,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 
+use super::prefill_memory::{PrefillFigures, PrefillJob};
 use super::wire::Wire;
 use crate::local_cluster::{reserve_tcp, reserve_udp};
 
@@ -87,6 +88,8 @@ pub(crate) enum Job {
         /// Counts the graphs that the device instantiates, which slows every step down.
         count_graphs: bool,
     },
+    /// Long prompts through a model with random weights, under a window of layers in flight.
+    PrefillMemory(PrefillJob),
     /// Decode steps of a model with random weights, see [`offbook_engine::Trial`].
     Model(ModelJob),
 }
@@ -128,6 +131,7 @@ pub(crate) enum Event {
         error: String,
     },
     Step(StepTimes),
+    PrefillMemory(PrefillFigures),
     Failed(Failed),
     Done,
 }
@@ -360,7 +364,7 @@ impl Watch {
             Event::Ready { .. } => self.settled[rank] |= wanted == Wanted::Ready,
             Event::Done => self.settled[rank] |= wanted != Wanted::Failure,
             Event::Latency(_) | Event::Conformance { .. } => {}
-            Event::Broken { .. } | Event::Step(_) => {}
+            Event::Broken { .. } | Event::Step(_) | Event::PrefillMemory(_) => {}
         }
     }
 

@@ -14,8 +14,9 @@ use futures::{FutureExt, StreamExt, stream};
 use offbook_api::text::{Defaults, Text};
 use offbook_api::{Backend, Progress, Service, StreamError, Tokens};
 use offbook_protocol::{
-    Candidate, ClusterReport, Epoch, FinishReason, Layout, Phase, Rank, Rejection, Request,
-    SampledToken, SequenceId, ShardSteps, StepHistograms, Transport,
+    Candidate, ClusterReport, Epoch, FinishReason, KvFigures, Layout, MemoryFigures, Phase, Rank,
+    Rejection, Request, SampledToken, SequenceId, ShardSteps, StepHistograms, ThrottleFigures,
+    Transport,
 };
 use reqwest::{Client, Response};
 use serde_json::{Map, Value, json};
@@ -180,6 +181,24 @@ impl Backend for Scripted {
             node: "node-1".into(),
             decode: StepHistograms::default(),
             prefill: StepHistograms::default(),
+            kv: KvFigures {
+                in_use_tokens: 512,
+                retained_tokens: 256,
+                capacity_tokens: 4096,
+                preemptions: 3,
+            },
+            memory: MemoryFigures {
+                active_bytes: 7_000_000_000,
+                cache_bytes: 5,
+                peak_bytes: 8_000_000_000,
+                limit_bytes: 9_000_000_000,
+            },
+            throttle: ThrottleFigures {
+                prefill_window: 15,
+                decode_window: 100,
+                shrinks: 1,
+                cache_clears: 2,
+            },
         };
         steps.decode.total.observe(Duration::from_millis(3));
         async { vec![steps] }.boxed()

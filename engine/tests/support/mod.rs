@@ -9,13 +9,12 @@ pub(crate) mod ranks;
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
 use offbook_collectives::Group;
 use offbook_engine::{
-    Command, EndReason, Engine, LoopOptions, Report, StepError, StepTiming, step_loop,
+    Command, EndReason, Engine, LoopOptions, Report, StepError, StepTiming, Window, step_loop,
 };
 use offbook_protocol::{
     Epoch, Join, Layout, NodeWeight, Plan, PlanNumber, Rank, SampledToken, Sampling, SequenceId,
@@ -113,7 +112,7 @@ impl Cluster {
     pub(crate) fn options(&self) -> LoopOptions {
         LoopOptions {
             epoch: EPOCH,
-            window: Arc::new(AtomicU32::new(self.window)),
+            window: Arc::new(Window::new(self.window, self.window)),
             step_log_every: 0,
             plan_deadline: DEADLINE,
         }
