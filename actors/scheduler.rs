@@ -263,6 +263,16 @@ pub struct BeginEpoch {
     pub vocabulary: u32,
 }
 
+impl BeginEpoch {
+    fn serving(&self) -> Serving {
+        Serving {
+            epoch: self.epoch,
+            context_tokens: self.context_tokens,
+            vocabulary: self.vocabulary,
+        }
+    }
+}
+
 impl Handler<BeginEpoch> for Scheduler {
     type Result = ();
 
@@ -276,7 +286,8 @@ impl Handler<BeginEpoch> for Scheduler {
             .remote_stream::<WatchOutcomes>(&path(sampler.clone()));
         let epoch = begin.epoch;
         self.current = Some(epoch);
-        // Listen first, then send plans.
+        // The cluster says already that it is ready. Listen first, then send plans.
+        self.admission.open(begin.serving());
         let subscribe = async move {
             outcomes
                 .subscribe(WatchOutcomes { epoch }, SUBSCRIBE_DEADLINE)
@@ -302,17 +313,13 @@ impl Handler<BeginEpoch> for Scheduler {
 
 impl Scheduler {
     fn begin(&mut self, begin: BeginEpoch) {
+        let serving = begin.serving();
         let path = |process| ActorPath::new(process, names::SHARD_WORKER);
         self.shards = begin
             .shards
             .into_iter()
             .map(|process| self.system.remote(&path(process)))
             .collect();
-        let serving = Serving {
-            epoch: begin.epoch,
-            context_tokens: begin.context_tokens,
-            vocabulary: begin.vocabulary,
-        };
         for (client, failure) in self.admission.begin(serving) {
             Self::give_up(&client, failure);
         }

@@ -40,6 +40,8 @@ pub(crate) struct Admission<C> {
     leaving: Vec<SequenceId>,
     last_plan: PlanNumber,
     serving: Option<Serving>,
+    /// What requests have to fit: that epoch, or while none is under way the last one that was heard of.
+    latest: Option<Serving>,
     /// Why requests are refused rather than queued while no epoch is under way.
     closed: Option<String>,
 }
@@ -70,6 +72,7 @@ impl<C> Admission<C> {
             leaving: Vec::new(),
             last_plan: PlanNumber(0),
             serving: None,
+            latest: None,
             closed: Some("the model is still loading".into()),
         }
     }
@@ -113,7 +116,7 @@ impl<C> Admission<C> {
         if let Err(error) = request.sampling.validate() {
             return invalid(error.to_string());
         }
-        if let Some(serving) = &self.serving {
+        if let Some(serving) = &self.latest {
             let positions = request.prompt.len() + request.delivered.len();
             check_size(positions as u32, request, serving)?;
         }
@@ -212,10 +215,16 @@ impl<C> Admission<C> {
         entry.losses() > 0 && entry.losses() + 1 >= self.limits.losses_max
     }
 
+    /// An epoch is about to begin: whoever fits it is taken from now on, and waits.
+    pub(crate) fn open(&mut self, coming: Serving) {
+        self.latest = Some(coming);
+        self.closed = None;
+    }
+
     /// An epoch begins: plans count from 1 again. Requests that do not fit its model are handed back.
     pub(crate) fn begin(&mut self, serving: Serving) -> Vec<(C, RequestFailure)> {
+        self.open(serving);
         self.serving = Some(serving);
-        self.closed = None;
         self.last_plan = PlanNumber(0);
         self.leaving.clear();
         let misfit =

@@ -118,6 +118,21 @@ fn what_does_not_fit_is_refused_with_the_numbers() {
 }
 
 #[test]
+fn whoever_comes_while_an_epoch_is_about_to_begin_is_taken_and_waits() {
+    let mut admission = Admission::new(LIMITS);
+    let early = admission.submit(request(5), 'a');
+    assert!(matches!(early, Err((Rejection::NotReady { .. }, 'a'))));
+    // The cluster says that it is ready before the head listens to the rank that samples.
+    admission.open(serving(1));
+    let waits = admission.submit(request(5), 'b').unwrap();
+    let too_long = admission.submit(request(50), 'c');
+    assert!(matches!(too_long, Err((Rejection::TooLong { .. }, 'c'))));
+    assert_eq!(admission.next_plan(), None);
+    admission.begin(serving(1));
+    assert_eq!(admission.next_plan().unwrap().joins[0].sequence, waits);
+}
+
+#[test]
 fn a_client_that_leaves_frees_its_place_with_the_next_plan() {
     let mut admission = Admission::new(LIMITS);
     admission.begin(serving(1));
