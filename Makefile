@@ -1,5 +1,5 @@
 # Everything a newcomer types. `make up` and `make test` do their own set-up.
-.PHONY: up test build mlx lint bench clean
+.PHONY: up test build mlx lint bench bench-messages clean
 
 CARGO ?= cargo
 # cpu or cuda-13; on macOS mlx-sys builds MLX itself and this does nothing.
@@ -23,7 +23,9 @@ mlx: require-cargo
 lint: mlx
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
-	$(CARGO) fmt --check --manifest-path $(MLX_LINUX)/Cargo.toml
+	@for alone in $(MLX_LINUX) runtime/benches/peers runtime/fuzz; do \
+	  echo "$(CARGO) fmt --check --manifest-path $$alone/Cargo.toml"; \
+	  $(CARGO) fmt --check --manifest-path $$alone/Cargo.toml || exit 1; done
 	@if $(CARGO) deny --version >/dev/null 2>&1; then \
 	  $(CARGO) deny --offline --log-level error check bans licenses sources; \
 	else echo "lint: cargo-deny is not installed (cargo install cargo-deny), licences not checked"; fi
@@ -33,6 +35,10 @@ bench: build
 	@test -x $(BENCH)/bin/python || python3 -m venv $(BENCH)
 	@$(BENCH)/bin/python -c 'import mlx_lm' 2>/dev/null || $(BENCH)/bin/pip install --quiet $(MLX_LM)
 	target/release/offbook bench decode --python $(BENCH)/bin/python
+
+# Asks and tells beside kameo's and ractor_cluster's; needs no MLX.
+bench-messages: require-cargo
+	$(CARGO) run --release --locked --manifest-path runtime/benches/peers/Cargo.toml
 
 clean:
 	$(CARGO) clean
