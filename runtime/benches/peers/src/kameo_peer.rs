@@ -9,9 +9,9 @@ use libp2p::swarm::SwarmEvent;
 use libp2p::{Multiaddr, PeerId, SwarmBuilder};
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
-use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::sync::oneshot;
 
+use crate::far;
 use crate::timed::{Callee, measure};
 
 #[derive(Actor, RemoteActor)]
@@ -93,24 +93,11 @@ pub async fn serve() -> Result<()> {
     let actor = Echoing::spawn(Echoing { told: 0 });
     actor.register(NAME).await?;
     println!("{peer} {address}");
-    // The caller's end closes our standard input.
-    let mut end = String::new();
-    BufReader::new(tokio::io::stdin())
-        .read_line(&mut end)
-        .await?;
-    Ok(())
+    far::until_it_is_left().await
 }
 
 pub async fn call() -> Result<()> {
-    let mut child = tokio::process::Command::new(std::env::current_exe()?)
-        .args(["callee", "kameo"])
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()?;
-    let stdout = child.stdout.take().context("it is piped")?;
-    let line = BufReader::new(stdout).lines().next_line().await?;
-    let line = line.context("the callee said nothing")?;
+    let (_child, line) = far::start("kameo").await?;
     let (peer, address) = line
         .split_once(' ')
         .context("the callee said something else")?;

@@ -5,6 +5,7 @@
 //! runtime has it, codec, mailbox, the wake-ups of every thread. What is printed are medians over the
 //! turns, each with its lowest and highest.
 
+mod far;
 mod kameo_peer;
 mod offbook_peer;
 mod ractor_peer;

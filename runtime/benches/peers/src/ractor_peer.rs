@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, call};
 use ractor_cluster::{NodeServer, RactorClusterMessage};
-use tokio::io::{AsyncBufReadExt, BufReader};
 
+use crate::far;
 use crate::timed::{Callee, measure};
 
 #[derive(RactorClusterMessage)]
@@ -57,24 +57,12 @@ pub async fn serve() -> Result<()> {
     let (port, _server) = start("callee").await?;
     let (_actor, _) = Actor::spawn(Some("echoing".to_owned()), Echoing, ()).await?;
     println!("{port}");
-    // The caller's end closes our standard input.
-    let mut end = String::new();
-    BufReader::new(tokio::io::stdin())
-        .read_line(&mut end)
-        .await?;
-    Ok(())
+    far::until_it_is_left().await
 }
 
 pub async fn call() -> Result<()> {
-    let mut child = tokio::process::Command::new(std::env::current_exe()?)
-        .args(["callee", "ractor"])
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()?;
-    let stdout = child.stdout.take().context("it is piped")?;
-    let line = BufReader::new(stdout).lines().next_line().await?;
-    let port: u16 = line.context("the callee said nothing")?.trim().parse()?;
+    let (_child, line) = far::start("ractor").await?;
+    let port: u16 = line.trim().parse()?;
     let (_, server) = start("caller").await?;
     ractor_cluster::client_connect(&server, ("127.0.0.1", port)).await?;
     for _ in 0..100 {
