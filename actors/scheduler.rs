@@ -7,6 +7,8 @@
 
 mod journal;
 mod queue;
+#[cfg(test)]
+mod tests;
 pub(crate) mod admission;
 
 use std::time::{Duration, Instant};
@@ -14,13 +16,13 @@ use std::time::{Duration, Instant};
 use actix::{
     Actor, ActorFutureExt, AsyncContext, Context, Handler, Message, StreamHandler, WrapFuture,
 };
-use futures::{StreamExt, future, stream};
+use futures::{FutureExt, StreamExt, future, stream};
 use offbook_protocol::{
     Epoch, Plan, Rank, Request, RequestEvent, RequestFailure, SampledToken, SequenceId, StepOutcome,
 };
 use offbook_runtime::{
-    ActorPath, ItemSender, Open, ProcessName, Remote, StreamMessage, Subscription, System,
-    TrySendError,
+    ActorPath, AskError, ItemSender, Open, ProcessName, Remote, StreamMessage, Subscription,
+    System, TrySendError,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
@@ -73,24 +75,42 @@ impl Scheduler {
     }
 
     /// Sends the plans that are due to every shard at once.
-    fn send_plans(&mut self) {
+    fn send_plans(&mut self, ctx: &mut Context<Self>) {
         while let Some(plan) = self.admission.next_plan() {
             tracing::debug!(
                 epoch = %plan.epoch, plan = %plan.number,
                 joins = plan.joins.len(), leaves = plan.leaves.len(),
                 "a plan"
             );
-            self.fan_out(&plan);
+            self.fan_out(&plan, ctx);
         }
     }
 
-    fn fan_out(&self, plan: &Plan) {
+    /// Asked rather than told, so that a shard whose mailbox refuses a plan is known at once: it would miss
+    /// the plan's number when the next one comes, and the others wait for it.
+    fn fan_out(&self, plan: &Plan, ctx: &mut Context<Self>) {
+        let epoch = plan.epoch;
         for (rank, shard) in (0..).map(Rank).zip(&self.shards) {
-            if let Err(error) = shard.try_tell(ApplyPlan(plan.clone())) {
-                // The shard would miss the plan's number when the next one comes, and wait until then.
-                let why = format!("a plan was not sent to it: {}", error.reason);
-                self.report_failure(plan.epoch, rank, why);
-            }
+            let (shard, plan) = (shard.clone(), ApplyPlan(plan.clone()));
+            let mut taken = Box::pin(async move { shard.ask(plan, PLAN_DEADLINE).await });
+            // Looked at once it is on its way, before any plan that comes after it.
+            let sent = taken.as_mut().now_or_never();
+            let taken = async move {
+                match sent {
+                    Some(taken) => taken,
+                    None => taken.await,
+                }
+            };
+            ctx.spawn(taken.into_actor(self).map(move |taken, _, ctx| {
+                let Err(error) = taken else { return };
+                let why = format!("a plan did not reach it: {error}");
+                // Whoever lost the link knows better why.
+                let grace = match error {
+                    AskError::LinkLost(_) => SILENCE_GRACE,
+                    _ => Duration::ZERO,
+                };
+                ctx.run_later(grace, move |this, _| this.report_failure(epoch, rank, why));
+            }));
         }
     }
 
@@ -176,7 +196,7 @@ impl Handler<Open<Submit>> for Scheduler {
                 };
                 let begun_by = arrived + self.limits.queue_deadline;
                 self.watch(watched, begun_by, ctx);
-                self.send_plans();
+                self.send_plans(ctx);
             }
             Err((rejection, client)) => {
                 tracing::debug!(%rejection, prompt, "rejected");
@@ -215,7 +235,7 @@ impl Scheduler {
                     None => {}
                     Some(Untimely::Left) => {
                         this.admission.withdraw(watched.sequence);
-                        this.send_plans();
+                        this.send_plans(ctx);
                     }
                     Some(Untimely::Late) => this.end_late(watched, deadline, ctx),
                 }),
@@ -237,7 +257,7 @@ impl Scheduler {
         };
         if let Some(client) = self.admission.withdraw(watched.sequence) {
             Self::give_up(&client, failure);
-            self.send_plans();
+            self.send_plans(ctx);
         }
     }
 }
@@ -299,7 +319,7 @@ impl Handler<BeginEpoch> for Scheduler {
                 .map(move |subscribed, this, ctx| match subscribed {
                     Ok(outcomes) if this.current == Some(epoch) => {
                         ctx.add_stream(News::of(outcomes, epoch, begin.sampling_rank));
-                        this.begin(begin);
+                        this.begin(begin, ctx);
                     }
                     Ok(_) => {}
                     Err(error) => {
@@ -312,7 +332,7 @@ impl Handler<BeginEpoch> for Scheduler {
 }
 
 impl Scheduler {
-    fn begin(&mut self, begin: BeginEpoch) {
+    fn begin(&mut self, begin: BeginEpoch, ctx: &mut Context<Self>) {
         let serving = begin.serving();
         let path = |process| ActorPath::new(process, names::SHARD_WORKER);
         self.shards = begin
@@ -323,7 +343,7 @@ impl Scheduler {
         for (client, failure) in self.admission.begin(serving) {
             Self::give_up(&client, failure);
         }
-        self.send_plans();
+        self.send_plans(ctx);
     }
 
     /// Nothing comes from the rank that samples, or a plan did not go to a rank. If nobody has ended
@@ -368,7 +388,7 @@ impl StreamHandler<News> for Scheduler {
                 for token in outcome.tokens {
                     self.deliver(outcome.epoch, token);
                 }
-                self.send_plans();
+                self.send_plans(ctx);
                 if self.admission.running() == 0 {
                     self.stepped = None;
                 }
@@ -459,6 +479,8 @@ impl Handler<CountRequests> for Scheduler {
 
 /// A shard that was just told to serve answers within a round trip.
 pub(crate) const SUBSCRIBE_DEADLINE: Duration = Duration::from_secs(10);
+/// A shard's mailbox takes a plan within a round trip; a shard that stands still is lost long before.
+const PLAN_DEADLINE: Duration = Duration::from_secs(10);
 /// Whoever lost the rank that samples, or heard of its failure, has ended the epoch by then.
 pub(crate) const SILENCE_GRACE: Duration = Duration::from_secs(1);
 /// Longer than any step but one that waits for somebody who is lost.
