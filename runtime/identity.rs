@@ -135,6 +135,19 @@ impl Identity {
         Self::of_pair(node.trim(), pair)
     }
 
+    /// The key in this file; where there is no such file, a new one for the node called `node`, saved there.
+    ///
+    /// # Errors
+    /// Those of [`load`](Self::load), [`generate`](Self::generate) and [`save`](Self::save).
+    pub fn load_or_generate(path: &Path, node: &str) -> Result<Self, IdentityError> {
+        if path.exists() {
+            return Self::load(path);
+        }
+        let made = Self::generate(node)?;
+        made.save(path)?;
+        Ok(made)
+    }
+
     /// Writes the key as PEM, readable by its owner only. An existing file is never overwritten:
     /// a lost key would lock the node out of its cluster.
     ///

@@ -452,7 +452,7 @@ pub(crate) fn found(
     for (name, address) in nodes {
         let data = folder.join(name);
         fs::create_dir_all(&data).with_context(|| format!("cannot make {}", data.display()))?;
-        let identity = keep_or_make_identity(name, &identity_file(&data))?;
+        let identity = Identity::load_or_generate(&identity_file(&data), name)?;
         members.push(ClusterNode {
             name: name.clone(),
             address: *address,
@@ -467,16 +467,6 @@ pub(crate) fn found(
     let path = folder.join("cluster.toml");
     file.save(&path)?;
     Ok(path)
-}
-
-/// A folder that is used again keeps its keys.
-fn keep_or_make_identity(node: &str, file: &Path) -> Result<Identity> {
-    if file.exists() {
-        return Ok(Identity::load(file)?);
-    }
-    let identity = Identity::generate(node)?;
-    identity.save(file)?;
-    Ok(identity)
 }
 
 /// `offbook cluster …`
@@ -603,8 +593,11 @@ mod tests {
     fn a_folder_that_is_used_again_keeps_its_keys() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("identity.pem");
-        let made = keep_or_make_identity("a", &file).unwrap();
-        assert_eq!(keep_or_make_identity("a", &file).unwrap().key(), made.key());
+        let made = Identity::load_or_generate(&file, "a").unwrap();
+        assert_eq!(
+            Identity::load_or_generate(&file, "a").unwrap().key(),
+            made.key()
+        );
     }
 
     #[test]

@@ -1,12 +1,8 @@
-//! Two processes that watch, ask and subscribe to each other; the first one starts the second:
-//! `cargo run -p offbook-runtime --example two_processes`
+//! Two processes watch, ask and subscribe to each other: `cargo run -p offbook-runtime --example two_processes KEY
+//! pair/one 127.0.0.1:4001 pair/two 127.0.0.1:4002`, and beside it the same with `pair/two` and its address first.
 use actix::prelude::{Actor, ActorContext, Context, Handler, Message};
-use futures::TryStreamExt;
-use offbook_runtime::{ActorPath, Identity, Open, RemoteMessage, StreamMessage, Trust};
-use offbook_runtime::{System, SystemConfig};
-use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
-use std::{env, error::Error, sync::Arc, time::Duration};
+use offbook_runtime::{Identity, Open, RemoteMessage, StreamMessage, System, SystemConfig, Trust};
+use std::{env::args, error::Error, sync::Arc, time::Duration};
 #[derive(serde::Serialize, serde::Deserialize, Message)]
 #[rtype(result = "u32")]
 struct Count(u32);
@@ -35,52 +31,29 @@ impl Handler<Open<Count>> for Counter {
         ctx.stop(); // Whoever watches is told.
     }
 }
-async fn start(us: &str, identity: Identity) -> Result<System, Box<dyn Error>> {
+#[actix::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let said = |nth| args().nth(nth).ok_or("say KEY US HERE THEM THERE");
+    let (us, them, second) = (said(2)?, said(4)?, Duration::from_secs(1));
+    let identity = Identity::load_or_generate(said(1)?.as_ref(), "pair")?;
     let trust = Trust::pinned("example", [("pair", identity.key())]);
-    let config = SystemConfig::new(us.parse()?, Arc::new(identity), trust);
+    let mut config = SystemConfig::new(us.parse()?, Arc::new(identity), trust);
+    config.listen = said(3)?.parse()?;
     let (system, counter) = (System::start(config).await?, Counter.start());
     system.register::<Count>("counter", counter.clone().recipient());
     system.register_stream::<Count>("counter", counter.recipient());
-    Ok(system)
-}
-async fn talk(us: &str, them: &str, system: &System) -> Result<(), Box<dyn Error>> {
-    let (second, them) = (Duration::from_secs(1), format!("{them}#counter").parse()?);
-    let ours = system.watch_actor(&ActorPath::new(us.parse()?, "counter"));
-    let theirs = system.watch_actor(&them);
-    let next = system.remote::<Count>(&them).ask(Count(41), second).await?;
-    let stream = system.remote_stream::<Count>(&them);
-    let numbers: Vec<u32> = stream
-        .subscribe(Count(3), second)
-        .await?
-        .try_collect()
-        .await?;
-    let (_, gone) = futures::join!(ours, theirs);
-    // Written at once, or the lines of both could mix.
-    let line = format!("{us}: {next}, {numbers:?}, {gone}\n");
-    eprint!("{line}");
-    system.shutdown(second).await;
-    Ok(())
-}
-#[actix::main]
-async fn main() -> Result<(), Box<dyn Error>> {
-    if let [_, key, first] = &env::args().collect::<Vec<_>>()[..] {
-        let system = start("pair/two", Identity::load(key.as_ref())?).await?;
-        println!("{}", system.local_addr());
-        system.learn("pair/one".parse()?, first.parse()?);
-        return talk("pair/two", "pair/one", &system).await;
+    system.learn(them.parse()?, said(5)?.parse()?);
+    let ours = format!("{us}#counter").parse()?;
+    let theirs = format!("{them}#counter").parse()?;
+    let (counter, numbers) = (system.remote(&theirs), system.remote_stream(&theirs));
+    while counter.ask(Count(0), second).await.is_err() {
+        tokio::time::sleep(second / 10).await; // The other one has not come yet.
     }
-    let (folder, identity) = (tempfile::tempdir()?, Identity::generate("pair")?);
-    identity.save(&folder.path().join("key"))?;
-    let system = start("pair/one", identity).await?;
-    let mut second = Command::new(env::current_exe()?);
-    second
-        .arg(folder.path().join("key"))
-        .arg(system.local_addr().to_string());
-    let mut second = second.stdout(Stdio::piped()).spawn()?;
-    let mut address = String::new();
-    BufReader::new(second.stdout.take().ok_or("no pipe")?).read_line(&mut address)?;
-    system.learn("pair/two".parse()?, address.trim().parse()?);
-    talk("pair/one", "pair/two", &system).await?;
-    second.wait()?;
+    let next = counter.ask(Count(41), second).await?;
+    let numbers = numbers.subscribe(Count(3), second).await?;
+    let numbers: Vec<u32> = futures::TryStreamExt::try_collect(numbers).await?;
+    let (_, gone) = futures::join!(system.watch_actor(&ours), system.watch_actor(&theirs));
+    println!("{us}: {next}, {numbers:?}, {gone}");
+    system.shutdown(second).await;
     Ok(())
 }
