@@ -1,11 +1,14 @@
 //! What the system says of its memory.
 
+mod control_groups;
+
 use std::process::Command;
 
-/// Of the whole machine, now.
+/// Of the whole machine and this process's part of it, now.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct SystemMemory {
-    /// What processes could still be given without swapping; `None` where the system does not say.
+    /// What this process could still be given without swapping, or being killed for it by a limit of its
+    /// control group; `None` where the system does not say.
     pub(crate) available_bytes: Option<u64>,
     /// Share of the last ten seconds in which some process waited for memory, from 0 to 1; 0 where the
     /// system does not say.
@@ -27,8 +30,10 @@ impl SystemMemory {
             };
         }
         let read = |path| std::fs::read_to_string(path).ok();
+        let machine = read("/proc/meminfo").and_then(|text| available_in(&text));
+        let groups = control_groups::available_bytes();
         Self {
-            available_bytes: read("/proc/meminfo").and_then(|text| available_in(&text)),
+            available_bytes: [machine, groups].into_iter().flatten().min(),
             stalled: read("/proc/pressure/memory").map_or(0.0, |text| stalled_in(&text)),
         }
     }

@@ -45,7 +45,7 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Limit => "raise its memory limit (--memory-limit, or memory_limit of the node)",
-            Self::Machine => "free memory there",
+            Self::Machine => "free memory there, or raise the limit of its container",
         })?;
         f.write_str(", give it a smaller weight, or add nodes")
     }
