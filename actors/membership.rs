@@ -270,7 +270,7 @@ impl Membership {
             epoch,
             shards: shards.collect(),
             sampling_rank: loaded.sampling_rank,
-            context_tokens: loaded.context_tokens.min(loaded.kv_tokens),
+            context_tokens: self.context_tokens(),
             vocabulary: loaded.vocabulary,
         };
         tracing::info!(%epoch, "the cluster serves");
@@ -375,6 +375,7 @@ impl Membership {
             layout: self.settings.layout,
             transport: self.settings.transport,
             fast_synch: self.settings.fast_synch,
+            context_tokens: self.context_tokens(),
             requests_running,
             requests_queued,
             nodes: members.iter().map(node).collect(),
@@ -383,6 +384,13 @@ impl Membership {
                 .map(shard)
                 .collect(),
         }
+    }
+
+    /// Positions that a sequence may reach; until all have loaded, those that were asked for.
+    fn context_tokens(&self) -> u32 {
+        let asked = self.settings.context_tokens;
+        let held = |loaded: &Loaded| loaded.context_tokens.min(loaded.kv_tokens);
+        self.loaded.as_ref().map_or(asked, held)
     }
 
     /// The share of each rank of the epoch.

@@ -17,6 +17,9 @@ pub struct ClusterReport {
     pub layout: Layout,
     pub transport: Transport,
     pub fast_synch: FastSynch,
+    /// Positions that prompt and answer may fill together: fewer than were asked for where memory allows no
+    /// more.
+    pub context_tokens: u32,
     pub requests_running: u32,
     pub requests_queued: u32,
     pub nodes: Vec<NodeReport>,

@@ -82,8 +82,8 @@ fn table(report: &ClusterReport) -> String {
         text += &format!("{}\n", printable(&report.detail));
     }
     text += &format!(
-        "{} requests run, {} wait\n\n",
-        report.requests_running, report.requests_queued
+        "context of {} tokens, {} requests run, {} wait\n\n",
+        report.context_tokens, report.requests_running, report.requests_queued
     );
     let width = report.nodes.iter().map(|node| node.name.len()).max();
     let width = width.unwrap_or_default().max(4);
@@ -207,6 +207,7 @@ mod tests {
             layout: Layout::Tensor,
             transport: Transport::Quic,
             fast_synch: FastSynch::Auto,
+            context_tokens: 4096,
             requests_running: 0,
             requests_queued: 2,
             nodes: vec![node("a", true), node("b", false)],
@@ -215,7 +216,7 @@ mod tests {
         let text = table(&report);
         for wanted in [
             "failed, epoch 3: m over 1 of 2 nodes (tensor over quic)",
-            "0 requests run, 2 wait",
+            "context of 4096 tokens, 0 requests run, 2 wait",
             "given up after 5 restarts",
             "  [31mno key\n",
         ] {

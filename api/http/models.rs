@@ -9,7 +9,7 @@ use super::{Api, Service};
 
 /// The list of the one model.
 pub(super) async fn list(State(api): State<Api>) -> Json<Value> {
-    Json(json!({ "object": "list", "data": [model(&api.service)] }))
+    Json(json!({ "object": "list", "data": [model(&api.service).await] }))
 }
 
 /// One model by its name, which may hold slashes.
@@ -18,15 +18,21 @@ pub(super) async fn retrieve(
     Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
     api.check_model(Some(&id))?;
-    Ok(Json(model(&api.service)))
+    Ok(Json(model(&api.service).await))
 }
 
-fn model(service: &Service) -> Value {
+async fn model(service: &Service) -> Value {
+    let asked = service.context_tokens;
+    // Memory may allow fewer positions than were asked for.
+    let held = match service.backend.cluster().await {
+        Ok(report) => report.context_tokens.min(asked),
+        Err(_) => asked,
+    };
     json!({
         "id": service.model_id,
         "object": "model",
         "created": service.created,
         "owned_by": "offbook",
-        "max_model_len": service.context_tokens,
+        "max_model_len": held,
     })
 }

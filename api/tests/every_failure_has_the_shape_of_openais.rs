@@ -206,13 +206,19 @@ async fn models_are_listed_and_found() {
     let list: Value = server.get("/v1/models").await.json().await.unwrap();
     assert_eq!(list["object"], "list");
     assert_eq!(list["data"][0]["id"], support::MODEL);
+    let max_model_len = &list["data"][0]["max_model_len"];
+    assert_eq!(*max_model_len, support::CONTEXT, "nobody knows better");
+    server.set_cluster(Ok(report(Phase::Ready, "")));
     let model: Value = server
         .get("/v1/models/tests/bytes")
         .await
         .json()
         .await
         .unwrap();
-    assert_eq!(model, list["data"][0]);
+    assert_eq!(
+        model["max_model_len"],
+        report(Phase::Ready, "").context_tokens
+    );
     let encoded: Value = server
         .get("/v1/models/tests%2Fbytes")
         .await
@@ -220,6 +226,8 @@ async fn models_are_listed_and_found() {
         .await
         .unwrap();
     assert_eq!(encoded, model);
+    let list: Value = server.get("/v1/models").await.json().await.unwrap();
+    assert_eq!(list["data"], json!([model]));
 }
 
 #[tokio::test]

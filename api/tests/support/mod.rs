@@ -403,6 +403,7 @@ pub(crate) fn report(phase: Phase, detail: &str) -> ClusterReport {
         layout: Layout::Tensor,
         transport: Transport::Quic,
         fast_synch: offbook_protocol::FastSynch::Auto,
+        context_tokens: 20,
         requests_running: 0,
         requests_queued: 0,
         nodes: Vec::new(),
