@@ -56,8 +56,7 @@ pub(super) async fn run(options: BenchServe) -> Result<()> {
 /// All servers in turns, with so many requests at the same time.
 async fn measure(options: &BenchServe, servers: &[Arc<Server>], at_once: u32) -> Vec<Figures> {
     let requests = requests(options, at_once);
-    let blocks = if servers.len() > 1 { BLOCKS } else { 1 };
-    let per_block = requests.len().div_ceil(blocks).max(1);
+    let per_block = per_block(requests.len(), servers.len(), at_once as usize);
     let mut figures: Vec<Figures> = servers
         .iter()
         .map(|server| Figures::new(&server.url, at_once))
@@ -72,6 +71,13 @@ async fn measure(options: &BenchServe, servers: &[Arc<Server>], at_once: u32) ->
         }
     }
     figures
+}
+
+/// How many requests a server gets before it is the next one's turn. A block's last requests run with less and
+/// less company, so it has to be several times as long as what runs at the same time.
+fn per_block(requests: usize, servers: usize, at_once: usize) -> usize {
+    let blocks = if servers > 1 { BLOCKS } else { 1 };
+    requests.div_ceil(blocks).max(at_once * ROUNDS_PER_BLOCK)
 }
 
 /// One request, and when it is due.
@@ -139,8 +145,9 @@ fn words(random: &mut StdRng, count: u32) -> String {
     words.join(" ")
 }
 
-/// Turns that each server has.
+/// Turns that each server has, where there are requests enough.
 const BLOCKS: usize = 4;
+const ROUNDS_PER_BLOCK: usize = 4;
 /// Lower ones often mean something.
 const TOKEN_ID_MIN: u32 = 16;
 const WORDS: [&str; 32] = [

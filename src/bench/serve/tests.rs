@@ -184,3 +184,11 @@ fn a_percentile_is_a_value_that_was_measured() {
     assert_eq!(figures::percentile(&sorted[..1], 0.99), Some(1.0));
     assert_eq!(figures::percentile(&[], 0.5), None);
 }
+
+#[test]
+fn a_block_is_long_enough_for_all_that_run_at_once() {
+    assert_eq!(per_block(256, 2, 16), 64, "four turns each");
+    assert_eq!(per_block(16, 2, 16), 64, "one turn");
+    assert_eq!(per_block(16, 2, 1), 4);
+    assert_eq!(per_block(16, 1, 1), 16, "nobody to take turns with");
+}
