@@ -1,5 +1,5 @@
 # Everything a newcomer types. `make up` and `make test` do their own set-up.
-.PHONY: up test build mlx lint bench bench-messages clean
+.PHONY: up test build mlx lint bench bench-serve bench-messages clean
 
 CARGO ?= cargo
 # cpu or cuda-13; on macOS mlx-sys builds MLX itself and this does nothing.
@@ -31,10 +31,18 @@ lint: mlx
 	else echo "lint: cargo-deny is not installed (cargo install cargo-deny), licences not checked"; fi
 
 # Beside mlx-lm, which this sets up in a Python environment of its own.
-bench: build
-	@test -x $(BENCH)/bin/python || python3 -m venv $(BENCH)
-	@$(BENCH)/bin/python -c 'import mlx_lm' 2>/dev/null || $(BENCH)/bin/pip install --quiet $(MLX_LM)
+bench: build $(BENCH)/bin/mlx_lm
 	target/release/offbook bench decode --python $(BENCH)/bin/python
+
+# Beside mlx-lm's server: with the demo model, then with one of random weights that is wider.
+bench-serve: build $(BENCH)/bin/mlx_lm
+	deploy/bench/serve.sh $(BENCH)/bin/python
+	@test -e .mlx/wide-model/config.json || $(BENCH)/bin/python deploy/bench/wide_model.py .mlx/wide-model
+	deploy/bench/serve.sh $(BENCH)/bin/python $(CURDIR)/.mlx/wide-model
+
+$(BENCH)/bin/mlx_lm:
+	python3 -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet $(MLX_LM)
 
 # Asks and tells beside kameo's and ractor_cluster's; needs no MLX.
 bench-messages: require-cargo

@@ -1,0 +1,46 @@
+"""Writes a MiniMax of random weights that is wider than the demo model, with the demo model's tokenizer.
+
+    python3 deploy/bench/wide_model.py FOLDER
+
+326 million parameters, 62 million of them in the way of each token; 5 bits in groups of 64, as the demo
+model and MiniMax-M2.5-5bit are.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models import minimax
+from mlx_lm.utils import quantize_model
+
+DEMO = Path(__file__).parents[2] / "demo" / "model"
+WIDER = dict(
+    hidden_size=1024, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4,
+    head_dim=64, rotary_dim=32, intermediate_size=768, num_local_experts=16,
+    num_experts_per_tok=2, max_position_embeddings=4096,
+)
+
+
+def main(folder):
+    config = json.loads((DEMO / "config.json").read_text())
+    for key in ("quantization", "quantization_config"):
+        config.pop(key)
+    config.update(WIDER)
+    mx.random.seed(0)
+    model = minimax.Model(minimax.ModelArgs.from_dict(config))
+    draw = lambda array: (mx.random.normal(array.shape) * array.shape[-1] ** -0.5).astype(mx.bfloat16)
+    model.update(tree_map(lambda array: draw(array) if array.ndim > 1 else array, model.parameters()))
+    model, config = quantize_model(model, config, 64, 5)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(DEMO / file, folder / file)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
