@@ -4,6 +4,7 @@
 //! row: tokens are the same alone and in a batch, in a prompt and one by one.
 
 mod attention;
+mod crew;
 mod processor;
 mod product;
 
@@ -12,6 +13,7 @@ use std::sync::OnceLock;
 use mlx_rs::{Device, DeviceType};
 
 pub(crate) use self::attention::{Sight, attend};
+pub use self::crew::CPU_THREADS;
 pub(crate) use self::product::{product, product_of_each};
 
 /// Whether this process computes on a CPU. It does not change its mind.

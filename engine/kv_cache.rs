@@ -123,6 +123,7 @@ pub(crate) struct LayerCache {
 }
 
 /// Keys and values of all positions up to the newest: each `[kv heads, positions, head_dim]`.
+#[derive(Debug)]
 pub(crate) struct KeysAndValues {
     pub(crate) keys: Array,
     pub(crate) values: Array,

@@ -35,6 +35,7 @@ pub use budget::{Budget, DoesNotFit, Place, Workload};
 pub use checkpoint::{Checkpoint, CheckpointError};
 pub use config::{ConfigError, ModelConfig};
 pub use engine::{Engine, EngineError};
+pub use host::CPU_THREADS;
 pub use partition::{Collectives, Partition, PartitionError, PlanReport, RankPlan, RankShare};
 pub use plan_inbox::{PlanGap, PlanInbox};
 pub use planner::{Basis, Candidate, Estimate, Machine, Misfit, Network, candidates};

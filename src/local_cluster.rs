@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use offbook_engine::CPU_THREADS;
 use offbook_protocol::{ClusterReport, FastSynch, LoadProgress, Phase};
 use offbook_runtime::free_port;
 use offbook_runtime::supervise::{ChildSpec, RestartPolicy, Supervisor};
@@ -110,6 +111,9 @@ impl LocalCluster {
                 .arg(folder.join(name))
                 .arg("--http")
                 .arg(http.to_string());
+            if let Some(threads) = cpu_threads_each(nodes.len()) {
+                spec = spec.env(CPU_THREADS, threads.to_string());
+            }
             if let Some(gpus) = options.gpus {
                 let gpu: u32 = number % gpus;
                 spec = spec.env("CUDA_VISIBLE_DEVICES", gpu.to_string());
@@ -242,6 +246,13 @@ impl LoadBars {
             bar.finish_and_clear();
         }
     }
+}
+
+/// On how many threads each of so many processes of this machine computes, unless the user says so.
+pub(crate) fn cpu_threads_each(processes: usize) -> Option<usize> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let said = std::env::var_os(CPU_THREADS).is_some();
+    (!said).then_some((cores / processes.max(1)).max(1))
 }
 
 /// No weights, or one for each node, every one above 0.

@@ -16,8 +16,8 @@ use mlx_rs::error::Exception;
 use mlx_rs::{Array, Dtype, Stream};
 
 use self::kernel::Matrix;
-use crate::host::is_on_cpu;
 use crate::host::processor::LANES;
+use crate::host::{crew, is_on_cpu};
 use crate::weights::Linear;
 
 /// `x · weightᵀ`, `[…, in]` → `[…, out]`, or `None` where MLX is to do it: on another device, and for
@@ -151,26 +151,58 @@ extern "C" fn run(product: *const RawProduct) {
     let repeat = product.rows / product.x_rows;
     let x_of = |row: usize| &x[row / repeat * product.inner..][..product.inner];
     let rows = y.chunks_exact_mut(product.out.max(1)).enumerate();
-    if product.matrix_of_row.is_null() {
-        let (xs, mut ys): (Vec<_>, Vec<_>) = rows.map(|(row, y)| (x_of(row), y)).unzip();
-        kernel::multiply(&product.matrix(0), &xs, &mut ys);
-        return;
-    }
-    // SAFETY: as above.
-    let matrices = unsafe { slice::from_raw_parts(product.matrix_of_row, product.rows) };
-    let mut rows: Vec<_> = rows
-        .map(|(row, y)| (matrices[row] as usize, x_of(row), y))
-        .collect();
-    rows.sort_by_key(|(matrix, ..)| *matrix);
-    for rows in rows.chunk_by_mut(|a, b| a.0 == b.0) {
-        let matrix = rows[0].0;
-        if matrix < product.matrices {
-            let (xs, mut ys): (Vec<_>, Vec<_>) =
-                rows.iter_mut().map(|(_, x, y)| (*x, &mut **y)).unzip();
-            kernel::multiply(&product.matrix(matrix), &xs, &mut ys);
+    let mut rows: Vec<Row<'_>> = rows.map(|(row, y)| (0, x_of(row), y)).collect();
+    if !product.matrix_of_row.is_null() {
+        // SAFETY: as above.
+        let matrices = unsafe { slice::from_raw_parts(product.matrix_of_row, product.rows) };
+        for ((of_row, ..), &matrix) in rows.iter_mut().zip(matrices) {
+            *of_row = matrix as usize;
         }
+        rows.retain(|(matrix, ..)| *matrix < product.matrices);
+        rows.sort_by_key(|(matrix, ..)| *matrix);
+    }
+    crew::share(product.pieces(rows), |mut piece| {
+        let matrix = product.matrix(piece.matrix);
+        kernel::multiply(&matrix, piece.first, &piece.xs, &mut piece.ys);
+    });
+}
+
+/// A row of the result with the number of its matrix and what that is multiplied with.
+type Row<'a> = (usize, &'a [f32], &'a mut [f32]);
+
+/// Some columns of all rows that meet the same matrix.
+struct Piece<'a> {
+    matrix: usize,
+    /// The first of the columns.
+    first: usize,
+    xs: Vec<&'a [f32]>,
+    ys: Vec<&'a mut [f32]>,
+}
+
+impl<'a> Piece<'a> {
+    /// Into pieces of at most so many columns.
+    fn cut(self, columns: usize) -> Vec<Piece<'a>> {
+        let (matrix, xs) = (self.matrix, self.xs);
+        let mut pieces: Vec<Piece<'a>> = Vec::new();
+        for y in self.ys {
+            for (index, part) in y.chunks_mut(columns).enumerate() {
+                if index == pieces.len() {
+                    pieces.push(Piece {
+                        matrix,
+                        first: index * columns,
+                        xs: xs.clone(),
+                        ys: Vec::with_capacity(xs.len()),
+                    });
+                }
+                pieces[index].ys.push(part);
+            }
+        }
+        pieces
     }
 }
+
+/// More than one, so that a thread that is held up is not waited for.
+const PIECES_PER_HAND: usize = 2;
 
 /// `offbook_product` in host.h.
 #[repr(C)]
@@ -190,7 +222,45 @@ struct RawProduct {
     bits: u32,
 }
 
+// SAFETY: it points to arrays that nobody changes while a product is computed; the output is handed out in
+// slices that do not overlap, and not through these pointers.
+unsafe impl Sync for RawProduct {}
+
 impl RawProduct {
+    /// The work, sorted by matrix, cut into pieces that take about as long, for as many threads as are worth
+    /// it: a matrix is unpacked once, whatever is cut.
+    fn pieces<'a>(&self, rows: Vec<Row<'a>>) -> Vec<Piece<'a>> {
+        let mut groups: Vec<Piece<'a>> = Vec::new();
+        for (matrix, x, y) in rows {
+            if groups.last().is_none_or(|group| group.matrix != matrix) {
+                let (xs, ys) = (Vec::new(), Vec::new());
+                groups.push(Piece {
+                    matrix,
+                    first: 0,
+                    xs,
+                    ys,
+                });
+            }
+            let group = groups.last_mut().expect("there is one by now");
+            group.xs.push(x);
+            group.ys.push(y);
+        }
+        // To unpack a number takes about as long as to multiply it twice.
+        let size = |group: &Piece<'_>| (group.xs.len() + 2) * self.out * self.inner;
+        let all: usize = groups.iter().map(size).sum();
+        let hands = crew::hands(all);
+        if hands == 1 {
+            return groups;
+        }
+        let wanted = all.div_ceil(hands * PIECES_PER_HAND);
+        let cut = |group: Piece<'a>| {
+            let pieces = size(&group).div_ceil(wanted).max(1);
+            let columns = self.out.div_ceil(pieces).next_multiple_of(kernel::COLUMNS);
+            group.cut(columns)
+        };
+        groups.into_iter().flat_map(cut).collect()
+    }
+
     fn matrix(&self, index: usize) -> Matrix<'_> {
         let groups = self.inner / self.group_size as usize;
         let (codes, parameters) = (

@@ -107,7 +107,7 @@ impl Attention {
             return self.nothing(x, rows);
         };
         let prepared = heads.prepare(x, rows, rotary, self.numerics)?;
-        let mut parts = Vec::with_capacity(rows.segments.len());
+        let mut sights = Vec::with_capacity(rows.segments.len());
         for (segment, range) in rows.segments.iter().zip(&rows.ranges) {
             let place = Place {
                 start: segment.start,
@@ -115,12 +115,14 @@ impl Attention {
             };
             let pairs = rows.slice(&prepared.pairs, range)?;
             let past = caches.of(segment.sequence)?.append(&pairs, place)?;
-            let queries = rows.slice(&prepared.queries, range)?;
-            parts.push(heads.attend(&queries, prepared.scale, &past)?);
+            sights.push(Sight {
+                rows: range.len(),
+                past,
+            });
         }
-        let attended = match parts.len() {
-            1 => parts.remove(0),
-            _ => concatenate(&parts, 0)?,
+        let attended = match host::attend(&prepared.queries, &sights, prepared.scale)? {
+            Some(attended) => attended,
+            None => heads.attend_one_by_one(&prepared, &sights, rows)?,
         };
         let part = project(&heads.output, &attended)?;
         rows.whole_of_heads(part)
@@ -286,6 +288,25 @@ impl Heads {
         Ok(x.multiply(by_head)?.multiply(&self.gains)?)
     }
 
+    /// Causal attention of all segments: `[rows, query heads × head_dim]`.
+    fn attend_one_by_one(
+        &self,
+        prepared: &Prepared,
+        sights: &[Sight],
+        rows: &Rows<'_>,
+    ) -> Result<Array, Exception> {
+        let one = |(sight, range): (&Sight, _)| {
+            let queries = rows.slice(&prepared.queries, range)?;
+            self.attend(&queries, prepared.scale, &sight.past)
+        };
+        let parts = sights.iter().zip(&rows.ranges).map(one);
+        let mut parts: Vec<Array> = parts.collect::<Result<_, _>>()?;
+        match parts.len() {
+            1 => Ok(parts.remove(0)),
+            _ => concatenate(&parts, 0),
+        }
+    }
+
     /// Causal attention of one segment: `[n, query heads, head_dim]` → `[n, query heads ×
     /// head_dim]`. The last query sees all of `past`.
     fn attend(
@@ -296,14 +317,6 @@ impl Heads {
     ) -> Result<Array, Exception> {
         let n = queries.dim(0);
         let flat = [n, self.query * self.width];
-        let sight = Sight {
-            keys: &past.keys,
-            values: &past.values,
-            scale,
-        };
-        if let Some(attended) = host::attend(queries, sight)? {
-            return Ok(attended);
-        }
         let queries = queries.transpose_axes(&[1, 0, 2])?.expand_dims(0)?;
         let (keys, values) = (past.keys.expand_dims(0)?, past.values.expand_dims(0)?);
         let mask = (n > 1).then_some(ScaledDotProductAttentionMask::Causal);

@@ -53,31 +53,41 @@ class Product final : public mx::UnaryPrimitive {
 
 class Attention final : public mx::UnaryPrimitive {
  public:
-  Attention(mx::Stream stream, const offbook_attention& sizes, offbook_attend attend)
-      : mx::UnaryPrimitive(stream), sizes_(sizes), attend_(attend) {}
+  Attention(mx::Stream stream, std::vector<offbook_attention> sequences, offbook_attend attend)
+      : mx::UnaryPrimitive(stream), sequences_(std::move(sequences)), attend_(attend) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     out.set_data(mx::allocator::malloc(out.nbytes()));
-    auto& keys = inputs[1];
-    auto& values = inputs[2];
-    if (keys.strides(2) != 1 || values.strides(2) != 1) {
-      throw std::runtime_error("[offbook] keys and values must lie in order along their width");
+    auto sequences = sequences_;
+    auto* queries = inputs[0].data<float>();
+    auto* place = out.data<float>();
+    for (size_t i = 0; i < sequences.size(); ++i) {
+      auto& sequence = sequences[i];
+      auto& keys = inputs[1 + 2 * i];
+      auto& values = inputs[2 + 2 * i];
+      if (keys.strides(2) != 1 || values.strides(2) != 1) {
+        throw std::runtime_error("[offbook] keys and values must lie in order along their width");
+      }
+      sequence.queries = queries;
+      sequence.keys = keys.data<float>();
+      sequence.values = values.data<float>();
+      sequence.out = place;
+      sequence.key_head_stride = keys.strides(0);
+      sequence.key_stride = keys.strides(1);
+      sequence.value_head_stride = values.strides(0);
+      sequence.value_stride = values.strides(1);
+      auto size = sequence.rows * sequence.heads * sequence.width;
+      queries += size;
+      place += size;
     }
-    auto attention = sizes_;
-    attention.queries = inputs[0].data<float>();
-    attention.keys = keys.data<float>();
-    attention.values = values.data<float>();
-    attention.out = out.data<float>();
-    attention.key_head_stride = keys.strides(0);
-    attention.key_stride = keys.strides(1);
-    attention.value_head_stride = values.strides(0);
-    attention.value_stride = values.strides(1);
     auto& encoder = mx::cpu::get_command_encoder(stream());
     for (auto& input : inputs) {
       encoder.set_input_array(input);
     }
     encoder.set_output_array(out);
-    encoder.dispatch([attention, attend = attend_]() { attend(&attention); });
+    encoder.dispatch([sequences = std::move(sequences), attend = attend_]() {
+      attend(sequences.data(), sequences.size());
+    });
   }
   void eval_gpu(const std::vector<mx::array>&, mx::array&) override {
     throw std::runtime_error("[offbook] this attention is for the CPU");
@@ -87,31 +97,36 @@ class Attention final : public mx::UnaryPrimitive {
   }
 
  private:
-  offbook_attention sizes_;
+  std::vector<offbook_attention> sequences_;
   offbook_attend attend_;
 };
 
 } // namespace
 
 extern "C" void* offbook_attention_new(
-    const offbook_attention* sizes,
+    const offbook_attention* sequences,
+    size_t count,
     offbook_attend attend,
     const void* queries,
-    const void* keys,
-    const void* values,
+    const void* const* pasts,
     const void* stream) {
   try {
     auto& on = *static_cast<const mx::Stream*>(stream);
     std::vector<mx::array> arrays{
-        mx::contiguous(*static_cast<const mx::array*>(queries), false, on),
-        *static_cast<const mx::array*>(keys),
-        *static_cast<const mx::array*>(values)};
-    mx::Shape shape{
-        static_cast<int>(sizes->rows), static_cast<int>(sizes->heads * sizes->width)};
+        mx::contiguous(*static_cast<const mx::array*>(queries), false, on)};
+    size_t rows = 0;
+    for (size_t i = 0; i < count; ++i) {
+      rows += sequences[i].rows;
+      arrays.push_back(*static_cast<const mx::array*>(pasts[2 * i]));
+      arrays.push_back(*static_cast<const mx::array*>(pasts[2 * i + 1]));
+    }
+    auto width = sequences[0].heads * sequences[0].width;
+    mx::Shape shape{static_cast<int>(rows), static_cast<int>(width)};
     return new mx::array(
         std::move(shape),
         mx::float32,
-        std::make_shared<Attention>(on, *sizes, attend),
+        std::make_shared<Attention>(
+            on, std::vector<offbook_attention>(sequences, sequences + count), attend),
         std::move(arrays));
   } catch (...) {
     return nullptr;

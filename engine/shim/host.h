@@ -40,7 +40,7 @@ void* offbook_product_new(
     size_t dimensions,
     const void* stream);
 
-// Causal attention of `rows` queries, the last of which sees all `positions`. Strides are in floats,
+// Causal attention of one sequence's `rows` queries, the last of which sees all `positions`. Strides are in floats,
 // those of the innermost axis are 1. The same layout stands in attention.rs.
 typedef struct offbook_attention {
   const float* queries; // [rows, heads, width]
@@ -59,16 +59,17 @@ typedef struct offbook_attention {
   float scale;
 } offbook_attention;
 
-typedef void (*offbook_attend)(const offbook_attention* attention);
+typedef void (*offbook_attend)(const offbook_attention* sequences, size_t count);
 
-// An mlx::core::array [rows, heads * width] of 32-bit floats that `attend` fills on `stream`, a CPU
-// stream, from arrays of the shapes above. Null when there is no memory. Never throws.
+// An mlx::core::array [all rows, heads * width] of 32-bit floats that `attend` fills on `stream`, a CPU
+// stream. `queries` has the rows of all sequences one after the other; `pasts` are keys and values of each, two
+// times `count` arrays of the shapes above. Null when there is no memory. Never throws.
 void* offbook_attention_new(
-    const offbook_attention* sizes,
+    const offbook_attention* sequences,
+    size_t count,
     offbook_attend attend,
     const void* queries,
-    const void* keys,
-    const void* values,
+    const void* const* pasts,
     const void* stream);
 
 #ifdef __cplusplus

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
+use offbook_engine::CPU_THREADS;
 use offbook_protocol::{FastSynch, Layout, Transport};
 use offbook_runtime::{Identity, NodeKey};
 use serde::{Deserialize, Serialize};
@@ -19,7 +20,7 @@ use tokio::sync::mpsc;
 
 use super::prefill_memory::{PrefillFigures, PrefillJob};
 use super::wire::Wire;
-use crate::local_cluster::{reserve_tcp, reserve_udp};
+use crate::local_cluster::{cpu_threads_each, reserve_tcp, reserve_udp};
 
 /// Where the sums of a step happen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -225,6 +226,9 @@ impl Ranks {
                 let mut command = Command::new(&program);
                 command.arg("rank").arg("--folder").arg(scratch.path());
                 command.arg("--rank").arg(rank.to_string());
+                if let Some(threads) = cpu_threads_each(ranks) {
+                    command.env(CPU_THREADS, threads.to_string());
+                }
                 if let Some(gpus) = limits.gpus {
                     let gpu = rank % gpus.get() as usize;
                     command.env("CUDA_VISIBLE_DEVICES", gpu.to_string());

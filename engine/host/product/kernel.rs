@@ -25,35 +25,40 @@ pub(super) struct Matrix<'a> {
     pub(super) bits: u32,
 }
 
-/// `ys[i] = xs[i] · matrixᵀ`.
-pub(super) fn multiply(matrix: &Matrix<'_>, xs: &[&[f32]], ys: &mut [&mut [f32]]) {
+/// `ys[i] = xs[i] · matrixᵀ`, the columns of the result from `first` on, as many as each of `ys` has.
+pub(super) fn multiply(matrix: &Matrix<'_>, first: usize, xs: &[&[f32]], ys: &mut [&mut [f32]]) {
     #[cfg(target_arch = "x86_64")]
     if X86V3::is_here() {
         // SAFETY: the processor has what the function is compiled for.
-        return unsafe { multiply_x86_64_v3(matrix, xs, ys) };
+        return unsafe { multiply_x86_64_v3(matrix, first, xs, ys) };
     }
-    multiply_with::<Plain>(matrix, xs, ys);
+    multiply_with::<Plain>(matrix, first, xs, ys);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,bmi2")]
-fn multiply_x86_64_v3(matrix: &Matrix<'_>, xs: &[&[f32]], ys: &mut [&mut [f32]]) {
-    multiply_with::<X86V3>(matrix, xs, ys);
+fn multiply_x86_64_v3(matrix: &Matrix<'_>, first: usize, xs: &[&[f32]], ys: &mut [&mut [f32]]) {
+    multiply_with::<X86V3>(matrix, first, xs, ys);
 }
 
 #[inline(always)]
-fn multiply_with<P: Processor>(matrix: &Matrix<'_>, xs: &[&[f32]], ys: &mut [&mut [f32]]) {
-    let out = matrix.scales.len() * matrix.group_size / matrix.inner;
+fn multiply_with<P: Processor>(
+    matrix: &Matrix<'_>,
+    first: usize,
+    xs: &[&[f32]],
+    ys: &mut [&mut [f32]],
+) {
+    let count = ys.first().map_or(0, |y| y.len());
     let mut unpacked = vec![0.0; COLUMNS * matrix.inner];
-    let mut first = 0;
-    while first < out {
-        let columns = COLUMNS.min(out - first);
+    let mut done = 0;
+    while done < count {
+        let columns = COLUMNS.min(count - done);
         for (column, row) in unpacked
             .chunks_exact_mut(matrix.inner)
             .take(columns)
             .enumerate()
         {
-            unpack::<P>(matrix, first + column, row);
+            unpack::<P>(matrix, first + done + column, row);
         }
         let (unpacked, _) = unpacked.as_chunks::<LANES>();
         let weights = unpacked.chunks_exact(matrix.inner / LANES);
@@ -65,15 +70,15 @@ fn multiply_with<P: Processor>(matrix: &Matrix<'_>, xs: &[&[f32]], ys: &mut [&mu
         for (xs, ys) in &mut rows {
             let sums = sums::<P, ROWS>(std::array::from_fn(|i| xs[i]), weights);
             for (y, sums) in ys.iter_mut().zip(sums) {
-                y[first..first + columns].copy_from_slice(&sums[..columns]);
+                y[done..done + columns].copy_from_slice(&sums[..columns]);
             }
         }
         let whole = xs.len() / ROWS * ROWS;
         for (x, y) in xs[whole..].iter().zip(&mut ys[whole..]) {
             let [sums] = sums::<P, 1>([x], weights);
-            y[first..first + columns].copy_from_slice(&sums[..columns]);
+            y[done..done + columns].copy_from_slice(&sums[..columns]);
         }
-        first += columns;
+        done += columns;
     }
 }
 
@@ -142,7 +147,7 @@ fn sums<P: Processor, const ROWS: usize>(
 
 /// Columns of the result, and rows of it, that are computed together: with their operands they fill the
 /// registers.
-const COLUMNS: usize = 4;
+pub(super) const COLUMNS: usize = 4;
 const ROWS: usize = 2;
 
 #[cfg(test)]
@@ -185,11 +190,10 @@ mod tests {
             let xs: Vec<&[f32]> = x.chunks_exact(inner).collect();
             for processor in [multiply, multiply_with::<Plain>] {
                 let mut y = vec![f32::NAN; rows * out];
-                processor(
-                    &matrix,
-                    &xs,
-                    &mut y.chunks_exact_mut(out).collect::<Vec<_>>(),
-                );
+                for [first, end] in [[0, 4], [4, out]] {
+                    let ys = y.chunks_exact_mut(out).map(|y| &mut y[first..end]);
+                    processor(&matrix, first, &xs, &mut ys.collect::<Vec<_>>());
+                }
                 for (i, y) in y.into_iter().enumerate() {
                     let expected = expected(&matrix, xs[i / out], i % out);
                     let error = (f64::from(y) - expected).abs();
