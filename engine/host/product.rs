@@ -81,6 +81,7 @@ fn sizes(linear: &Linear, x: &Array, indices: Option<&Array>) -> Option<RawProdu
         && weight.nbytes() == matrices * out * inner * bits as usize / 8
         && (1..=8).contains(&bits)
         && group_size.is_multiple_of(LANES as u32)
+        && group_size <= kernel::GROUP_SIZE_MAX
         && (indices.is_some() || matrices == 1)
         && x_rows > 0
         && rows.is_multiple_of(x_rows);

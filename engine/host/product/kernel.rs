@@ -19,7 +19,7 @@ pub(super) struct Matrix<'a> {
     pub(super) biases: &'a [f32],
     /// A multiple of `group_size`.
     pub(super) inner: usize,
-    /// A multiple of [`LANES`].
+    /// A multiple of [`LANES`], at most [`GROUP_SIZE_MAX`].
     pub(super) group_size: usize,
     /// From 1 to 8.
     pub(super) bits: u32,
@@ -97,17 +97,24 @@ fn unpack<P: Processor>(matrix: &Matrix<'_>, index: usize, numbers: &mut [f32]) 
     {
         let (scale, bias) = (P::splat(scale), P::splat(bias));
         let (numbers, _) = numbers.as_chunks_mut::<LANES>();
-        for (place, numbers) in numbers.iter_mut().enumerate() {
-            let codes = &codes[group * group_bytes + place * bits..];
-            let word = match codes.first_chunk() {
-                Some(eight) => u64::from_le_bytes(*eight),
-                None => {
-                    let mut eight = [0; 8];
-                    eight[..codes.len()].copy_from_slice(codes);
-                    u64::from_le_bytes(eight)
-                }
+        let codes = &codes[group * group_bytes..];
+        // At the matrix's end there are fewer than eight bytes from the last places on.
+        let mut tail = [0; GROUP_BYTES_MAX + WORD_BYTES];
+        let mut from = match codes.len() >= group_bytes - bits + WORD_BYTES {
+            true => codes.as_ptr(),
+            false => {
+                tail[..group_bytes].copy_from_slice(&codes[..group_bytes]);
+                tail.as_ptr()
+            }
+        };
+        for numbers in numbers {
+            // SAFETY: a word lies at each of the group's places, `bits` bytes apart, as was just seen to.
+            let word = unsafe {
+                let word = from.cast::<u64>().read_unaligned();
+                from = from.add(bits);
+                word
             };
-            let spread = P::spread(word, matrix.bits);
+            let spread = P::spread(u64::from_le(word), matrix.bits);
             P::store(P::multiply_add(scale, spread, bias), numbers);
         }
     }
@@ -127,10 +134,12 @@ fn sums<P: Processor, const ROWS: usize>(
     for place in 0..length {
         let mut column = [P::splat(0.0); COLUMNS];
         for (column, weights) in column.iter_mut().zip(&weights) {
-            *column = P::load(&weights[place]);
+            // SAFETY: all were cut to the same length.
+            *column = P::load(unsafe { weights.get_unchecked(place) });
         }
         for (lanes, x) in lanes.iter_mut().zip(&xs) {
-            let x = P::load(&x[place]);
+            // SAFETY: as above.
+            let x = P::load(unsafe { x.get_unchecked(place) });
             for (lanes, &weight) in lanes.iter_mut().zip(&column) {
                 *lanes = P::multiply_add(x, weight, *lanes);
             }
@@ -144,6 +153,13 @@ fn sums<P: Processor, const ROWS: usize>(
     }
     sums
 }
+
+/// What is read at once.
+const WORD_BYTES: usize = size_of::<u64>();
+/// The largest group that MLX has.
+pub(super) const GROUP_SIZE_MAX: u32 = 128;
+/// Its codes at 8 bits.
+const GROUP_BYTES_MAX: usize = GROUP_SIZE_MAX as usize;
 
 /// Columns of the result, and rows of it, that are computed together: with their operands they fill the
 /// registers.
