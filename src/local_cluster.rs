@@ -1,8 +1,7 @@
 //! A whole cluster on this machine: every node is a process of its own, as it would be elsewhere.
 //! `up`, `generate` and `bench` start one of these.
 
-mod frozen;
-
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -123,12 +122,10 @@ impl LocalCluster {
         let supervisor = Arc::new(supervisor);
         let mut tending = JoinSet::new();
         let head = nodes[0].0.clone();
-        let api = format!("http://{http}");
-        tending.spawn(frozen::replace_stopped(Arc::clone(&supervisor)));
-        tending.spawn(frozen::replace_silent(
+        tending.spawn(tend(
             Arc::clone(&supervisor),
             head.clone(),
-            api,
+            format!("http://{http}"),
         ));
         Ok(Self {
             supervisor,
@@ -201,6 +198,51 @@ impl LocalCluster {
             tracing::debug!(%error, "the head is gone already");
         }
         self.supervisor.stop(STOP_DEADLINE).await;
+    }
+}
+
+/// Kills nodes that are frozen, so that they are started again: those that the head has not heard of
+/// for too long, and the head itself when it takes connections and does not answer.
+async fn tend(supervisor: Arc<Supervisor>, head: String, api: String) {
+    let client = reqwest::Client::builder().timeout(ANSWER_MAX).build();
+    let Ok(client) = client else { return };
+    let mut unanswered = 0;
+    let mut silent: HashMap<(String, u32), u32> = HashMap::new();
+    loop {
+        tokio::time::sleep(TEND_EVERY).await;
+        let asked = client.get(format!("{api}/v1/cluster")).send().await;
+        let report = match asked {
+            Ok(answer) => answer.json::<ClusterReport>().await,
+            Err(error) => Err(error),
+        };
+        let frozen: Vec<(String, u32)> = match report {
+            Ok(report) => {
+                unanswered = 0;
+                let now = report.nodes.into_iter().filter(|node| !node.alive);
+                let now: Vec<_> = now.map(|node| (node.name, node.pid)).collect();
+                silent.retain(|node, _| now.contains(node));
+                for node in now {
+                    *silent.entry(node).or_default() += 1;
+                }
+                let often = silent.iter().filter(|(_, looks)| **looks >= SILENT_MAX);
+                often.map(|(node, _)| node.clone()).collect()
+            }
+            Err(error) if error.is_timeout() => {
+                unanswered += 1;
+                let all = supervisor.status().into_iter();
+                let head = all.filter(|node| unanswered >= UNANSWERED_MAX && node.name == head);
+                head.filter_map(|node| Some((node.name, node.pid?)))
+                    .collect()
+            }
+            // It is being started.
+            Err(_) => Vec::new(),
+        };
+        for (name, pid) in frozen {
+            // A node that was started again meanwhile has another process.
+            if let Err(error) = supervisor.kill_child(&name, pid, "frozen: it does not answer") {
+                tracing::debug!(%error, "there is no such node to kill");
+            }
+        }
     }
 }
 
@@ -303,6 +345,14 @@ pub(crate) fn reserve_tcp(wanted: SocketAddr) -> Result<SocketAddr> {
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
+/// How often the nodes' standing is looked at.
+const TEND_EVERY: Duration = Duration::from_secs(1);
+/// The head answers in milliseconds; so many times in a row it does not, and it is frozen.
+const ANSWER_MAX: Duration = Duration::from_secs(2);
+const UNANSWERED_MAX: u32 = 5;
+/// A node whose link was lost and that is there announces itself within a second; whoever the head has
+/// not heard of at so many looks in a row is frozen.
+const SILENT_MAX: u32 = 3;
 const POLL_EVERY: Duration = Duration::from_millis(50);
 /// A process starts in milliseconds; a machine that is short of memory takes longer.
 const HEAD_START_MAX: Duration = Duration::from_secs(30);
