@@ -203,6 +203,7 @@ async fn health_says_whether_a_request_would_be_answered() {
 #[tokio::test]
 async fn models_are_listed_and_found() {
     let server = Server::start([]).await;
+    server.set_cluster(Err("nobody answers".into()));
     let list: Value = server.get("/v1/models").await.json().await.unwrap();
     assert_eq!(list["object"], "list");
     assert_eq!(list["data"][0]["id"], support::MODEL);
