@@ -111,7 +111,12 @@ async fn serve(shared: Arc<Shared>, endpoint: Endpoint) {
             () = shared.stop.notified() => break,
         }
     }
-    let _ = tokio::time::timeout(GOODBYE_TIMEOUT, endpoint.wait_idle()).await;
+    let sent = match shared.all_knew() {
+        // They are gone: what is left are dials of those who do not know that we end.
+        true => FAREWELLS_TIMEOUT,
+        false => GOODBYE_TIMEOUT,
+    };
+    let _ = tokio::time::timeout(sent, endpoint.wait_idle()).await;
     if !shared.all_knew() {
         // A goodbye is one packet and may be lost: whoever missed it sends again within a
         // keep-alive, and the socket then answers that there is no such link.
@@ -145,10 +150,16 @@ pub(crate) async fn dial(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Link>, 
     let Err(error) = dialed.unwrap_or(Err(HandshakeError::NoAnswer(addr))) else {
         return;
     };
-    if peer.dial_failed(&link, error.clone(), &shared.limits) {
+    let Some(failures) = peer.dial_failed(&link, error.clone(), &shared.limits) else {
+        return;
+    };
+    // Whoever ends has said so, and one warning is enough for all dials in a row.
+    if failures > 1 || error == HandshakeError::Closing || shared.is_closing() {
+        tracing::debug!(peer = %peer.name, %addr, %error, failures, "no link could be made");
+    } else {
         tracing::warn!(peer = %peer.name, %addr, %error, "no link could be made");
-        link.lose(LostReason::Unreachable(error));
     }
+    link.lose(LostReason::Unreachable(error));
 }
 
 /// Ends when the link is up, over this connection or over one that the other side made.
@@ -227,7 +238,9 @@ async fn accept(shared: Arc<Shared>, incoming: quinn::Incoming) {
     let connection = match connecting.await {
         Ok(Ok(connection)) => connection,
         Ok(Err(error)) => {
-            tracing::warn!(%addr, %error, "a connection was not accepted");
+            if !shared.is_closing() {
+                tracing::warn!(%addr, %error, "a connection was not accepted");
+            }
             return;
         }
         Err(_) => return,
@@ -239,6 +252,7 @@ async fn accept(shared: Arc<Shared>, incoming: quinn::Incoming) {
     };
     match error {
         HandshakeError::Duplicate => tracing::debug!(%addr, "crossing dials: one is kept"),
+        HandshakeError::Closing => tracing::debug!(%addr, "a process came too late"),
         _ => tracing::warn!(%addr, %error, "a process was refused"),
     }
     connection.close(error.close_code(), error.detail().as_bytes());
@@ -485,3 +499,5 @@ const CROSSING_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// How long the thread stays to send its goodbyes.
 const GOODBYE_TIMEOUT: Duration = Duration::from_millis(500);
+/// A packet leaves at once.
+const FAREWELLS_TIMEOUT: Duration = Duration::from_millis(50);

@@ -8,7 +8,7 @@
 use std::net::SocketAddr;
 
 use bytes::{BufMut, BytesMut};
-use quinn::{ConnectionError, VarInt};
+use quinn::{ConnectionError, TransportErrorCode, VarInt};
 
 use crate::frame::{self, FrameError, put_text, take_text, take_u16, take_u64};
 use crate::name::ProcessName;
@@ -191,6 +191,11 @@ impl HandshakeError {
                 if close.error_code == NO_APPLICATION_PROTOCOL.into() =>
             {
                 Self::WireVersion("the two sides have no application protocol in common".into())
+            }
+            ConnectionError::ConnectionClosed(close)
+                if close.error_code == TransportErrorCode::CONNECTION_REFUSED =>
+            {
+                Self::Closing
             }
             ConnectionError::TimedOut | ConnectionError::Reset => Self::NoAnswer(addr),
             other => Self::Transport(other.to_string()),

@@ -222,21 +222,22 @@ impl Peer {
         }
     }
 
-    /// A dial failed. False when the other side's connection has taken its link over meanwhile.
+    /// A dial failed: the how manieth in a row? `None` when the other side's connection has taken its link
+    /// over meanwhile.
     pub(crate) fn dial_failed(
         &self,
         dialed: &Arc<Link>,
         error: HandshakeError,
         limits: &Limits,
-    ) -> bool {
+    ) -> Option<u32> {
         let mut state = lock(&self.state);
         match &state.phase {
             Phase::Dialing { link, .. } if Arc::ptr_eq(link, dialed) => {}
-            _ => return false,
+            _ => return None,
         }
         state.phase = Phase::Idle;
         state.backoff.failed(error, Instant::now(), limits);
-        true
+        Some(state.backoff.failures)
     }
 }
 
@@ -396,7 +397,7 @@ mod tests {
         let limits = Limits::default();
         let link = dialing(&peer);
         let error = HandshakeError::NoAnswer(addr());
-        assert!(peer.dial_failed(&link, error.clone(), &limits));
+        assert_eq!(peer.dial_failed(&link, error.clone(), &limits), Some(1));
         let now = Instant::now();
         assert!(matches!(peer.connect(&limits, now), Connect::BackingOff(last) if last == error));
         let later = now + limits.backoff_min;

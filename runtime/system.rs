@@ -202,7 +202,7 @@ impl System {
             shared.answers.wait().await;
             let links: Vec<_> = shared.links();
             links.iter().for_each(|link| link.outbox.finish());
-            join_all(links.iter().map(|link| link.lost())).await;
+            join_all(links.iter().map(|link| farewell(link))).await;
         })
         .await;
         shared.farewells.store(drained.is_ok(), Ordering::Release);
@@ -215,6 +215,14 @@ impl System {
 impl fmt::Debug for System {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "System({} at {})", self.shared.process, self.shared.addr)
+    }
+}
+
+/// Resolves when the queue of a link is written and the other side knows.
+async fn farewell(link: &Link) {
+    match tokio::time::timeout(DIALLING_MAX, link.up()).await {
+        Ok(_) => drop(link.lost().await),
+        Err(_) => link.lose(LostReason::ShutDown),
     }
 }
 
@@ -414,5 +422,7 @@ pub enum StartError {
 /// With two names of 127 bytes this leaves room in a hello of 1024.
 const CLUSTER_BYTES_MAX: usize = 512;
 
+/// A link is made in a few round trips: at the end nobody waits longer for one that is not there.
+const DIALLING_MAX: Duration = Duration::from_millis(250);
 /// What the thread may take to tell the peers goodbye and to answer those that missed it.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
