@@ -2,11 +2,15 @@
 //!
 //! Binding port 0 and letting go of it hands out a number of the range from which the kernel serves
 //! every outgoing connection: on a busy machine another socket has it before its owner comes. These
-//! are below that range, on Linux and on macOS, and drawn at random.
+//! are below that range, on Linux and on macOS, and drawn at random; a process is given none twice.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::ops::Range;
+use std::sync::{LazyLock, Mutex};
+
+use crate::sync::lock;
 
 /// A TCP port at which nobody listens on this interface.
 ///
@@ -27,8 +31,13 @@ pub fn udp(interface: IpAddr) -> io::Result<SocketAddr> {
 fn drawn(interface: IpAddr, bind: impl Fn(SocketAddr) -> io::Result<()>) -> io::Result<SocketAddr> {
     let mut tries = 0;
     loop {
-        let address = SocketAddr::new(interface, rand::random_range(PORTS));
-        match bind(address) {
+        let port = rand::random_range(PORTS);
+        let address = SocketAddr::new(interface, port);
+        let bound = match lock(&GIVEN).insert(port) {
+            true => bind(address),
+            false => Err(io::ErrorKind::AddrInUse.into()),
+        };
+        match bound {
             Ok(()) => return Ok(address),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && tries < TRIES_MAX => {
                 tries += 1;
@@ -38,6 +47,8 @@ fn drawn(interface: IpAddr, bind: impl Fn(SocketAddr) -> io::Result<()>) -> io::
     }
 }
 
+/// Those who were given one may not have bound it yet.
+static GIVEN: LazyLock<Mutex<HashSet<u16>>> = LazyLock::new(Mutex::default);
 const PORTS: Range<u16> = 16_384..32_768;
 const TRIES_MAX: u32 = 100;
 
@@ -55,6 +66,13 @@ mod tests {
         }
         let outgoing = UdpSocket::bind((LOOPBACK, 0)).unwrap();
         assert!(!PORTS.contains(&outgoing.local_addr().unwrap().port()));
+    }
+
+    #[test]
+    fn a_port_is_given_once() {
+        let all_are_free = |_| Ok(());
+        let ports = (0..1000).map(|_| drawn(LOOPBACK, all_are_free).unwrap().port());
+        assert_eq!(ports.collect::<HashSet<_>>().len(), 1000);
     }
 
     #[test]

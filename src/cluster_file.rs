@@ -202,6 +202,16 @@ impl ClusterFile {
                 "node '{}' is there twice",
                 node.name
             );
+            if let Some(other) =
+                (self.nodes[..index].iter()).find(|other| other.address == node.address)
+            {
+                bail!(
+                    "'{}' and '{}' have the same address, {}: give each its own",
+                    other.name,
+                    node.name,
+                    node.address
+                );
+            }
             ensure!(
                 node.weight.is_finite() && node.weight > 0.0,
                 "the weight of '{}' must be above 0",
@@ -633,12 +643,28 @@ mod tests {
     }
 
     #[test]
+    fn two_nodes_at_one_address_are_named() {
+        let (_folder, path) = founded();
+        let mut file = ClusterFile::load(&path).unwrap();
+        file.nodes.push(ClusterNode {
+            name: "b".into(),
+            ..file.nodes[0].clone()
+        });
+        let error = file.check().unwrap_err().to_string();
+        assert!(
+            error.contains("'a' and 'b' have the same address"),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn rdma_must_lead_from_every_node_to_every_other() {
         let (_folder, path) = founded();
         let mut file = ClusterFile::load(&path).unwrap();
         file.transport = Transport::Jaccl;
         let other = ClusterNode {
             name: "b".into(),
+            address: ([127, 0, 0, 1], 2).into(),
             rdma: [("a".to_owned(), "rdma_en3".to_owned())].into(),
             ..file.nodes[0].clone()
         };
