@@ -6,13 +6,14 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use futures::future::join_all;
 use offbook_engine::CPU_THREADS;
 use offbook_protocol::{ClusterReport, FastSynch, LoadProgress, Phase};
 use offbook_runtime::free_port;
-use offbook_runtime::supervise::{ChildSpec, RestartPolicy, Supervisor};
+use offbook_runtime::supervise::{ChildSpec, ChildState, RestartPolicy, Supervisor};
 use tempfile::TempDir;
 use tokio::task::JoinSet;
 
@@ -143,27 +144,38 @@ impl LocalCluster {
     /// Waits until the cluster serves. `watch` sees every report on the way.
     ///
     /// # Errors
-    /// When the cluster cannot hold the model, or its head does not come up.
+    /// When the cluster cannot hold the model, or a node of it does not come up.
     pub(crate) async fn ready(
         &self,
         mut watch: impl FnMut(&ClusterReport),
     ) -> Result<ClusterReport> {
-        let mut silent_for = Duration::ZERO;
+        let mut heard = Instant::now();
+        let mut stands = (Instant::now(), None);
         loop {
+            self.check_nodes()?;
             match self.report().await {
                 Ok(report) => {
-                    silent_for = Duration::ZERO;
+                    heard = Instant::now();
                     watch(&report);
                     match report.phase {
                         Phase::Ready => return Ok(report),
                         Phase::Failed => bail!("{}", report.detail),
                         Phase::Gathering | Phase::Loading => {}
                     }
+                    let loads = report.shards.iter().map(|shard| shard.load);
+                    let now = Some((report.detail, loads.collect::<Vec<_>>()));
+                    if now != stands.1 {
+                        stands = (Instant::now(), now);
+                    } else if stands.0.elapsed() > STANDSTILL
+                        && let Some((detail, _)) = &stands.1
+                    {
+                        tracing::warn!(detail, "the cluster is not getting on");
+                        stands.0 = Instant::now();
+                    }
                 }
                 Err(error) => {
-                    silent_for += POLL_EVERY;
                     ensure!(
-                        silent_for < HEAD_START_MAX,
+                        heard.elapsed() < HEAD_START_MAX,
                         "the head node does not answer: {error:#}"
                     );
                 }
@@ -172,11 +184,34 @@ impl LocalCluster {
         }
     }
 
+    /// # Errors
+    /// When a node has ended so often that it is not started again.
+    fn check_nodes(&self) -> Result<()> {
+        let nodes = self.supervisor.status();
+        let given_up = nodes
+            .iter()
+            .find(|node| node.state == ChildState::Escalated);
+        let Some(node) = given_up else {
+            return Ok(());
+        };
+        let name = &node.name;
+        match &node.last {
+            Some(last) => bail!(
+                "{name} ended {} times, the last time with {}, after:\n{}",
+                node.restarts + 1,
+                last.exit,
+                last.last_lines.join("\n")
+            ),
+            None => bail!("{name} ends again and again"),
+        }
+    }
+
     /// What `GET /v1/cluster` says now.
     pub(crate) async fn report(&self) -> Result<ClusterReport> {
         let answer = self
             .client
             .get(format!("{}/v1/cluster", self.api))
+            .timeout(ANSWER_MAX)
             .send()
             .await?;
         Ok(answer.error_for_status()?.json().await?)
@@ -190,14 +225,19 @@ impl LocalCluster {
         &self.client
     }
 
-    /// Stops every process, in order: the head first, which finishes the answers under way, while the
-    /// others work for it.
+    /// Stops every process: the head first, which finishes the answers under way, while the others work
+    /// for it.
     pub(crate) async fn stop(self) {
         let deadline = self.drain + STOP_DEADLINE;
         if let Err(error) = self.supervisor.stop_child(&self.head, deadline).await {
             tracing::debug!(%error, "the head is gone already");
         }
-        self.supervisor.stop(STOP_DEADLINE).await;
+        let others = self.supervisor.status();
+        join_all(others.iter().map(|node| async {
+            // It may have been given up.
+            let _ = self.supervisor.stop_child(&node.name, STOP_DEADLINE).await;
+        }))
+        .await;
     }
 }
 
@@ -354,6 +394,8 @@ const UNANSWERED_MAX: u32 = 5;
 /// not heard of at so many looks in a row is frozen.
 const SILENT_MAX: u32 = 3;
 const POLL_EVERY: Duration = Duration::from_millis(50);
+/// Somebody may wait for this cluster: whoever does is told why at such intervals.
+const STANDSTILL: Duration = Duration::from_secs(15);
 /// A process starts in milliseconds; a machine that is short of memory takes longer.
 const HEAD_START_MAX: Duration = Duration::from_secs(30);
 /// Longer than a node gives its shard.

@@ -149,7 +149,9 @@ async fn start_head(system: &System, cluster: &ClusterFile, options: &Node) -> R
     };
     let epochs = options.data_dir.join("epoch");
     let settings = cluster.settings(config.context_tokens as u32, listener.local_addr()?);
-    let membership = Membership::new(system.clone(), settings, epochs, links)?.start();
+    let membership = Membership::new(system.clone(), settings, epochs.clone(), links)
+        .with_context(|| format!("cannot read {}", epochs.display()))?
+        .start();
     let answers = options.data_dir.join("answers");
     let journal = Journal::open(answers.clone())
         .with_context(|| format!("cannot keep answers in {}", answers.display()))?;

@@ -161,6 +161,26 @@ fn when_its_shards_are_lost_each_time() {
     assert_eq!(status, 200, "{answer}");
 }
 
+#[test]
+fn nor_who_starts_a_cluster_for_a_node_that_does_not_come_up() {
+    let folder = tempfile::tempdir().expect("there is room");
+    // Where the head has its file.
+    fs::create_dir_all(folder.path().join("node-1/epoch")).expect("there is room");
+    let up = offbook()
+        .args(["up", "--nodes", "2", "--restarts", "1", "--data-dir"])
+        .arg(folder.path())
+        .stderr(std::process::Stdio::piped())
+        .output()
+        .expect("offbook runs");
+    assert!(!up.status.success());
+    let said = String::from_utf8_lossy(&up.stderr);
+    let (_, last) = said.rsplit_once("did not come up").expect("it says why");
+    assert!(
+        last.contains("node-1 ended 2 times") && last.contains("node-1/epoch"),
+        "{said}"
+    );
+}
+
 fn whole(max_tokens: u32) -> Value {
     let mut request = long_completion(max_tokens);
     request["stream"] = json!(false);

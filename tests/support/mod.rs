@@ -57,10 +57,19 @@ impl Cluster {
         }
         let mut up = up.args(arguments).spawn().expect("offbook starts");
         let mut stdout = BufReader::new(up.stdout.take().expect("it is piped"));
-        let mut line = String::new();
-        stdout
-            .read_line(&mut line)
-            .expect("standard output can be read");
+        let (said, first_line) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut line = String::new();
+            let read = stdout.read_line(&mut line);
+            let _ = said.send((read, line, stdout));
+        });
+        let Ok((read, line, stdout)) = first_line.recv_timeout(PATIENCE) else {
+            // Its standard error says what it waits for.
+            send_signal(up.id(), "TERM");
+            wait_for_exit(&mut up);
+            panic!("offbook up {arguments:?} did not come up");
+        };
+        read.expect("standard output can be read");
         let ready = serde_json::from_str(&line)
             .unwrap_or_else(|_| panic!("offbook up printed no ready line but {line:?}"));
         let client = reqwest::blocking::Client::builder()
