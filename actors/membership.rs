@@ -9,6 +9,7 @@ pub(crate) mod presence;
 mod epoch_file;
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -51,6 +52,8 @@ pub struct ClusterSettings {
     pub kv_tokens: Option<u32>,
     /// Whether what a request has computed is kept for those that begin with the same tokens.
     pub prefix_cache: bool,
+    /// See [`ShardSpec::micro_batches`].
+    pub micro_batches: Option<NonZeroU32>,
     pub collective_deadline: Duration,
     /// How long reading the weights may take.
     pub load_deadline: Duration,
@@ -161,6 +164,7 @@ impl Membership {
             sequences_max: settings.sequences_max,
             kv_tokens: settings.kv_tokens,
             prefix_cache: settings.prefix_cache,
+            micro_batches: settings.micro_batches,
             collective_deadline: settings.collective_deadline,
         };
         let deadline = settings.load_deadline;

@@ -250,6 +250,13 @@ impl Group {
         &self.path
     }
 
+    /// Whether a small array can be sent before its receiver asks for it, so that two ranks may each send
+    /// to the other first: over our transports, which keep what comes early. MLX's own may hold a sender
+    /// until the receiver is there, or have no sends at all.
+    pub fn sends_ahead(&self) -> bool {
+        matches!(self.backing, Backing::Carried { .. })
+    }
+
     /// For threads that watch over the group.
     pub fn handle(&self) -> GroupHandle {
         let (carrier, delegate) = match &self.backing {

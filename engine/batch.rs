@@ -9,6 +9,10 @@
 //! needs a block and none is free, the youngest gives up its own and waits at the front: its known
 //! tokens are prefilled again, and it goes on with the token that it would have drawn anyway.
 //!
+//! In a pipeline the sequences are spread over lanes, and each step is of one lane, in turn: while one
+//! stage computes a step of one lane, another computes the step of another. Only a lane's own last step
+//! has to be drawn before its next one.
+//!
 //! What a sequence leaves behind stays in blocks that nobody else needs, and whoever begins with the
 //! same tokens begins behind them (`prefix_cache`).
 
@@ -36,8 +40,12 @@ pub struct Batch {
     waiting: VecDeque<Sequence>,
     preemptions: u64,
     prefixes: PrefixCache,
-    /// Who drew in the step that was built last, in row order.
-    last_draws: Vec<SequenceId>,
+    /// Of each lane: who drew in the step that was built last, in row order.
+    last_draws: Vec<Vec<SequenceId>>,
+    /// The lane that is asked first for the next step.
+    turn: usize,
+    /// The lane of each step that draws and was not observed, oldest first.
+    drawing: VecDeque<usize>,
 }
 
 /// What bounds a step and a sequence. Equal on every rank.
@@ -80,14 +88,23 @@ pub struct Observed {
 }
 
 impl Batch {
+    /// A batch whose steps follow each other.
     pub fn new(limits: Limits) -> Self {
+        Self::in_lanes(limits, 1)
+    }
+
+    /// A batch in so many lanes, at least one: consecutive steps are of different sequences, as long as
+    /// there are some in each. Equal on every rank.
+    pub fn in_lanes(limits: Limits, lanes: usize) -> Self {
         Self {
             limits,
             running: Vec::new(),
             waiting: VecDeque::new(),
             preemptions: 0,
             prefixes: PrefixCache::new(limits.retained_tokens),
-            last_draws: Vec::new(),
+            last_draws: vec![Vec::new(); lanes.max(1)],
+            turn: 0,
+            drawing: VecDeque::new(),
         }
     }
 
@@ -127,6 +144,7 @@ impl Batch {
         let room = positions - join.prompt.len();
         Ok(Sequence {
             id: sequence,
+            lane: 0,
             prompt: join.prompt.clone(),
             delivered: (join.delivered as usize).min(join.prompt.len()),
             sampling: Arc::new(join.sampling.clone()),
@@ -143,26 +161,52 @@ impl Batch {
     }
 
     /// The next step, or `None` when nobody needs one before more tokens are known. It reads at most
-    /// `chunk_beside_decode` tokens of prompts when a sequence decodes in it too; all ranks pass the same.
+    /// `chunk_beside_decode` tokens of prompts while a sequence decodes, in it or in another lane; all
+    /// ranks pass the same.
     pub fn next_batch(&mut self, chunk_beside_decode: usize) -> Option<StepBatch> {
         self.grow();
         self.admit();
+        let lanes = self.last_draws.len();
+        let in_turn = (self.turn..self.turn + lanes)
+            .map(|lane| lane % lanes)
+            .filter(|lane| lanes == 1 || self.drawing_in(*lane) < DRAWS_AHEAD_MAX)
+            .collect::<Vec<_>>();
+        let step = in_turn
+            .into_iter()
+            .find_map(|lane| self.step_of(lane, chunk_beside_decode))?;
+        self.turn = (step.lane + 1) % lanes;
+        Some(step)
+    }
+
+    /// Steps of a lane whose tokens are still to come.
+    fn drawing_in(&self, lane: usize) -> usize {
+        self.drawing.iter().filter(|of| **of == lane).count()
+    }
+
+    /// The next step of a lane, or `None` when nobody in it needs one.
+    fn step_of(&mut self, lane: usize, chunk_beside_decode: usize) -> Option<StepBatch> {
         let written: Vec<usize> = self.running.iter().map(Sequence::written).collect();
-        let rows: HashMap<SequenceId, usize> =
-            self.last_draws.iter().copied().zip(0usize..).collect();
+        let rows: HashMap<SequenceId, usize> = self.last_draws[lane]
+            .iter()
+            .copied()
+            .zip(0usize..)
+            .collect();
+        let anybody_decodes = self.running.iter().any(Sequence::decodes);
         let mut segments: Vec<Segment> = self
             .running
             .iter_mut()
-            .filter(|s| s.decodes())
+            .filter(|s| s.lane == lane && s.decodes())
             .map(|s| s.decode(rows[&s.id]))
             .collect();
-        let chunk = match segments.is_empty() {
-            true => self.limits.prefill_chunk_tokens,
-            false => chunk_beside_decode.min(self.limits.prefill_chunk_tokens),
+        let chunk = match anybody_decodes {
+            false => self.limits.prefill_chunk_tokens,
+            true => chunk_beside_decode.min(self.limits.prefill_chunk_tokens),
         };
         let mut budget = chunk.max(1);
         for place in 0..self.running.len() {
-            if budget > 0 && self.running[place].is_reading() && self.begin(place, &written) {
+            let sequence = &self.running[place];
+            let reads = sequence.lane == lane && sequence.is_reading();
+            if budget > 0 && reads && self.begin(place, &written) {
                 let segment = self.running[place].prefill(budget);
                 budget -= segment.rows();
                 segments.push(segment);
@@ -171,12 +215,13 @@ impl Batch {
         if segments.is_empty() {
             return None;
         }
-        self.last_draws = segments
-            .iter()
-            .filter(|s| s.draw.is_some())
-            .map(|s| s.sequence)
-            .collect();
-        Some(StepBatch { segments })
+        let step = StepBatch { lane, segments };
+        let draws = step.draws();
+        if !draws.is_empty() {
+            self.drawing.push_back(lane);
+        }
+        self.last_draws[lane] = draws;
+        Some(step)
     }
 
     /// Gives every sequence that is about to decode the block that it needs, oldest first, at the
@@ -199,7 +244,7 @@ impl Batch {
         }
     }
 
-    /// Lets those begin that fit. Nobody overtakes who waits longer, so that everybody's turn comes.
+    /// Lets those begin that fit, each in the lane that has the fewest. Nobody overtakes who waits longer, so that everybody's turn comes.
     fn admit(&mut self) {
         let mut free = self.free();
         while let Some(mut sequence) = self.waiting.pop_front() {
@@ -210,6 +255,8 @@ impl Batch {
             }
             free -= wanted;
             sequence.reserved = wanted;
+            let in_lane = |lane: &usize| self.running.iter().filter(|s| s.lane == *lane).count();
+            sequence.lane = (0..self.last_draws.len()).min_by_key(in_lane).unwrap_or(0);
             sequence.prefilled = self.prefixes.begin(sequence.beginner(), free);
             self.running.push(sequence);
         }
@@ -222,8 +269,9 @@ impl Batch {
 
     /// Before the first rows of a prompt: looks once more whether somebody holds a part of it, for many
     /// that join together begin alike, and it is the first of them who computes that. `written` is what
-    /// each running sequence had computed before this step. False when more will be there in the next
-    /// step, because somebody who comes first reads it in this one.
+    /// each running sequence had computed before this step. False when more will be there later: in the
+    /// next step, because somebody who comes first reads it in this one, or when the prompt of another
+    /// lane is read that came first.
     fn begin(&mut self, place: usize, written: &[usize]) -> bool {
         let sequence = &self.running[place];
         if !sequence.is_fresh {
@@ -242,7 +290,12 @@ impl Batch {
                 })
                 .max_by_key(|(_, positions)| *positions);
             let read = self.running[..place].iter().map(|other| {
-                let tokens = other.known().take(other.prefilled);
+                let reads = match other.lane == sequence.lane {
+                    true => other.prefilled,
+                    false if other.is_reading() => other.prompt.len(),
+                    false => other.prefilled,
+                };
+                let tokens = other.known().take(reads);
                 usable_prefix(&sequence.prompt, tokens)
             });
             let has = held
@@ -259,9 +312,13 @@ impl Batch {
         true
     }
 
-    /// Takes in the tokens of a step: `draws[i]` drew `tokens[i]`. Sequences that end are removed.
+    /// Takes in the tokens of a step: `draws[i]` drew `tokens[i]`. Steps are observed in the order in
+    /// which they were built. Sequences that end are removed.
     /// Tokens of sequences that ended, left or were preempted meanwhile are passed over.
     pub fn observe(&mut self, draws: &[SequenceId], tokens: &[u32]) -> Vec<Observed> {
+        if !draws.is_empty() {
+            self.drawing.pop_front();
+        }
         let mut observed = Vec::with_capacity(draws.len());
         for (row, (&sequence, &token)) in draws.iter().zip(tokens).enumerate() {
             let mut all = self.running.iter_mut().chain(&mut self.waiting);
@@ -367,6 +424,10 @@ pub enum BatchError {
 /// growth copies the buffer, so it should be rare; an unused block of MiniMax-M2.5 costs 65 MB over
 /// all layers in 16 bits.
 pub const KV_BLOCK_TOKENS: usize = 256;
+
+/// Steps of one lane of several whose tokens are on their way: while one is read, the next one runs. More
+/// would only delay what ends and joins.
+const DRAWS_AHEAD_MAX: usize = 2;
 
 #[cfg(test)]
 mod tests;

@@ -2,8 +2,13 @@
 //! stay on the device, where the next step finds them.
 //!
 //! The last thing that a step does is the message: one array of 32-bit integers that the sampling
-//! rank broadcasts, `[control word, control word, token, token, …]`. All ranks go on with the tokens in it, so
-//! they cannot diverge. A rank alone needs no message.
+//! rank tells the others, `[control word, control word, token, token, …]`. All ranks go on with the tokens in
+//! it, so they cannot diverge. A rank alone needs no message.
+//!
+//! The message is a broadcast, at the end of every step on every rank. In a pipeline with micro-batches it
+//! is sent to each rank by itself, and taken there as late as it can be: before the first step that needs
+//! its tokens, or that is as many steps later as there are lanes. Until then the rank sends on what it has
+//! computed of other steps. All ranks take the same messages between the same steps.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -32,8 +37,9 @@ pub(crate) struct Stepper<'a> {
     caches: Caches,
     /// Of sequences that are gone.
     kept: KeptCaches,
-    /// What the step before drew: `[draws]`.
-    tokens: Option<Array>,
+    /// What the step before drew, in each lane: `[draws]`.
+    tokens: Vec<Option<Array>>,
+    mail: Mail,
     reshaping: Reshaping,
     in_flight: InFlight,
     steps: u64,
@@ -45,7 +51,8 @@ pub(crate) struct Submitted {
     /// Who draws, in row order.
     pub(crate) draws: Vec<SequenceId>,
     pub(crate) work: Work,
-    message: Array,
+    /// `None` where the message is still to be taken.
+    message: Option<Array>,
     logprobs: Option<Logprobs>,
     /// How long the host was held back while it built the step: by the throttle, or by MLX.
     pub(crate) blocked: Duration,
@@ -89,13 +96,15 @@ pub(crate) struct Orders<'w> {
 }
 
 impl<'a> Stepper<'a> {
-    pub(crate) fn new(engine: &'a Engine, group: &'a Group) -> Self {
+    /// For a batch in so many lanes.
+    pub(crate) fn new(engine: &'a Engine, group: &'a Group, lanes: usize) -> Self {
         Self {
             engine,
             group,
             caches: Caches::new(),
             kept: KeptCaches::default(),
-            tokens: None,
+            tokens: vec![None; lanes],
+            mail: Mail::default(),
             reshaping: Reshaping::default(),
             in_flight: InFlight::default(),
             steps: 0,
@@ -126,12 +135,36 @@ impl<'a> Stepper<'a> {
         }
         self.steps += 1;
         let waited = self.in_flight.waited;
+        self.take_mail(self.needed(batch))?;
         let hidden = self.forward(batch, orders.window)?;
         let drawn = self.draw(batch, &hidden)?;
         let draws = batch.draws();
-        let message = self.message(&drawn, draws.len(), orders.control)?;
+        let message = match self.mails() && !self.samples() {
+            true => {
+                self.mail.owed.push_back(Owed {
+                    serial: self.steps,
+                    lane: batch.lane,
+                    draws: draws.len(),
+                });
+                None
+            }
+            false => {
+                let words = self.words(&drawn, draws.len(), orders.control)?;
+                let message = self.tell(&words)?;
+                // Who sends has the tokens before they are sent.
+                let known = match self.mails() {
+                    true => &words,
+                    false => &message,
+                };
+                self.tokens[batch.lane] = Some(match self.alone() {
+                    true => known.clone(),
+                    false => known.try_index(CONTROL_WORDS..)?,
+                });
+                Some(message)
+            }
+        };
         let logprobs = drawn.sampled.and_then(|sampled| sampled.logprobs);
-        let mut outputs = vec![&message];
+        let mut outputs = vec![message.as_ref().unwrap_or(&drawn.last)];
         outputs.extend(logprobs.iter().flat_map(Logprobs::arrays));
         let since = Instant::now();
         async_eval(outputs)?;
@@ -140,10 +173,6 @@ impl<'a> Stepper<'a> {
             // There MLX lets no more than ten tasks wait: submitting is waiting for the rest.
             blocked += since.elapsed();
         }
-        self.tokens = Some(match self.alone() {
-            true => message.clone(),
-            false => message.try_index(CONTROL_WORDS..)?,
-        });
         Ok(Submitted {
             serial: self.steps,
             draws,
@@ -159,8 +188,16 @@ impl<'a> Stepper<'a> {
     }
 
     /// Waits for the step and brings its answer to the host.
-    pub(crate) fn read(&mut self, step: &Submitted) -> Result<Answer, Exception> {
-        step.message.eval()?;
+    pub(crate) fn read(&mut self, step: &Submitted) -> Result<Answer, Fault> {
+        let message = match &step.message {
+            Some(message) => message.clone(),
+            None => {
+                self.take_mail(step.serial)?;
+                let taken = self.mail.taken.pop_front();
+                taken.ok_or_else(|| Exception::custom("steps are read in their order"))?
+            }
+        };
+        message.eval()?;
         self.in_flight.done(step.serial);
         if self.alone() && step.draws.is_empty() {
             return Ok(Answer {
@@ -169,7 +206,7 @@ impl<'a> Stepper<'a> {
                 logprobs: Vec::new(),
             });
         }
-        let words: Vec<u32> = host::<i32>(&step.message)?
+        let words: Vec<u32> = host::<i32>(&message)?
             .into_iter()
             .map(i32::cast_unsigned)
             .collect();
@@ -192,6 +229,38 @@ impl<'a> Stepper<'a> {
             tokens,
             logprobs,
         })
+    }
+
+    /// Whether messages go to each rank by itself.
+    fn mails(&self) -> bool {
+        self.tokens.len() > 1
+    }
+
+    fn samples(&self) -> bool {
+        self.group.rank() == self.sampling_rank()
+    }
+
+    /// The last step whose message must be here before this one is built.
+    fn needed(&self, batch: &StepBatch) -> u64 {
+        let aged = self.steps.saturating_sub(self.tokens.len() as u64);
+        let in_lane = self.mail.owed.iter().filter(|owed| owed.lane == batch.lane);
+        match batch.decodes() {
+            true => in_lane.map(|owed| owed.serial).max().unwrap_or(0).max(aged),
+            false => aged,
+        }
+    }
+
+    /// Takes the messages of all steps up to this one, as far as they are owed: on the device, unseen.
+    fn take_mail(&mut self, upto: u64) -> Result<(), Fault> {
+        let root = self.sampling_rank();
+        while let Some(owed) = self.mail.owed.pop_front_if(|owed| owed.serial <= upto) {
+            let shape = [CONTROL_WORDS + owed.draws as i32];
+            let message = self.group.recv(&shape, Dtype::Int32, root)?;
+            async_eval([&message])?;
+            self.tokens[owed.lane] = Some(message.try_index(CONTROL_WORDS..)?);
+            self.mail.taken.push_back(message);
+        }
+        Ok(())
     }
 
     fn alone(&self) -> bool {
@@ -271,7 +340,7 @@ impl<'a> Stepper<'a> {
         }
         let known_count = known.len() as i32;
         let known = (known_count > 0).then(|| Array::from_slice(&known, &[known_count]));
-        let drawn = match (&self.tokens, places.is_empty()) {
+        let drawn = match (&self.tokens[batch.lane], places.is_empty()) {
             (_, true) => None,
             (None, false) => return Err(Exception::custom("a first step cannot continue")),
             (Some(tokens), false) => Some(pick(tokens, &places)?),
@@ -302,7 +371,7 @@ impl<'a> Stepper<'a> {
         let part = self.engine.model.logits(hidden, &rows)?;
         if self.alone() || self.pipelined() {
             return match part {
-                Some(logits) => Ok(self.sample(&logits, &draws)?),
+                Some(logits) => Ok(self.sample(&logits, &draws, batch.lane)?),
                 None => Ok(Outcome::without(hidden)),
             };
         }
@@ -324,7 +393,10 @@ impl<'a> Stepper<'a> {
             .collect();
         let gathered = self.group.gather_to(&part, &rows, self.sampling_rank())?;
         match gathered {
-            Gathered::Root(logits) => Ok(self.sample(&logits.transpose_axes(&[1, 0])?, &draws)?),
+            Gathered::Root(logits) => {
+                let logits = logits.transpose_axes(&[1, 0])?;
+                Ok(self.sample(&logits, &draws, batch.lane)?)
+            }
             // A rank may have no rows to send; its message still has to come after the gathering.
             Gathered::Elsewhere(sent) if sent.size() == 0 => {
                 let any = first_of(hidden)?.as_dtype(sent.dtype())?;
@@ -336,8 +408,14 @@ impl<'a> Stepper<'a> {
     }
 
     /// Of the whole vocabulary's logits, on the rank that has them.
-    fn sample(&mut self, logits: &Array, draws: &[&Draw]) -> Result<Outcome, Exception> {
-        let shaped = self.reshaping.apply(logits, draws, self.tokens.as_ref())?;
+    fn sample(
+        &mut self,
+        logits: &Array,
+        draws: &[&Draw],
+        lane: usize,
+    ) -> Result<Outcome, Exception> {
+        let before = self.tokens[lane].as_ref();
+        let shaped = self.reshaping.apply(logits, draws, before)?;
         let sampled = sampler::draw(logits, shaped.as_ref().unwrap_or(logits), draws)?;
         Ok(Outcome {
             last: sampled.tokens.clone(),
@@ -345,9 +423,9 @@ impl<'a> Stepper<'a> {
         })
     }
 
-    /// The step's last word, on every rank. It depends on all that this rank has to do in the step,
-    /// so that no rank runs its exchanges in another order.
-    fn message(&self, drawn: &Outcome, draws: usize, control: Control) -> Result<Array, Fault> {
+    /// What this rank has for the step's message. It depends on all that this rank has to do in the
+    /// step, so that no rank runs its exchanges in another order.
+    fn words(&self, drawn: &Outcome, draws: usize, control: Control) -> Result<Array, Fault> {
         let tokens = drawn.sampled.as_ref().map(|sampled| &sampled.tokens);
         // Where nothing is sampled only the shape counts; but it comes after what was computed.
         let nothing = || {
@@ -366,12 +444,42 @@ impl<'a> Stepper<'a> {
         }
         let control = [control.plans, control.chunk_beside_decode].map(u32::cast_signed);
         let control = Array::from_slice(&control, &[CONTROL_WORDS]);
-        let words = match tokens {
+        Ok(match tokens {
             Some(tokens) => concatenate(&[&control, tokens], 0)?,
             None => concatenate(&[control.add(nothing()?)?, zeros()?], 0)?,
-        };
-        Ok(self.group.broadcast(&words, self.sampling_rank())?)
+        })
     }
+
+    /// The step's last word on every rank, or where it goes by mail on the one that sends it.
+    fn tell(&self, words: &Array) -> Result<Array, Fault> {
+        if self.alone() {
+            return Ok(words.clone());
+        }
+        if !self.mails() {
+            return Ok(self.group.broadcast(words, self.sampling_rank())?);
+        }
+        let mut sent = words.clone();
+        for rank in (0..self.group.size()).filter(|rank| *rank != self.group.rank()) {
+            // Each stands behind the one before, so that all are sent when the last one is.
+            sent = self.group.send(&sent, rank)?;
+        }
+        Ok(sent)
+    }
+}
+
+/// Messages that go to each rank by itself, oldest first.
+#[derive(Default)]
+struct Mail {
+    /// Of steps that were submitted: nobody has asked for them here.
+    owed: VecDeque<Owed>,
+    /// Asked for, and not read.
+    taken: VecDeque<Array>,
+}
+
+struct Owed {
+    serial: u64,
+    lane: usize,
+    draws: usize,
 }
 
 /// What came of the last rows.

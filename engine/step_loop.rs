@@ -1,7 +1,8 @@
 //! The life of a shard: steps, back to back, on the thread that owns the engine.
 //!
 //! Decode runs one step ahead of the host: step n + 1 is built and submitted before the tokens of
-//! step n are read. Nothing on the way of a token waits for a message.
+//! step n are read. Nothing on the way of a token waits for a message. In a pipeline with micro-batches
+//! as many more steps are submitted as it takes for every stage to have one.
 //!
 //! All ranks must build the same steps. Each receives the same plans in the same order, but not at
 //! the same time, so the sampling rank decides: the message of every step carries the highest plan
@@ -11,12 +12,13 @@
 //! plan, whenever that comes, without a collective.
 
 use std::collections::VecDeque;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use offbook_collectives::{CollectiveError, Group, GroupHandle};
-use offbook_protocol::{Epoch, Plan, PlanNumber, Rank, SampledToken, Step, StepOutcome};
+use offbook_protocol::{Epoch, Layout, Plan, PlanNumber, Rank, SampledToken, Step, StepOutcome};
 use thiserror::Error;
 
 use crate::batch::{Batch, BatchError, KvUse, Observed};
@@ -67,6 +69,10 @@ pub struct LoopOptions {
     pub window: Arc<Window>,
     /// Every how many steps the log line is `info` rather than `debug`; 0 for never.
     pub step_log_every: u64,
+    /// In the pipeline layout: into how many lanes sequences are spread, so that no stage waits for
+    /// another one's step; 1 for one step at a time, `None` for as many as there are stages. The same on
+    /// all ranks. Groups over MLX's own transports have one.
+    pub micro_batches: Option<NonZeroU32>,
     /// How long a plan that the sampling rank has may be missing here.
     pub plan_deadline: Duration,
 }
@@ -116,8 +122,10 @@ struct Loop<'a> {
     inbox: Inbox<'a>,
     handle: GroupHandle,
     options: &'a LoopOptions,
-    /// Submitted and not read, oldest first: two at most.
+    /// Submitted and not read, oldest first.
     ahead: VecDeque<(Step, Submitted)>,
+    /// How many these are at most, the same on every rank.
+    ahead_max: usize,
     next: Step,
     clock: Clock,
     pace: PrefillPace,
@@ -133,16 +141,21 @@ impl<'a> Loop<'a> {
         options: &'a LoopOptions,
     ) -> Self {
         let handle = group.handle();
+        let lanes = lanes(engine, group, options);
+        // Of the device: while it works on one step, the next one waits behind it. And each further
+        // lane has one on its way through the other stages.
+        let ahead_max = lanes + 1;
         Self {
             rank: engine.rank(),
             samples: group.size() == 1 || engine.rank() == engine.partition().sampling_rank(),
-            batch: Batch::new(engine.limits()),
-            stepper: Stepper::new(engine, group),
+            batch: Batch::in_lanes(engine.limits(), lanes),
+            stepper: Stepper::new(engine, group, lanes),
             inbox,
             clock: Clock::new(handle.waited()),
             handle,
             options,
-            ahead: VecDeque::with_capacity(STEPS_AHEAD_MAX),
+            ahead: VecDeque::with_capacity(ahead_max),
+            ahead_max,
             next: Step(0),
             pace: PrefillPace::new(engine.limits().prefill_chunk_tokens),
             chunk_beside_decode: CHUNK_TOKENS_FIRST,
@@ -171,7 +184,7 @@ impl<'a> Loop<'a> {
             if self.inbox.shutdown {
                 return Ok(());
             }
-            while self.ahead.len() < STEPS_AHEAD_MAX && self.submit(report)? {}
+            while self.ahead.len() < self.ahead_max && self.submit(report)? {}
             match self.ahead.pop_front() {
                 Some((step, submitted)) => self.read(step, submitted, report)?,
                 None if !self.begin(report)? => return Ok(()),
@@ -229,7 +242,7 @@ impl<'a> Loop<'a> {
         let since = Instant::now();
         let answer = self.stepper.read(&submitted);
         self.clock.blocked += since.elapsed();
-        let answer = answer.map_err(|error| self.blame(step, error.into()))?;
+        let answer = answer.map_err(|fault| self.blame(step, fault))?;
         self.healthy(step)?;
 
         let observed = self.batch.observe(&submitted.draws, &answer.tokens);
@@ -326,6 +339,18 @@ impl<'a> Loop<'a> {
             },
         );
         report.timing(timing);
+    }
+}
+
+/// Into how many lanes the sequences are spread.
+fn lanes(engine: &Engine, group: &Group, options: &LoopOptions) -> usize {
+    let stages = match engine.layout() {
+        Layout::Pipeline if group.sends_ahead() => group.size(),
+        Layout::Pipeline | Layout::Tensor | Layout::Expert => return 1,
+    };
+    match options.micro_batches {
+        Some(wanted) if stages > 1 => wanted.get() as usize,
+        _ => stages,
     }
 }
 
@@ -506,9 +531,7 @@ pub enum StepError {
     Plan(BatchError),
 }
 
-/// Of the device: while it works on one step, the next one waits behind it.
-const STEPS_AHEAD_MAX: usize = 2;
-/// Plans held here; more wait in the channel. A plan takes effect within two steps.
+/// Plans held here; more wait in the channel. A plan takes effect within a few steps.
 const PLANS_WAITING_MAX: usize = 64;
 /// How often a rank that is idle looks whether its group still stands.
 const IDLE_CHECK: Duration = Duration::from_millis(200);

@@ -1,6 +1,7 @@
 //! Decode steps to measure: a share of a model of any shape with random weights, run by the very loop
 //! that serves.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
@@ -83,6 +84,8 @@ pub struct Trial {
     pub context_tokens: usize,
     /// Steps that are timed.
     pub steps: usize,
+    /// See [`LoopOptions::micro_batches`].
+    pub micro_batches: Option<NonZeroU32>,
 }
 
 impl Trial {
@@ -135,6 +138,7 @@ impl Trial {
             epoch: EPOCH,
             window,
             step_log_every: 0,
+            micro_batches: self.micro_batches,
             plan_deadline: PLAN_DEADLINE,
         };
         let LoopEnd { engine, reason } =

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -35,6 +36,9 @@ pub struct ShardSpec {
     pub kv_tokens: Option<u32>,
     /// Whether what a sequence has computed is kept for those that begin with the same tokens.
     pub prefix_cache: bool,
+    /// In the pipeline layout: how many groups of sequences are on their way through the stages, each in
+    /// steps of its own; `None` for one per stage.
+    pub micro_batches: Option<NonZeroU32>,
     /// How long a collective may take.
     pub collective_deadline: Duration,
 }
@@ -214,6 +218,7 @@ mod tests {
             sequences_max: 16,
             kv_tokens,
             prefix_cache,
+            micro_batches: None,
             collective_deadline: Duration::from_secs(1),
         };
         assert_eq!(spec(Some(65_536), true).retained_tokens(), 65_536);

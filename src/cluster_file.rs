@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -98,6 +99,9 @@ pub(crate) struct Limits {
     /// Whether what a request has computed is kept for those that begin with the same tokens, in room
     /// of `kv_tokens` that nobody needs; where that is 0, in no more than 16384 positions.
     pub(crate) prefix_cache: bool,
+    /// In the pipeline layout: how many groups of sequences are on their way through the stages at once;
+    /// 0 for one per stage, 1 for one step at a time.
+    pub(crate) micro_batches: u32,
     pub(crate) queue_max: u32,
     /// Tokens at most of the requests that wait: those of their prompts, and those that may be
     /// generated for them.
@@ -141,6 +145,7 @@ impl Default for Limits {
             sequences_max: 16,
             kv_tokens: 0,
             prefix_cache: true,
+            micro_batches: 0,
             queue_max: 64,
             queue_tokens_max: 8 << 20,
             queue_deadline_seconds: 120.0,
@@ -247,6 +252,10 @@ impl ClusterFile {
         ensure!(
             limits.prefill_chunk_tokens > 0,
             "limits.prefill_chunk_tokens must be at least 1"
+        );
+        ensure!(
+            limits.micro_batches <= MICRO_BATCHES_MAX,
+            "limits.micro_batches must be at most {MICRO_BATCHES_MAX}; 0 takes one per stage"
         );
         ensure!(
             limits.request_losses_max > 0,
@@ -358,6 +367,7 @@ impl ClusterFile {
             sequences_max: self.limits.sequences_max,
             kv_tokens: (self.limits.kv_tokens > 0).then_some(self.limits.kv_tokens),
             prefix_cache: self.limits.prefix_cache,
+            micro_batches: NonZeroU32::new(self.limits.micro_batches),
             collective_deadline: Duration::from_secs_f64(self.limits.collective_deadline_seconds),
             load_deadline: Duration::from_secs_f64(self.limits.load_deadline_seconds),
             node_grace: Duration::from_secs_f64(self.limits.node_grace_seconds),
@@ -537,6 +547,8 @@ const KEEP_ALIVE_MAX: Duration = Duration::from_millis(500);
 const SUSPECT_SHARE: f64 = 0.45;
 /// A client that reads slowly may fall this many tokens behind before it is dropped.
 const TOKENS_QUEUED_MAX: usize = 64 * 1024;
+/// More than there are machines in a pipeline; each one delays what joins by a step.
+const MICRO_BATCHES_MAX: u32 = 32;
 
 #[cfg(test)]
 mod tests {

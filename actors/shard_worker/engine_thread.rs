@@ -270,6 +270,7 @@ impl Thread {
             epoch,
             window: Arc::clone(&self.window),
             step_log_every: STEP_LOG_EVERY,
+            micro_batches: spec.micro_batches,
             plan_deadline: spec.collective_deadline,
         };
         let LoopEnd { engine, reason } =

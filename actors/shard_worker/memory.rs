@@ -145,6 +145,7 @@ mod tests {
             sequences_max: 16,
             kv_tokens,
             prefix_cache: true,
+            micro_batches: None,
             collective_deadline: std::time::Duration::from_secs(1),
         }
     }

@@ -12,6 +12,8 @@ use super::{KV_BLOCK_TOKENS, blocks};
 #[derive(Debug)]
 pub(super) struct Sequence {
     pub(super) id: SequenceId,
+    /// Whose steps it is in while it runs.
+    pub(super) lane: usize,
     /// What is prefilled: after a preemption also the tokens that were known by then.
     pub(super) prompt: Vec<u32>,
     /// How many tokens at the end of `prompt` belong to the answer.

@@ -7,6 +7,8 @@ use offbook_protocol::{Sampling, SequenceId};
 /// The rows of one step: decode rows first, then chunks of prompts, each in the order of arrival.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepBatch {
+    /// Which of the lanes the step is of, from 0.
+    pub lane: usize,
     pub segments: Vec<Segment>,
 }
 
@@ -28,7 +30,7 @@ pub struct Segment {
 pub enum Input {
     /// Token ids that the host knows.
     Prompt(Vec<u32>),
-    /// The token that the step before drew, in this place among its draws. It may still be on the
+    /// The token that the lane's step before drew, in this place among its draws. It may still be on the
     /// device.
     Drawn(usize),
 }
@@ -63,7 +65,7 @@ pub enum Past {
         stop_tokens: Vec<u32>,
     },
     /// Those before the draw before, and what that one drew: in this place among the draws of the
-    /// step before.
+    /// lane's step before.
     Drawn(usize),
 }
 

@@ -246,10 +246,23 @@ fn check_rows(step: &StepBatch, cached: &mut HashMap<SequenceId, usize>) {
     }
 }
 
-/// Runs random plans to the end, two steps ahead, and says how often somebody was preempted.
-fn play(seed: u64) -> u64 {
+/// What a model would draw in a step.
+fn drawn(step: &StepBatch) -> Vec<u32> {
+    let drawn = step
+        .segments
+        .iter()
+        .filter_map(|s| Some((s, s.draw.as_ref()?)));
+    drawn
+        .map(|(s, d)| token_at(s.sequence, d.position))
+        .collect()
+}
+
+/// Runs random plans to the end, one step ahead in each lane and one more, and says how often somebody
+/// was preempted.
+fn play(seed: u64, lanes: usize) -> u64 {
     let mut dice = Dice(seed);
-    let mut batch = Batch::new(TIGHT);
+    let mut batch = Batch::in_lanes(TIGHT, lanes);
+    let mut tokens_of = vec![Vec::new(); lanes];
     let mut answers: HashMap<SequenceId, (usize, usize, Vec<u32>)> = HashMap::new();
     let mut ahead: VecDeque<StepBatch> = VecDeque::new();
     let mut cached = HashMap::new();
@@ -267,12 +280,20 @@ fn play(seed: u64) -> u64 {
             answers.insert(id, (prompt, max, Vec::new()));
             unborn -= 1;
         }
-        while ahead.len() < 2
+        while ahead.len() < lanes + 1
             && let Some(step) = batch.next_batch(usize::MAX)
         {
             let kv = batch.kv_use();
             assert!(kv.held_tokens <= kv.capacity_tokens);
             check_rows(&step, &mut cached);
+            let last = &mut tokens_of[step.lane];
+            for segment in &step.segments {
+                if let Input::Drawn(place) = segment.input {
+                    let fed = token_at(segment.sequence, segment.start);
+                    assert_eq!(last[place], fed, "another lane's token");
+                }
+            }
+            *last = drawn(&step);
             ahead.push_back(step);
         }
         let Some(step) = ahead.pop_front() else {
@@ -282,13 +303,7 @@ fn play(seed: u64) -> u64 {
             }
             continue;
         };
-        let drawn = step
-            .segments
-            .iter()
-            .filter_map(|s| Some((s, s.draw.as_ref()?)));
-        let tokens: Vec<u32> = drawn
-            .map(|(s, d)| token_at(s.sequence, d.position))
-            .collect();
+        let tokens = drawn(&step);
         for segment in &step.segments {
             if let Input::Prompt(rows) = &segment.input {
                 let known = (segment.start..).map(|i| token_at(segment.sequence, i));
@@ -311,9 +326,76 @@ fn play(seed: u64) -> u64 {
 
 #[test]
 fn every_token_comes_once_however_tight_the_caches_are() {
-    let preemptions: u64 = (1..=300).map(play).sum();
-    assert!(
-        preemptions > 100,
-        "{preemptions}: too few to prove anything"
-    );
+    for lanes in 1..=3 {
+        let preemptions: u64 = (1..=300).map(|seed| play(seed, lanes)).sum();
+        assert!(
+            preemptions > 100,
+            "{preemptions} in {lanes} lanes: too few to prove anything"
+        );
+    }
+}
+
+#[test]
+fn lanes_take_turns_and_none_runs_further_ahead_than_the_step_behind_it() {
+    let mut batch = Batch::in_lanes(LIMITS, 2);
+    let joins = (1..=3).map(|id| join(id, 1, 9)).collect();
+    batch.apply(&plan(joins, vec![])).unwrap();
+    let mut next = || batch.next_batch(usize::MAX);
+    let steps: Vec<StepBatch> = (0..4).map(|_| next().unwrap()).collect();
+    assert_eq!(shape(&steps[0]), [(1, 0, 1, true), (3, 0, 1, true)]);
+    assert_eq!(shape(&steps[1]), [(2, 0, 1, true)]);
+    assert_eq!(shape(&steps[2]), [(1, 1, 1, true), (3, 1, 1, true)]);
+    assert_eq!(steps[2].segments[1].input, Input::Drawn(1));
+    assert_eq!(shape(&steps[3]), [(2, 1, 1, true)]);
+    assert_eq!(next(), None, "each lane has two steps on its way");
+    batch.observe(&steps[0].draws(), &[5, 99]);
+    let fifth = batch.next_batch(usize::MAX).unwrap();
+    assert_eq!(shape(&fifth), [(1, 2, 1, true)], "3 has ended");
+}
+
+#[test]
+fn the_chunks_of_a_prompt_wait_for_no_token() {
+    let mut batch = Batch::in_lanes(LIMITS, 3);
+    batch.apply(&plan(vec![join(1, 14, 9)], vec![])).unwrap();
+    let steps: Vec<_> = (0..4)
+        .map(|_| shape(&batch.next_batch(usize::MAX).unwrap()))
+        .collect();
+    assert_eq!(steps[0], [(1, 0, 4, false)]);
+    assert_eq!(steps[2], [(1, 8, 4, false)]);
+    assert_eq!(steps[3], [(1, 12, 2, true)]);
+}
+
+#[test]
+fn a_prompt_of_one_lane_is_read_in_small_chunks_while_another_decodes() {
+    let mut batch = Batch::in_lanes(LIMITS, 2);
+    let joins = vec![join(1, 3, 9), join(2, 9, 9)];
+    batch.apply(&plan(joins, vec![])).unwrap();
+    let mut steps = (0..2).map(|_| shape(&batch.next_batch(2).unwrap()));
+    assert_eq!(steps.next().unwrap(), [(1, 0, 3, true)]);
+    assert_eq!(steps.next().unwrap(), [(2, 0, 2, false)]);
+}
+
+#[test]
+fn every_lane_has_its_turn() {
+    for lanes in 1..=4 {
+        let mut batch = Batch::in_lanes(TIGHT, lanes);
+        let joins = (1..=4).map(|id| join(id, 1, 250)).collect();
+        batch.apply(&plan(joins, vec![])).unwrap();
+        let mut ahead = VecDeque::new();
+        let mut last_seen = HashMap::new();
+        for number in 0..1100 {
+            while ahead.len() < lanes + 1
+                && let Some(step) = batch.next_batch(usize::MAX)
+            {
+                ahead.push_back(step);
+            }
+            let Some(step) = ahead.pop_front() else { break };
+            for segment in &step.segments {
+                let before = last_seen.insert(segment.sequence, number);
+                assert!(before.is_none_or(|before| number - before <= lanes));
+            }
+            batch.observe(&step.draws(), &vec![5; step.draws().len()]);
+        }
+        assert!(batch.is_empty());
+    }
 }

@@ -69,6 +69,7 @@ fn spec(model: PathBuf, context_tokens: u32) -> ShardSpec {
         kv_tokens: None,
         // Every prompt is to be read.
         prefix_cache: false,
+        micro_batches: None,
         collective_deadline: Duration::from_secs(10),
     }
 }
@@ -78,6 +79,7 @@ fn options() -> LoopOptions {
         epoch: Epoch(1),
         window: Arc::new(Window::new(100, 100)),
         step_log_every: 0,
+        micro_batches: None,
         plan_deadline: Duration::from_secs(10),
     }
 }

@@ -374,6 +374,7 @@ mod tests {
         let mut caches = Caches::new();
         let outputs = steps.iter().enumerate().map(|(step, segments)| {
             let batch = StepBatch {
+                lane: 0,
                 segments: segments.clone(),
             };
             for segment in segments {

@@ -15,6 +15,7 @@ fn of_every_share_of_a_model_with_random_weights() {
         batch: 3,
         context_tokens: 20,
         steps: 25,
+        micro_batches: None,
     };
     for layout in [Layout::Tensor, Layout::Expert] {
         for rank in [0, 1] {

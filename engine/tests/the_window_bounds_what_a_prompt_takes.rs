@@ -23,6 +23,7 @@ fn from_the_first_layer_of_the_first_prompt() {
         batch: 1,
         context_tokens: 256,
         steps: 2,
+        micro_batches: None,
     };
     let share = TrialShare {
         config: ModelConfig::wide(6).unwrap(),

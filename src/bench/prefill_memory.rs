@@ -132,6 +132,7 @@ pub(super) fn measure(job: &PrefillJob) -> Result<PrefillFigures> {
         batch: 1,
         context_tokens: job.prompt as usize,
         steps: job.steps as usize,
+        micro_batches: None,
     };
     let share = TrialShare {
         config: ModelConfig::wide(job.layers as usize)?,

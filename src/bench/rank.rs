@@ -273,6 +273,7 @@ impl Member<'_> {
             batch: job.batch as usize,
             context_tokens: job.context as usize,
             steps: (job.steps as usize).div_ceil(turns),
+            micro_batches: None,
         };
         let config = match (job.model.to_str(), job.layers) {
             (Some(MINIMAX), layers) => ModelConfig::minimax_m2_5(layers.unwrap_or(62) as usize),

@@ -7,6 +7,7 @@ pub(crate) mod processes;
 pub(crate) mod ranks;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -21,6 +22,8 @@ use offbook_protocol::{
     ShardSpec, StepOutcome, Transport,
 };
 use serde::{Deserialize, Serialize};
+
+use ranks::Carrier;
 
 /// What every sequence drew.
 pub(crate) type Drawn = BTreeMap<SequenceId, Vec<SampledToken>>;
@@ -37,6 +40,9 @@ pub(crate) struct Cluster {
     /// Positions of all caches; `None` for as many as are ever needed.
     pub(crate) kv_tokens: Option<u32>,
     pub(crate) prefix_cache: bool,
+    pub(crate) micro_batches: Option<NonZeroU32>,
+    /// What joins the ranks, where they are processes: the name of a [`Carrier`].
+    pub(crate) carrier: String,
 }
 
 impl Cluster {
@@ -50,6 +56,8 @@ impl Cluster {
             window: 100,
             kv_tokens: None,
             prefix_cache: true,
+            micro_batches: None,
+            carrier: Carrier::Quic.name(),
         }
     }
 
@@ -105,6 +113,7 @@ impl Cluster {
             sequences_max: 16,
             kv_tokens: self.kv_tokens,
             prefix_cache: self.prefix_cache,
+            micro_batches: self.micro_batches,
             collective_deadline: DEADLINE,
         }
     }
@@ -114,6 +123,7 @@ impl Cluster {
             epoch: EPOCH,
             window: Arc::new(Window::new(self.window, self.window)),
             step_log_every: 0,
+            micro_batches: self.micro_batches,
             plan_deadline: DEADLINE,
         }
     }

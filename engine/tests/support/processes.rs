@@ -7,11 +7,10 @@
 use std::io::{BufRead, Write};
 use std::sync::mpsc::{SyncSender, sync_channel};
 
-use offbook_collectives::{FastSynch, Group, QuicOptions};
 use offbook_engine::{Command, Report, StepError, StepTiming, step_loop};
 use offbook_protocol::{Layout, Plan, StepOutcome};
 
-use super::ranks::{Place, RankProcess, processes, say};
+use super::ranks::{Carrier, Place, RankProcess, processes, say};
 use super::{Cluster, Cue, DEADLINE, Drawn, Script};
 
 /// Plays `cues` on processes, one per rank. `test` is the name of the test that calls this; its
@@ -83,8 +82,7 @@ pub(crate) fn be_a_rank() -> bool {
     };
     let cluster: Cluster = serde_json::from_str(&std::env::var(JOB).unwrap()).unwrap();
     let engine = cluster.load(place.rank);
-    let transport = place.join_quic(QuicOptions::default());
-    let group = Group::over(Box::new(transport), DEADLINE, FastSynch::Off).unwrap();
+    let group = place.group(Carrier::named(&cluster.carrier), DEADLINE);
     let handle = group.handle();
     let (tx, rx) = sync_channel(64);
     std::thread::spawn(move || listen(&tx));
