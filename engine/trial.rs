@@ -91,8 +91,9 @@ pub struct Trial {
 impl Trial {
     /// Positions that a sequence reaches.
     pub fn context_needed(&self) -> usize {
-        // Steps are built ahead of what is read, and the last ones run beyond the count.
-        self.context_tokens + WARM_UP_STEPS + self.steps + 16
+        // Steps are built ahead of what is read, the last ones run beyond the count, and whose prompt is
+        // read first goes on while the others' are.
+        self.context_tokens * self.batch.max(1) + WARM_UP_STEPS + self.steps + 16
     }
 
     /// Prefills the sequences, then runs decode steps: the times of the last `steps` of them. Over
@@ -131,7 +132,8 @@ impl Trial {
         let _ = commands.try_send(Command::Plan(plan));
         let mut watch = Watch {
             commands,
-            steps: self.prefill_steps(&engine) + WARM_UP_STEPS + self.steps,
+            steps: WARM_UP_STEPS + self.steps,
+            decoded: 0,
             timings: Vec::new(),
         };
         let options = LoopOptions {
@@ -169,17 +171,13 @@ impl Trial {
             leaves: Vec::new(),
         }
     }
-
-    fn prefill_steps(&self, engine: &Engine) -> usize {
-        let tokens = self.batch * self.context_tokens.max(1);
-        tokens.div_ceil(engine.limits().prefill_chunk_tokens)
-    }
 }
 
-/// Counts the steps, and ends the loop after the last one.
+/// Counts the steps behind the last one that reads a prompt, and ends the loop when there are enough.
 struct Watch {
     commands: SyncSender<Command>,
     steps: usize,
+    decoded: usize,
     timings: Vec<StepTiming>,
 }
 
@@ -188,7 +186,11 @@ impl Report for &mut Watch {
 
     fn timing(&mut self, timing: StepTiming) {
         self.timings.push(timing);
-        if self.timings.len() == self.steps {
+        self.decoded = match timing.prefill_tokens {
+            0 => self.decoded + 1,
+            _ => 0,
+        };
+        if self.decoded == self.steps {
             let _ = self.commands.try_send(Command::Shutdown);
         }
     }

@@ -544,14 +544,14 @@ pub(crate) struct BenchStep {
     /// What a step computes
     #[arg(long, default_value_t = Workload::Products)]
     pub(crate) workload: Workload,
-    /// Of workload model: a directory with a `config.json`, or minimax-m2.5 for that model's shape;
-    /// weights are random
-    #[arg(long, value_name = "DIR|minimax-m2.5", default_value = MINIMAX)]
+    /// Of workload model: a directory with a `config.json`, or minimax-m2.5 for that model's shape, or
+    /// wide for a small one of 8 layers; weights are random
+    #[arg(long, value_name = "DIR|minimax-m2.5|wide", default_value = MINIMAX)]
     pub(crate) model: PathBuf,
     /// Of workload model: how many layers; all of them if not given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) layers: Option<u32>,
-    /// Of workload model: how it is divided, tensor or expert
+    /// Of workload model: how it is divided; in the pipeline layout a step is of one micro-batch
     #[arg(long, default_value_t = Layout::Tensor, value_name = "LAYOUT")]
     pub(crate) parallel: Layout,
     /// Of workload model: sequences in a step
@@ -560,6 +560,13 @@ pub(crate) struct BenchStep {
     /// Of workload model: positions that each sequence has
     #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) context: u32,
+    /// Of workload model: tokens of prompts in one step at most
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) chunk: u32,
+    /// In the pipeline layout: how many groups of sequences are on their way through the stages at once;
+    /// several take turns in one run; one per stage if not given
+    #[arg(long, value_name = "N,N,…", value_delimiter = ',')]
+    pub(crate) micro_batches: Vec<NonZeroU32>,
     /// Products per step
     #[arg(long, value_name = "N", default_value_t = 124)]
     pub(crate) depth: usize,
@@ -609,6 +616,8 @@ pub(crate) enum Workload {
 
 /// The model whose shape is known by name.
 pub(crate) const MINIMAX: &str = "minimax-m2.5";
+/// A small model of wide layers, known by name.
+pub(crate) const WIDE: &str = "wide";
 
 #[derive(Debug, Args)]
 pub(crate) struct Doctor {

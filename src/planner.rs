@@ -5,7 +5,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use offbook_engine::{Candidate, Machine, ModelConfig, Network, Partition, RankShare, candidates};
+use offbook_engine::{
+    Candidate, Machine, ModelConfig, Network, Partition, RankShare, TRIAL_CHUNK_TOKENS, candidates,
+};
 use offbook_protocol::{FastSynch, Layout, NodeWeight, Transport};
 use serde::Serialize;
 
@@ -288,7 +290,8 @@ async fn measured_speeds(
         batch: 1,
         context: CONTEXT_TOKENS,
         steps: STEPS,
-        kinds: 1,
+        chunk: TRIAL_CHUNK_TOKENS as u32,
+        micro_batches: vec![None],
     });
     let mut milliseconds = vec![0.0; count];
     let mut ranks = Ranks::start(

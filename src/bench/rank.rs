@@ -10,14 +10,14 @@ use anyhow::Result;
 use offbook_collectives::conformance::{ConformanceError, Exactness, verify};
 use offbook_collectives::measure::{self, Probe, Products, Summation};
 use offbook_collectives::{CollectiveError, Group};
-use offbook_engine::{Engine, ModelConfig, StepTiming, TRIAL_CHUNK_TOKENS, Trial, TrialShare};
+use offbook_engine::{Engine, ModelConfig, StepTiming, Trial, TrialShare, Window};
 use offbook_protocol::NodeWeight;
 use offbook_runtime::supervise::lifeline;
 
 use super::form::{MEETING_MAX, form};
 use super::prefill_memory;
 use super::ranks::{Assignment, Event, Failed, Job, Latency, ModelJob, StepTimes};
-use crate::cli::{MINIMAX, Rank};
+use crate::cli::{MINIMAX, Rank, WIDE};
 use crate::logging;
 
 pub(crate) fn run(options: &Rank) -> Result<()> {
@@ -257,6 +257,8 @@ impl Member<'_> {
                 gpu_eval_ms: None,
                 eval_ms: median(|timing| timing.eval),
                 collective_ms: median(|timing| timing.collective),
+                tokens_per_second: None,
+                prompt_tokens_per_second: None,
                 graphs_instantiated: instantiated().map(|_| graphs[group]),
             }));
         }
@@ -268,7 +270,8 @@ impl Member<'_> {
         let broken = |group, why: &dyn std::fmt::Display| {
             Box::new(failed(group, &why.to_string(), None, Duration::ZERO))
         };
-        let turns = groups.len().div_ceil(job.kinds.max(1)).max(1);
+        let kinds = job.micro_batches.len().max(1);
+        let turns = groups.len().div_ceil(kinds).max(1);
         let trial = Trial {
             batch: job.batch as usize,
             context_tokens: job.context as usize,
@@ -276,6 +279,7 @@ impl Member<'_> {
             micro_batches: None,
         };
         let config = match (job.model.to_str(), job.layers) {
+            (Some(WIDE), layers) => ModelConfig::wide(layers.unwrap_or(8) as usize),
             (Some(MINIMAX), layers) => ModelConfig::minimax_m2_5(layers.unwrap_or(62) as usize),
             (_, layers) => ModelConfig::open(&job.model).map(|config| match layers {
                 Some(layers) => config.with_layers(layers as usize),
@@ -288,19 +292,32 @@ impl Member<'_> {
             weights: vec![NodeWeight(1.0); self.assignment.ranks],
             rank: offbook_protocol::Rank(self.rank as u32),
             context_tokens: trial.context_needed(),
-            prefill_chunk_tokens: TRIAL_CHUNK_TOKENS,
+            prefill_chunk_tokens: job.chunk as usize,
         };
         let mut engine = Engine::random(&share, SEED).map_err(|why| broken(None, &why))?;
-        let mut timings = vec![Vec::new(); job.kinds];
-        let mut paths = vec![String::new(); job.kinds];
+        let mut timings = vec![Vec::new(); kinds];
+        let mut rates = vec![(Vec::new(), Vec::new()); kinds];
+        let mut paths = vec![String::new(); kinds];
         for (index, group) in groups.into_iter().enumerate() {
-            let kind = index % job.kinds;
+            let kind = index % kinds;
+            let trial = Trial {
+                micro_batches: job.micro_batches.get(kind).copied().flatten(),
+                ..trial
+            };
             paths[kind] = group.path().name().to_owned();
             let outcome;
-            (engine, outcome) = trial.run(engine, group);
-            timings[kind].extend(outcome.map_err(|why| broken(Some(index), &why))?);
+            let window = Arc::new(Window::new(WINDOW_LAYERS, WINDOW_LAYERS));
+            (engine, outcome) = trial.run_all(engine, group, window);
+            let all = outcome.map_err(|why| broken(Some(index), &why))?;
+            let last = &all[all.len().saturating_sub(trial.steps)..];
+            let prompts = all.iter().filter(|timing| timing.prefill_tokens > 0);
+            rates[kind].0.push(rate(last.iter(), |timing| timing.batch));
+            rates[kind]
+                .1
+                .push(rate(prompts, |timing| timing.prefill_tokens));
+            timings[kind].extend_from_slice(last);
         }
-        for (kind, timings) in timings.iter().enumerate() {
+        for (kind, (timings, (decoded, read))) in timings.iter().zip(&rates).enumerate() {
             let median = |part: fn(&StepTiming) -> Duration| {
                 quantile(&mut timings.iter().map(part).collect::<Vec<_>>(), 0.5) * 1e3
             };
@@ -312,6 +329,8 @@ impl Member<'_> {
                 gpu_eval_ms: Some(median(|timing| timing.gpu_eval)),
                 eval_ms: median(|timing| timing.eval),
                 collective_ms: median(|timing| timing.collective),
+                tokens_per_second: middle(decoded),
+                prompt_tokens_per_second: middle(read),
                 graphs_instantiated: None,
             }));
         }
@@ -436,6 +455,24 @@ fn say(event: &Event) {
     let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
 }
 
+/// How many of what was counted in a second of these steps.
+fn rate<'t>(timings: impl Iterator<Item = &'t StepTiming>, count: fn(&StepTiming) -> usize) -> f64 {
+    let (counted, seconds) = timings.fold((0, 0.0), |(counted, seconds), timing| {
+        (
+            counted + count(timing),
+            seconds + timing.total.as_secs_f64(),
+        )
+    });
+    counted as f64 / seconds
+}
+
+/// The median of a few numbers.
+fn middle(values: &[f64]) -> Option<f64> {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
 /// In seconds; sorts the times.
 fn quantile(times: &mut [Duration], part: f64) -> f64 {
     times.sort_unstable();
@@ -453,5 +490,7 @@ const WARM_UP_STEPS: u32 = 3;
 /// Far below the 100 ms that a deadline may be exceeded by.
 const WATCHDOG_EVERY: Duration = Duration::from_millis(10);
 
+/// As in serving.
+const WINDOW_LAYERS: u32 = 100;
 /// Every run has the same weights.
 const SEED: u64 = 1;

@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -105,8 +106,10 @@ pub(crate) struct ModelJob {
     pub(crate) batch: u32,
     pub(crate) context: u32,
     pub(crate) steps: u32,
-    /// The groups are so many kinds, one after the other and then again.
-    pub(crate) kinds: usize,
+    /// Tokens of prompts in one step at most.
+    pub(crate) chunk: u32,
+    /// The groups are as many kinds, one after the other and then again; what each has.
+    pub(crate) micro_batches: Vec<Option<NonZeroU32>>,
 }
 
 /// What a rank says, as one line of JSON.
@@ -159,6 +162,10 @@ pub(crate) struct StepTimes {
     pub(crate) gpu_eval_ms: Option<f64>,
     pub(crate) eval_ms: f64,
     pub(crate) collective_ms: f64,
+    /// Of all sequences, where a model decodes.
+    pub(crate) tokens_per_second: Option<f64>,
+    /// Of prompts, where a model reads some.
+    pub(crate) prompt_tokens_per_second: Option<f64>,
     /// Graphs that the device instantiated in all of these steps, where that was to be counted and
     /// can be.
     pub(crate) graphs_instantiated: Option<u64>,

@@ -1,5 +1,7 @@
 //! `offbook bench step`: what one decode step takes, rank by rank, with collectives and without.
 
+use std::num::NonZeroU32;
+
 use anyhow::{Result, bail, ensure};
 use offbook_protocol::Layout;
 use serde_json::json;
@@ -17,8 +19,12 @@ pub(super) async fn run(options: BenchStep) -> Result<()> {
         "--ranks must be from 1 to {RANKS_MAX}"
     );
     ensure!(
-        options.parallel != Layout::Pipeline,
-        "--parallel is tensor or expert here: the stages of a pipeline do not step together"
+        options.parallel == Layout::Pipeline || options.micro_batches.is_empty(),
+        "--micro-batches are of --parallel pipeline"
+    );
+    ensure!(
+        options.parallel != Layout::Pipeline || options.workload == Workload::Model,
+        "--parallel pipeline is for --workload model"
     );
     let modes = modes(&options);
     let alone = modes
@@ -55,7 +61,8 @@ pub(super) async fn run(options: BenchStep) -> Result<()> {
             batch: options.batch,
             context: options.context,
             steps: options.steps,
-            kinds: modes.len(),
+            chunk: options.chunk,
+            micro_batches: modes.iter().map(|mode| mode.micro_batches).collect(),
         }),
     };
     let limits = Limits {
@@ -70,8 +77,19 @@ pub(super) async fn run(options: BenchStep) -> Result<()> {
             cores()
         );
         println!(
-            "{:<9} {:<11} {:>4} {:>9} {:>9} {:>9} {:>9} {:>10}  path",
-            "transport", "collectives", "rank", "total", "model", "gpu_eval", "eval", "collective"
+            "{:<9} {:<11} {:>4} {:>9} {:>9} {:>9} {:>9} {:>10}{}  path",
+            "transport",
+            "collectives",
+            "rank",
+            "total",
+            "model",
+            "gpu_eval",
+            "eval",
+            "collective",
+            match options.workload {
+                Workload::Model => " tokens/s  prompt/s",
+                Workload::Products => "",
+            }
         );
     }
     let mut ranks = Ranks::start(options.ranks, &groups, job, limits)?;
@@ -106,6 +124,8 @@ pub(super) async fn run(options: BenchStep) -> Result<()> {
 struct Mode {
     wire: Wire,
     collectives: Collectives,
+    /// One per stage of a pipeline if not given.
+    micro_batches: Option<NonZeroU32>,
 }
 
 /// What is measured, in turns: steps without sums once, and every kind of sums over every transport.
@@ -122,9 +142,21 @@ fn modes(options: &BenchStep) -> Vec<Mode> {
                         && (wire.is_of_mlx() || mode.collectives == collectives)
                 }
             };
-            if !modes.iter().any(known) {
-                modes.push(Mode { wire, collectives });
+            // A stage alone has no tokens to begin with, or none to end with.
+            let useless = options.parallel == Layout::Pipeline && collectives == Collectives::None;
+            if useless || modes.iter().any(known) {
+                continue;
             }
+            let several = options.micro_batches.iter().copied().map(Some);
+            let several: Vec<_> = match options.micro_batches.is_empty() {
+                true => vec![None],
+                false => several.collect(),
+            };
+            modes.extend(several.into_iter().map(|micro_batches| Mode {
+                wire,
+                collectives,
+                micro_batches,
+            }));
         }
     }
     modes
@@ -162,9 +194,15 @@ fn print(options: &BenchStep, rank: usize, mode: Mode, times: &StepTimes) {
         gpu_eval_ms,
         eval_ms,
         collective_ms,
+        tokens_per_second,
+        prompt_tokens_per_second,
         ..
     } = times;
-    let Mode { wire, collectives } = mode;
+    let Mode {
+        wire,
+        collectives,
+        micro_batches,
+    } = mode;
     let wire = (collectives != Collectives::None).then_some(wire);
     if options.json {
         let row = json!({
@@ -173,6 +211,8 @@ fn print(options: &BenchStep, rank: usize, mode: Mode, times: &StepTimes) {
             "transport": wire, "ranks": options.ranks, "rank": rank, "steps": options.steps,
             "path": path, "cores": cores(), "total_ms": total_ms, "model_ms": model_ms,
             "gpu_eval_ms": gpu_eval_ms, "eval_ms": eval_ms, "collective_ms": collective_ms,
+            "micro_batches": micro_batches, "tokens_per_second": tokens_per_second,
+            "prompt_tokens_per_second": prompt_tokens_per_second,
         });
         println!("{row}");
         return;
@@ -180,9 +220,14 @@ fn print(options: &BenchStep, rank: usize, mode: Mode, times: &StepTimes) {
     let wire = wire.map_or("-".to_owned(), |wire| wire.to_string());
     let collectives = collectives.to_string();
     let gpu_eval = gpu_eval_ms.map_or("-".to_owned(), |ms| format!("{ms:.2}"));
+    let rates = match (tokens_per_second, prompt_tokens_per_second) {
+        (Some(decoded), Some(read)) => format!(" {decoded:>9.1} {read:>9.1}"),
+        _ => String::new(),
+    };
+    let micro_batches = micro_batches.map_or(String::new(), |of| format!(", {of} micro-batches"));
     println!(
         "{wire:<9} {collectives:<11} {rank:>4} {total_ms:>9.2} {model_ms:>9.2} {gpu_eval:>9} \
-         {eval_ms:>9.2} {collective_ms:>10.2}  {path}"
+         {eval_ms:>9.2} {collective_ms:>10.2}{rates}  {path}{micro_batches}"
     );
 }
 
