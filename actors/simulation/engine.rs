@@ -84,8 +84,8 @@ pub(super) struct Loop {
     cache: BTreeMap<SequenceId, Vec<u64>>,
     /// The same of sequences that are gone.
     entries: BTreeMap<EntryId, Vec<u64>>,
-    /// What the step before drew.
-    drawn: Vec<u32>,
+    /// What the step before drew, in each lane.
+    drawn: [Vec<u32>; LANES],
     /// Up to which plan to apply before the next step.
     upto: PlanNumber,
     end: Option<Option<String>>,
@@ -105,19 +105,22 @@ impl Loop {
         Self {
             epoch,
             rank,
-            batch: Batch::new(Limits {
-                prefill_chunk_tokens: 8,
-                context_tokens: CONTEXT_TOKENS as usize,
-                kv_tokens: usize::MAX,
-                retained_tokens: RETAINED_TOKENS,
-            }),
+            batch: Batch::in_lanes(
+                Limits {
+                    prefill_chunk_tokens: 8,
+                    context_tokens: CONTEXT_TOKENS as usize,
+                    kv_tokens: usize::MAX,
+                    retained_tokens: RETAINED_TOKENS,
+                },
+                LANES,
+            ),
             plans: PlanInbox::new(epoch),
             commands: VecDeque::new(),
             ahead: VecDeque::new(),
             next: Step(0),
             cache: BTreeMap::new(),
             entries: BTreeMap::new(),
-            drawn: Vec::new(),
+            drawn: Default::default(),
             upto: PlanNumber(0),
             end: None,
         }
@@ -170,7 +173,7 @@ impl Loop {
         for segment in &batch.segments {
             let inputs = match &segment.input {
                 Input::Prompt(tokens) => tokens.clone(),
-                Input::Drawn(row) => vec![self.drawn[*row]],
+                Input::Drawn(row) => vec![self.drawn[batch.lane][*row]],
             };
             let cache = self
                 .cache
@@ -194,7 +197,7 @@ impl Loop {
                 ));
             }
         }
-        self.drawn.clone_from(&tokens);
+        self.drawn[batch.lane].clone_from(&tokens);
         tokens
     }
 
@@ -552,7 +555,9 @@ impl World {
     }
 }
 
-const STEPS_AHEAD_MAX: usize = 2;
+/// As in a pipeline of two stages.
+const LANES: usize = 2;
+const STEPS_AHEAD_MAX: usize = LANES + 1;
 /// Few enough for entries to be evicted.
 const RETAINED_TOKENS: usize = 6 * KV_BLOCK_TOKENS;
 const CHUNK_BESIDE_DECODE: usize = 4;
