@@ -28,13 +28,40 @@ pub(crate) struct Started {
     pub(crate) addr: SocketAddr,
     pub(crate) endpoint: Endpoint,
     pub(crate) runtime: tokio::runtime::Handle,
-    main: std::sync::mpsc::Sender<Arc<Shared>>,
+    main: Box<dyn FnOnce(Arc<Shared>) + Send>,
 }
 
 impl Started {
     pub(crate) fn run(self, shared: Arc<Shared>) {
-        // The thread only ends early when this side is gone.
-        let _ = self.main.send(shared);
+        (self.main)(shared);
+    }
+
+    /// An endpoint over a socket that is none of the system's, on the runtime of the caller. The same
+    /// seed draws the same numbers.
+    #[cfg(test)]
+    pub(crate) fn over(
+        config: &SystemConfig,
+        socket: Arc<dyn quinn::AsyncUdpSocket>,
+        seed: [u8; 32],
+    ) -> Result<Self, StartError> {
+        let mut parts = EndpointParts::new(config)?;
+        parts.endpoint.rng_seed(Some(seed));
+        let endpoint = parts.endpoint(|endpoint, server, runtime| {
+            Endpoint::new_with_abstract_socket(endpoint, Some(server), socket, runtime)
+        });
+        let endpoint = endpoint.map_err(StartError::Thread)?;
+        let serving = endpoint.clone();
+        Ok(Self {
+            addr: config.listen,
+            endpoint,
+            runtime: tokio::runtime::Handle::current(),
+            main: Box::new(|shared| {
+                tokio::spawn(async move {
+                    let _ended = Ended(Arc::clone(&shared));
+                    serve(shared, serving).await;
+                });
+            }),
+        })
     }
 }
 
@@ -56,7 +83,7 @@ pub(crate) async fn start(config: &SystemConfig) -> Result<Started, StartError> 
             .enable_all()
             .build()
             .and_then(|runtime| {
-                let endpoint = runtime.block_on(async { parts.endpoint(socket) })?;
+                let endpoint = runtime.block_on(async { parts.endpoint_over(socket) })?;
                 Ok((runtime, endpoint))
             });
         let (runtime, endpoint) = match made {
@@ -83,7 +110,8 @@ pub(crate) async fn start(config: &SystemConfig) -> Result<Started, StartError> 
         addr,
         endpoint,
         runtime,
-        main,
+        // The thread only ends early when this side is gone.
+        main: Box::new(move |shared| drop(main.send(shared))),
     })
 }
 
@@ -104,11 +132,12 @@ async fn serve(shared: Arc<Shared>, endpoint: Endpoint) {
     }
     loop {
         tokio::select! {
+            biased;
+            () = shared.stop.notified() => break,
             incoming = endpoint.accept() => match incoming {
                 Some(incoming) => drop(tokio::spawn(accept(Arc::clone(&shared), incoming))),
                 None => break,
             },
-            () = shared.stop.notified() => break,
         }
     }
     let sent = match shared.all_knew() {
@@ -421,10 +450,22 @@ impl EndpointParts {
         })
     }
 
+    fn endpoint_over(self, socket: UdpSocket) -> std::io::Result<Endpoint> {
+        self.endpoint(|endpoint, server, runtime| {
+            Endpoint::new(endpoint, Some(server), socket, runtime)
+        })
+    }
+
     /// Must be called on the runtime that is to drive it.
-    fn endpoint(self, socket: UdpSocket) -> std::io::Result<Endpoint> {
-        let runtime = Arc::new(quinn::TokioRuntime);
-        let mut endpoint = Endpoint::new(self.endpoint, Some(self.server), socket, runtime)?;
+    fn endpoint(
+        self,
+        make: impl FnOnce(
+            EndpointConfig,
+            quinn::ServerConfig,
+            Arc<dyn quinn::Runtime>,
+        ) -> std::io::Result<Endpoint>,
+    ) -> std::io::Result<Endpoint> {
+        let mut endpoint = make(self.endpoint, self.server, Arc::new(quinn::TokioRuntime))?;
         endpoint.set_default_client_config(self.client);
         Ok(endpoint)
     }

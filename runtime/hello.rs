@@ -192,8 +192,14 @@ impl HandshakeError {
             {
                 Self::WireVersion("the two sides have no application protocol in common".into())
             }
+            // An endpoint that is closed refuses, or breaks off the handshakes that are under way: QUIC
+            // says no more of that than that the application did it (RFC 9000, section 10.2.3).
             ConnectionError::ConnectionClosed(close)
-                if close.error_code == TransportErrorCode::CONNECTION_REFUSED =>
+                if [
+                    TransportErrorCode::CONNECTION_REFUSED,
+                    TransportErrorCode::APPLICATION_ERROR,
+                ]
+                .contains(&close.error_code) =>
             {
                 Self::Closing
             }

@@ -54,6 +54,9 @@ mod hello;
 mod frame;
 mod codec;
 mod sync;
+mod clock;
+#[cfg(test)]
+mod simulation;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod supervise;

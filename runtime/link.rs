@@ -9,14 +9,14 @@
 mod serve;
 mod heartbeat;
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::{Bytes, BytesMut};
 use quinn::{Connection, SendStream};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
 use crate::failure::{CLOSED, Failure, Lost, LostReason, MISBEHAVED, SILENT};
@@ -24,19 +24,19 @@ use crate::frame::FrameReader;
 use crate::limits::Limits;
 use crate::name::ProcessName;
 use crate::outbox::{Outbox, PushError};
-use crate::sync::lock;
+use crate::sync::{Watched, lock};
 use crate::system::Shared;
 
 pub(crate) struct Link {
     pub(crate) peer: ProcessName,
     pub(crate) outbox: Outbox,
-    stage: watch::Sender<Stage>,
+    stage: Watched<Stage>,
     /// Asks of ours without a reply yet; `None` once the link is lost.
-    pending: Mutex<Option<HashMap<u64, oneshot::Sender<Answer>>>>,
+    pending: Mutex<Option<BTreeMap<u64, oneshot::Sender<Answer>>>>,
     pending_max: usize,
     id_next: AtomicU64,
     /// Asks of theirs that an actor of ours has not answered yet.
-    running: Mutex<HashMap<u64, AbortHandle>>,
+    running: Mutex<BTreeMap<u64, AbortHandle>>,
     /// Tells of theirs that reached no mailbox.
     dropped: AtomicU64,
 }
@@ -56,11 +56,11 @@ impl Link {
         Arc::new(Self {
             peer,
             outbox: Outbox::new(limits),
-            stage: watch::Sender::new(Stage::Joining),
-            pending: Mutex::new(Some(HashMap::new())),
+            stage: Watched::new(Stage::Joining),
+            pending: Mutex::new(Some(BTreeMap::new())),
             pending_max: limits.asks_in_flight_max,
             id_next: AtomicU64::new(1),
-            running: Mutex::new(HashMap::new()),
+            running: Mutex::new(BTreeMap::new()),
             dropped: AtomicU64::new(0),
         })
     }
@@ -116,40 +116,33 @@ impl Link {
 
     /// Waits until the connection stands.
     pub(crate) async fn up(&self) -> Result<Connection, Lost> {
-        let mut stage = self.stage.subscribe();
-        let settled = stage
-            .wait_for(|stage| !matches!(stage, Stage::Joining))
-            .await;
-        match settled.as_deref() {
-            Ok(Stage::Up(connection)) => Ok(connection.clone()),
-            Ok(Stage::Lost(lost)) => Err(lost.clone()),
-            _ => Err(self.lost_as(LostReason::ShutDown)),
-        }
+        let settled = |stage: &Stage| match stage {
+            Stage::Joining => None,
+            Stage::Up(connection) => Some(Ok(connection.clone())),
+            Stage::Lost(lost) => Some(Err(lost.clone())),
+        };
+        self.stage.wait_for(settled).await
     }
 
     /// Waits until the link is lost.
     pub(crate) async fn lost(&self) -> Lost {
-        let mut stage = self.stage.subscribe();
-        match stage
-            .wait_for(|stage| matches!(stage, Stage::Lost(_)))
-            .await
-            .as_deref()
-        {
-            Ok(Stage::Lost(lost)) => lost.clone(),
-            _ => self.lost_as(LostReason::ShutDown),
-        }
+        let lost = |stage: &Stage| match stage {
+            Stage::Lost(lost) => Some(lost.clone()),
+            Stage::Joining | Stage::Up(_) => None,
+        };
+        self.stage.wait_for(lost).await
     }
 
     pub(crate) fn is_lost(&self) -> bool {
-        matches!(*self.stage.borrow(), Stage::Lost(_))
+        self.stage.with(|stage| matches!(stage, Stage::Lost(_)))
     }
 
     /// Why the link is lost, or `guess` when its tasks have not noted that yet.
     pub(crate) fn lost_or(&self, guess: LostReason) -> Lost {
-        match &*self.stage.borrow() {
+        self.stage.with(|stage| match stage {
             Stage::Lost(lost) => lost.clone(),
-            _ => self.lost_as(guess),
-        }
+            Stage::Joining | Stage::Up(_) => self.lost_as(guess),
+        })
     }
 
     fn lost_as(&self, reason: LostReason) -> Lost {
@@ -164,7 +157,7 @@ impl Link {
     pub(crate) fn lose(&self, reason: LostReason) {
         let lost = self.lost_as(reason);
         let mut connection = None;
-        let first = self.stage.send_if_modified(|stage| {
+        let first = self.stage.change(|stage| {
             if matches!(stage, Stage::Lost(_)) {
                 return false;
             }
@@ -197,7 +190,7 @@ impl Link {
         }
         self.outbox.close();
         lock(&self.pending).take();
-        for (_, running) in lock(&self.running).drain() {
+        for running in std::mem::take(&mut *lock(&self.running)).into_values() {
             running.abort();
         }
     }
@@ -211,7 +204,7 @@ impl Link {
         sending: SendStream,
         receiving: FrameReader,
     ) {
-        let up = self.stage.send_if_modified(|stage| {
+        let up = self.stage.change(|stage| {
             let joining = matches!(stage, Stage::Joining);
             if joining {
                 *stage = Stage::Up(connection.clone());
@@ -231,6 +224,7 @@ impl Link {
         let (link, shared) = (Arc::clone(self), Arc::clone(shared));
         tokio::spawn(async move {
             let reason = tokio::select! {
+                biased;
                 reason = link.read(&shared, receiving) => reason,
                 error = connection.closed() => LostReason::of_connection(&error),
                 reason = heartbeat::keep(&connection, &link.peer, &shared.limits.patience) => reason,
@@ -278,6 +272,13 @@ impl Link {
 
     fn running(&self) -> usize {
         lock(&self.running).len()
+    }
+
+    /// Asks of ours without an answer, and of theirs.
+    #[cfg(test)]
+    pub(crate) fn asks_under_way(&self) -> (usize, usize) {
+        let ours = lock(&self.pending).as_ref().map_or(0, BTreeMap::len);
+        (ours, self.running())
     }
 }
 

@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::clock;
 use crate::failure::LostReason;
 use crate::hello::{HandshakeError, Hello};
 use crate::limits::Limits;
@@ -115,6 +116,16 @@ impl Peer {
         match &lock(&self.state).phase {
             Phase::Up { link, .. } | Phase::Dialing { link, .. } => Some(Arc::clone(link)),
             Phase::Idle => None,
+        }
+    }
+
+    /// The incarnation at the other end of the link, when it stands.
+    #[cfg(test)]
+    pub(crate) fn boot_of_link(&self) -> Option<u64> {
+        let state = lock(&self.state);
+        match &state.phase {
+            Phase::Up { link, .. } if !link.is_lost() => state.boot,
+            _ => None,
         }
     }
 
@@ -236,7 +247,7 @@ impl Peer {
             _ => return None,
         }
         state.phase = Phase::Idle;
-        state.backoff.failed(error, Instant::now(), limits);
+        state.backoff.failed(error, clock::now(), limits);
         Some(state.backoff.failures)
     }
 }

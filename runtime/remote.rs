@@ -3,11 +3,12 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::BytesMut;
 use futures::FutureExt;
 
+use crate::clock;
 use crate::codec::{self, EncodeError};
 use crate::failure::{AskError, Failure, Lost, LostReason, TellError};
 use crate::frame::{self, Call, CallKind};
@@ -248,7 +249,7 @@ impl Target {
     }
 
     fn local_arrival(&self, deadline: Option<Duration>) -> Arrival {
-        let deadline = deadline.and_then(|deadline| Instant::now().checked_add(deadline));
+        let deadline = deadline.and_then(|deadline| clock::now().checked_add(deadline));
         Arrival {
             from: self.shared.process.clone(),
             deadline,

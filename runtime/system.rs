@@ -3,12 +3,12 @@
 //! Everything that touches the network runs on one thread of its own (`endpoint.rs`), so that a busy
 //! actor never delays a keep-alive, and a busy link never delays an actor.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 use std::{fmt, io};
 
 use actix::Recipient;
@@ -17,7 +17,8 @@ use futures::future::join_all;
 use tokio::sync::{Notify, watch};
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
-use crate::endpoint;
+use crate::clock;
+use crate::endpoint::{self, Started};
 use crate::failure::{CLOSED, Lost, LostReason};
 use crate::identity::{Identity, IdentityError};
 use crate::limits::Limits;
@@ -64,7 +65,11 @@ impl System {
     /// [`StartError`], before anything is sent.
     pub async fn start(config: SystemConfig) -> Result<Self, StartError> {
         config.check()?;
-        let started = endpoint::start(&config).await?;
+        Ok(Self::run(endpoint::start(&config).await?, config))
+    }
+
+    /// The system over an endpoint that waits for it.
+    pub(crate) fn run(started: Started, config: SystemConfig) -> Self {
         let (stopped, _) = watch::channel(false);
         let shared = Arc::new(Shared {
             process: config.process,
@@ -75,7 +80,7 @@ impl System {
             addr: started.addr,
             runtime: started.runtime.clone(),
             endpoint: Mutex::new(Some(started.endpoint.clone())),
-            peers: Mutex::new(HashMap::new()),
+            peers: Mutex::new(BTreeMap::new()),
             answers: TaskTracker::new(),
             dials: AtomicU64::new(0),
             closing: AtomicBool::new(false),
@@ -90,10 +95,15 @@ impl System {
         let owner = Arc::new(Owner {
             shared: Arc::clone(&shared),
         });
-        Ok(Self {
+        Self {
             shared,
             _owner: owner,
-        })
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
     }
 
     /// Where this process listens, with the port that it got.
@@ -255,7 +265,7 @@ pub(crate) struct Shared {
     addr: SocketAddr,
     runtime: tokio::runtime::Handle,
     endpoint: Mutex<Option<quinn::Endpoint>>,
-    peers: Mutex<HashMap<ProcessName, Arc<Peer>>>,
+    peers: Mutex<BTreeMap<ProcessName, Arc<Peer>>>,
     dials: AtomicU64,
     closing: AtomicBool,
     /// Every peer has answered our goodbye.
@@ -283,7 +293,7 @@ impl Shared {
         if self.is_closing() {
             return Err(LostReason::ShutDown);
         }
-        match peer.connect(&self.limits, Instant::now()) {
+        match peer.connect(&self.limits, clock::now()) {
             Connect::Joined(link) => Ok(link),
             Connect::Dial(link, addr) => {
                 let dial =

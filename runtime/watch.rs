@@ -53,6 +53,7 @@ pub(crate) async fn watch_here(
     match watched {
         Err(_) => GoneReason::NoSuchActor,
         Ok(watched) => tokio::select! {
+            biased;
             ending = watched.ended() => ending.into(),
             _ = stopped.wait_for(|stopped| *stopped) => GoneReason::Lost(LostReason::ShutDown),
         },

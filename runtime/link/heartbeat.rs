@@ -3,8 +3,9 @@
 
 use bytes::Bytes;
 use quinn::{Connection, SendDatagramError};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::sleep_until;
 
+use crate::clock;
 use crate::detector::{Detector, OwnTimer, Patience, Pulse, Standing};
 use crate::failure::LostReason;
 use crate::name::ProcessName;
@@ -16,19 +17,17 @@ pub(super) async fn keep(
     peer: &ProcessName,
     patience: &Patience,
 ) -> LostReason {
-    let now = Instant::now().into_std();
+    let now = clock::now();
     let mut detector = Detector::new(patience.clone(), now);
     let mut timer = OwnTimer::new(now);
     let mut pulse = Pulse::new(patience, now);
     let mut standing = Standing::Alive;
     loop {
         tokio::select! {
-            datagram = connection.read_datagram() => match datagram {
-                Ok(_) => detector.heard(Instant::now().into_std()),
-                Err(error) => return LostReason::of_connection(&error),
-            },
+            // First, so that a flood of datagrams cannot keep ours from being sent.
+            biased;
             () = sleep_until(timer.due().into()) => {
-                let now = Instant::now().into_std();
+                let now = clock::now();
                 let lateness = timer.ticked(now);
                 detector.excuse(lateness);
                 if pulse.is_due(now, lateness)
@@ -45,6 +44,10 @@ pub(super) async fn keep(
                     _ => {}
                 }
             }
+            datagram = connection.read_datagram() => match datagram {
+                Ok(_) => detector.heard(clock::now()),
+                Err(error) => return LostReason::of_connection(&error),
+            },
         }
     }
 }

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use quinn::{Connection, ReadError, RecvStream, SendStream};
 
 use super::Link;
+use crate::clock;
 use crate::failure::{Failure, LostReason};
 use crate::frame::{self, Call, Frame, FrameError, FrameReader};
 use crate::message::Arrival;
@@ -139,7 +140,7 @@ impl Link {
     fn arrival(&self, call: &Call<'_>, deadline: Duration) -> Arrival {
         let from = self.peer.clone();
         let deadline = (!deadline.is_zero())
-            .then(|| Instant::now().checked_add(deadline))
+            .then(|| clock::now().checked_add(deadline))
             .flatten();
         Arrival {
             from,
@@ -225,6 +226,7 @@ async fn serve_watch(shared: &Arc<Shared>, actor: &str, mut sending: SendStream)
             }
             let left = sending.stopped();
             tokio::select! {
+                biased;
                 _ = left => return,
                 ending = watched.ended() => match ending {
                     Ending::Stopped => frame::end(),
