@@ -150,11 +150,17 @@ impl Products {
             values.eval().map_err(refused)?;
             Ok(values)
         };
+        // As layers of a model hold them, by output: MLX has a kernel for a vector and such a matrix.
+        let by_output = |seed| -> Result<Array, CollectiveError> {
+            let matrix = normal(seed, &[width, width], scale)?
+                .transpose()
+                .map_err(refused)?;
+            matrix.eval().map_err(refused)?;
+            Ok(matrix)
+        };
         Ok(Self {
             x: normal(MATRICES, &[1, width], 1.0)?,
-            matrices: (0..MATRICES)
-                .map(|seed| normal(seed, &[width, width], scale))
-                .collect::<Result<_, _>>()?,
+            matrices: (0..MATRICES).map(by_output).collect::<Result<_, _>>()?,
             depth,
         })
     }

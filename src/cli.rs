@@ -82,9 +82,10 @@ pub(crate) struct Division {
     pub(crate) model: Option<PathBuf>,
     /// How the model is divided: tensor (every layer), expert (the experts; attention on every node,
     /// one exchange per layer), pipeline (some layers each), or auto: what is fastest by the numbers
-    /// below, which are measured here where they are not given
-    #[arg(long, default_value_t = Parallel::As(Layout::Tensor), value_name = "LAYOUT")]
-    pub(crate) parallel: Parallel,
+    /// below, which are measured here where they are not given. Without it, pipeline where nodes share
+    /// the cores of this machine, else tensor
+    #[arg(long, value_name = "LAYOUT")]
+    pub(crate) parallel: Option<Parallel>,
     /// Share of the model that each node takes, relative to the others, as in 2,1,1
     #[arg(long, value_name = "W,W,…", value_delimiter = ',')]
     pub(crate) weights: Vec<f64>,
@@ -541,13 +542,13 @@ pub(crate) struct BenchStep {
     /// How many ranks
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub(crate) ranks: usize,
-    /// What a step computes
-    #[arg(long, default_value_t = Workload::Products)]
-    pub(crate) workload: Workload,
-    /// Of workload model: a directory with a `config.json`, or minimax-m2.5 for that model's shape, or
-    /// wide for a small one of 8 layers; weights are random
-    #[arg(long, value_name = "DIR|minimax-m2.5|wide", default_value = MINIMAX)]
-    pub(crate) model: PathBuf,
+    /// What a step computes; without it a model where --model or --layers is given, else products
+    #[arg(long)]
+    pub(crate) workload: Option<Workload>,
+    /// Of workload model: a directory with a `config.json`, or minimax-m2.5 for that model's shape, which
+    /// is meant without it, or wide for a small one of 8 layers; weights are random
+    #[arg(long, value_name = "DIR|minimax-m2.5|wide")]
+    pub(crate) model: Option<PathBuf>,
     /// Of workload model: how many layers; all of them if not given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) layers: Option<u32>,
@@ -567,10 +568,10 @@ pub(crate) struct BenchStep {
     /// several take turns in one run; one per stage if not given
     #[arg(long, value_name = "N,N,…", value_delimiter = ',')]
     pub(crate) micro_batches: Vec<NonZeroU32>,
-    /// Products per step
+    /// Of workload products: how many in a step
     #[arg(long, value_name = "N", default_value_t = 124)]
     pub(crate) depth: usize,
-    /// Length of the vector, and both sides of the matrices
+    /// Of workload products: length of the vector, and both sides of the matrices
     #[arg(long, value_name = "N", default_value_t = 3072, value_parser = clap::value_parser!(i32).range(1..))]
     pub(crate) width: i32,
     /// What becomes of each product: none, or a sum over all ranks on the CPU stream or delegated to
@@ -612,6 +613,23 @@ pub(crate) enum Workload {
     Products,
     /// A decode step of a model, in the loop that serves
     Model,
+}
+
+impl BenchStep {
+    /// What a step computes, as it was said or as other options imply.
+    ///
+    /// # Errors
+    /// Options of the other kind of work, which would otherwise be passed over.
+    pub(crate) fn what(&self) -> Result<Workload, String> {
+        let of_a_model = self.model.is_some() || self.layers.is_some();
+        match self.workload {
+            Some(Workload::Products) if of_a_model => {
+                Err("--model and --layers are of --workload model".to_owned())
+            }
+            None if of_a_model => Ok(Workload::Model),
+            said => Ok(said.unwrap_or(Workload::Products)),
+        }
+    }
 }
 
 /// The model whose shape is known by name.
@@ -702,6 +720,14 @@ pub(crate) struct BenchDecode {
     /// Numbers of nodes to compare
     #[arg(long, value_delimiter = ',', default_value = "1,3")]
     pub(crate) nodes: Vec<u32>,
+    /// How the model is divided where there are several; each is measured
+    #[arg(
+        long,
+        value_name = "LAYOUT,…",
+        value_delimiter = ',',
+        default_value = "pipeline,tensor"
+    )]
+    pub(crate) parallel: Vec<Layout>,
     /// Tokens generated in each run
     #[arg(long, default_value_t = 200)]
     pub(crate) tokens: u32,

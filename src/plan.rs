@@ -30,11 +30,15 @@ pub(crate) async fn run(options: Plan) -> Result<()> {
         gpus: None,
     };
     let (divided, advice) = match division.parallel {
-        Parallel::Auto => {
+        Some(Parallel::Auto) => {
             let advice = planner::advise(&model, division, ground).await?;
             (Divided::by(advice.best()?), Some(advice))
         }
-        Parallel::As(layout) => {
+        said => {
+            let layout = match said {
+                Some(Parallel::As(layout)) => layout,
+                _ => Layout::Tensor,
+            };
             let advice = match options.measure || division.hardware.is_given() {
                 true => Some(planner::advise(&model, division, ground).await?),
                 false => None,

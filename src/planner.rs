@@ -60,13 +60,27 @@ pub(crate) struct Ground {
 /// As [`advise`] and [`Advice::best`].
 pub(crate) async fn settle(model: &Path, division: &Division, ground: Ground) -> Result<Divided> {
     match division.parallel {
-        Parallel::As(layout) => Ok(Divided::as_said(layout, division)),
-        Parallel::Auto => {
+        None => {
+            let layout = unsaid(&ModelConfig::open(model)?, division.nodes, ground);
+            Ok(Divided::as_said(layout, division))
+        }
+        Some(Parallel::As(layout)) => Ok(Divided::as_said(layout, division)),
+        Some(Parallel::Auto) => {
             let advice = advise(model, division, ground).await?;
             let best = advice.best()?;
             eprint!("{}", advice.words());
             Ok(Divided::by(best))
         }
+    }
+}
+
+/// The layout of nodes that are all on this machine, where nobody said one. They share its cores, so that
+/// dividing every layer gains nothing and costs exchanges: each takes some of the layers, and those of one
+/// have the cores for themselves meanwhile. GPUs are not shared.
+fn unsaid(config: &ModelConfig, nodes: u32, ground: Ground) -> Layout {
+    match ground.gpus {
+        None if nodes > 1 && nodes as usize <= config.layers => Layout::Pipeline,
+        _ => Layout::Tensor,
     }
 }
 

@@ -107,6 +107,57 @@ fn a_step_is_measured_on_every_rank() {
 }
 
 #[test]
+fn layers_are_those_of_a_model_and_what_the_device_refuses_is_said() {
+    let _alone = alone();
+    let step = |arguments: &[&str]| {
+        let mut step = offbook();
+        step.args(["bench", "step", "--json", "--steps", "3"]);
+        step.args(arguments).output().unwrap()
+    };
+    let of_a_model = [
+        "--layers",
+        "1",
+        "--model",
+        "wide",
+        "--context",
+        "12",
+        "--collectives",
+        "none,delegated,cpu-stream",
+    ];
+    let output = step(&of_a_model);
+    assert!(output.status.success(), "{output:?}");
+    let rows = rows(&String::from_utf8(output.stdout).unwrap());
+    let (refused, measured): (Vec<_>, Vec<_>) =
+        rows.iter().partition(|row| row["error"].is_string());
+    assert_eq!(refused.len(), 2, "a CPU has no stream to stay on: {rows:?}");
+    for row in refused {
+        assert_eq!(row["collectives"], "delegated", "{row}");
+    }
+    assert_eq!(measured.len(), 4, "{rows:?}");
+    for row in measured {
+        assert_eq!(
+            (&row["workload"], &row["layers"]),
+            (&"model".into(), &1.into())
+        );
+    }
+    let alone = step(&[
+        "--collectives",
+        "delegated",
+        "--width",
+        "64",
+        "--depth",
+        "8",
+    ]);
+    assert!(!alone.status.success(), "nothing was measured");
+    let mixed = step(&["--workload", "products", "--layers", "1"]);
+    let said = String::from_utf8_lossy(&mixed.stderr);
+    assert!(
+        !mixed.status.success() && said.contains("--layers"),
+        "{said}"
+    );
+}
+
+#[test]
 fn several_transports_take_turns_in_the_same_steps() {
     let _alone = alone();
     let output = offbook()

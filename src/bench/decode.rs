@@ -20,7 +20,7 @@ struct Subject {
 }
 
 enum What {
-    Nodes(u32),
+    Nodes(u32, Layout),
     MlxLm,
 }
 
@@ -36,15 +36,7 @@ pub(super) async fn run(options: BenchDecode) -> Result<()> {
         Some(model) => model.clone(),
         None => demo_model::write_to(scratch.path())?,
     };
-    let mut subjects: Vec<_> = options
-        .nodes
-        .iter()
-        .map(|&nodes| Subject {
-            name: format!("offbook, {nodes} node{}", if nodes == 1 { "" } else { "s" }),
-            what: What::Nodes(nodes),
-            tokens_per_second: Vec::new(),
-        })
-        .collect();
+    let mut subjects = clusters(&options);
     if options.python.is_some() {
         subjects.push(Subject {
             name: "mlx_lm, 1 process".into(),
@@ -55,7 +47,7 @@ pub(super) async fn run(options: BenchDecode) -> Result<()> {
     for round in 1..=options.runs {
         for subject in &mut subjects {
             let speed = match subject.what {
-                What::Nodes(nodes) => one_cluster(&options, &model, nodes).await?,
+                What::Nodes(nodes, layout) => one_cluster(&options, &model, nodes, layout).await?,
                 What::MlxLm => mlx_lm(&options, &model).await?,
             };
             eprintln!("round {round}: {} {speed:.1} tokens/s", subject.name);
@@ -66,12 +58,38 @@ pub(super) async fn run(options: BenchDecode) -> Result<()> {
     Ok(())
 }
 
-async fn one_cluster(options: &BenchDecode, model: &Path, nodes: u32) -> Result<f64> {
+/// Of one node there is one kind, whatever the layout.
+fn clusters(options: &BenchDecode) -> Vec<Subject> {
+    let named = |nodes, layout, name| Subject {
+        name,
+        what: What::Nodes(nodes, layout),
+        tokens_per_second: Vec::new(),
+    };
+    let mut subjects = Vec::new();
+    for &nodes in &options.nodes {
+        if nodes == 1 {
+            subjects.push(named(1, Layout::Tensor, "offbook, 1 node".into()));
+            continue;
+        }
+        for &layout in &options.parallel {
+            let name = format!("offbook, {nodes} nodes, {layout}");
+            subjects.push(named(nodes, layout, name));
+        }
+    }
+    subjects
+}
+
+async fn one_cluster(
+    options: &BenchDecode,
+    model: &Path,
+    nodes: u32,
+    layout: Layout,
+) -> Result<f64> {
     let local = LocalOptions {
         division: Division {
             nodes,
             model: Some(model.to_owned()),
-            parallel: Parallel::As(Layout::Tensor),
+            parallel: Some(Parallel::As(layout)),
             weights: Vec::new(),
             context: 0,
             hardware: Hardware::default(),
@@ -161,7 +179,7 @@ fn print(options: &BenchDecode, subjects: &[Subject]) {
         options.tokens, options.runs
     );
     for subject in subjects {
-        println!("{:>20}  {:8.1} tokens/s", subject.name, median(subject));
+        println!("{:>26}  {:8.1} tokens/s", subject.name, median(subject));
     }
 }
 

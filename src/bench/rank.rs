@@ -38,9 +38,13 @@ pub(crate) fn run(options: &Rank) -> Result<()> {
         ) {
             Ok(formed) => groups[group] = Some(formed),
             Err(error) => {
-                let culprit = error.downcast_ref().and_then(culprit);
-                let failed = failed(Some(group), &format!("{error:#}"), culprit, Duration::ZERO);
-                say(&Event::Failed(failed));
+                let why = error.downcast_ref();
+                let culprit = why.and_then(culprit);
+                let refused = matches!(why, Some(CollectiveError::NotDelegated { .. }));
+                say(&Event::Failed(Failed {
+                    refused,
+                    ..failed(Some(group), &format!("{error:#}"), culprit, Duration::ZERO)
+                }));
                 wait_for_the_end()
             }
         }
@@ -438,6 +442,7 @@ fn failed(group: Option<usize>, error: &str, culprit: Option<usize>, waited: Dur
         error: error.to_owned(),
         culprit,
         waited,
+        refused: false,
     }
 }
 

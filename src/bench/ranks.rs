@@ -182,6 +182,8 @@ pub(crate) struct Failed {
     pub(crate) culprit: Option<usize>,
     /// How long the operation had taken by then.
     pub(crate) waited: Duration,
+    /// The device cannot do what was required of it, and said so before anything was exchanged.
+    pub(crate) refused: bool,
 }
 
 /// What one rank had to say when a run failed, or what was found out about it.
@@ -445,6 +447,7 @@ impl Failure {
                 error,
                 culprit: Some(rank),
                 waited: Duration::ZERO,
+                refused: false,
             },
         }
     }
@@ -545,6 +548,7 @@ mod tests {
             error: error.to_owned(),
             culprit,
             waited,
+            refused: false,
         })
     }
 

@@ -1,6 +1,7 @@
 //! `offbook bench step`: what one decode step takes, rank by rank, with collectives and without.
 
 use std::num::NonZeroU32;
+use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
 use offbook_protocol::Layout;
@@ -11,19 +12,20 @@ use super::ranks::{
     Collectives, Event, Failure, Job, Limits, ModelJob, Ranks, RunFailed, StepTimes, Wanted,
 };
 use super::wire::Wire;
-use crate::cli::{BenchStep, Workload};
+use crate::cli::{BenchStep, MINIMAX, Workload};
 
 pub(super) async fn run(options: BenchStep) -> Result<()> {
     ensure!(
         (1..=RANKS_MAX).contains(&options.ranks),
         "--ranks must be from 1 to {RANKS_MAX}"
     );
+    let workload = options.what().map_err(anyhow::Error::msg)?;
     ensure!(
         options.parallel == Layout::Pipeline || options.micro_batches.is_empty(),
         "--micro-batches are of --parallel pipeline"
     );
     ensure!(
-        options.parallel != Layout::Pipeline || options.workload == Workload::Model,
+        options.parallel != Layout::Pipeline || workload == Workload::Model,
         "--parallel pipeline is for --workload model"
     );
     let modes = modes(&options);
@@ -33,21 +35,43 @@ pub(super) async fn run(options: BenchStep) -> Result<()> {
     if options.ranks == 1 && alone {
         bail!("one rank has no one to sum with: add --collectives none, or --transport echo");
     }
-    if options.workload == Workload::Model && options.transport.contains(&Wire::Echo) {
+    if workload == Workload::Model && options.transport.contains(&Wire::Echo) {
         bail!(
             "--transport echo is for --workload products: ranks that hear themselves draw no token"
         );
     }
+    if !options.json {
+        print_head(&options, workload);
+    }
+    let mut modes = modes;
+    loop {
+        let result = measure(&options, workload, &modes).await;
+        let Some(RunFailed(failures)) = result.as_ref().err().and_then(|why| why.downcast_ref())
+        else {
+            return result;
+        };
+        print_failures(&options, &modes, failures);
+        // What the device refuses it refuses over every transport; the rest can be measured.
+        modes.retain(|mode| mode.collectives != Collectives::Delegated);
+        let refused = failures.iter().all(|failure| failure.failed.refused);
+        if !refused || modes.is_empty() {
+            return result;
+        }
+    }
+}
+
+/// Measures all modes in one run.
+async fn measure(options: &BenchStep, workload: Workload, modes: &[Mode]) -> Result<()> {
     // MLX's own groups are formed once; of ours, each part of the steps has its own, in turns.
-    let turns = match options.workload {
+    let turns = match workload {
         Workload::Model if !modes.iter().any(|mode| mode.wire.is_of_mlx()) => TURNS,
         Workload::Model | Workload::Products => 1,
     };
     let groups: Vec<_> = (0..turns)
-        .flat_map(|_| &modes)
+        .flat_map(|_| modes)
         .map(|mode| (mode.wire, mode.collectives.fast_synch()))
         .collect();
-    let job = match options.workload {
+    let job = match workload {
         Workload::Products => Job::Products {
             width: options.width,
             depth: options.depth,
@@ -55,7 +79,7 @@ pub(super) async fn run(options: BenchStep) -> Result<()> {
             count_graphs: false,
         },
         Workload::Model => Job::Model(ModelJob {
-            model: options.model.clone(),
+            model: model(options).to_owned(),
             layers: options.layers,
             layout: options.parallel,
             batch: options.batch,
@@ -69,54 +93,64 @@ pub(super) async fn run(options: BenchStep) -> Result<()> {
         deadline: options.deadline,
         gpus: options.gpus,
     };
-    if !options.json {
-        println!(
-            "{}, {} ranks, {} cores, ms",
-            what(&options),
-            options.ranks,
-            cores()
-        );
-        println!(
-            "{:<9} {:<11} {:>4} {:>9} {:>9} {:>9} {:>9} {:>10}{}  path",
-            "transport",
-            "collectives",
-            "rank",
-            "total",
-            "model",
-            "gpu_eval",
-            "eval",
-            "collective",
-            match options.workload {
-                Workload::Model => " tokens/s  prompt/s",
-                Workload::Products => "",
-            }
-        );
-    }
     let mut ranks = Ranks::start(options.ranks, &groups, job, limits)?;
-    let result = ranks
+    ranks
         .run(Wanted::Done, |rank, event| {
             if let Event::Step(times) = event
                 && let Some(&mode) = modes.get(times.group)
             {
-                print(&options, rank, mode, times);
+                print(options, workload, rank, mode, times);
             }
         })
-        .await;
-    if let Err(error) = &result
-        && let Some(RunFailed(failures)) = error.downcast_ref()
-        && options.json
-    {
-        for Failure { rank, failed } in failures {
+        .await
+}
+
+fn model(options: &BenchStep) -> &Path {
+    options.model.as_deref().unwrap_or(Path::new(MINIMAX))
+}
+
+fn print_head(options: &BenchStep, workload: Workload) {
+    println!(
+        "{}, {} ranks, {} cores, ms",
+        what(options, workload),
+        options.ranks,
+        cores()
+    );
+    println!(
+        "{:<9} {:<11} {:>4} {:>9} {:>9} {:>9} {:>9} {:>10}{}  path",
+        "transport",
+        "collectives",
+        "rank",
+        "total",
+        "model",
+        "gpu_eval",
+        "eval",
+        "collective",
+        match workload {
+            Workload::Model => " tokens/s  prompt/s",
+            Workload::Products => "",
+        }
+    );
+}
+
+/// What each rank had to say where a run failed: as rows, or where the rest goes on, as a remark.
+fn print_failures(options: &BenchStep, modes: &[Mode], failures: &[Failure]) {
+    for Failure { rank, failed } in failures {
+        let mode = failed
+            .group
+            .and_then(|group| modes.get(group % modes.len()));
+        if options.json {
             let row = json!({
                 "ranks": options.ranks, "rank": rank,
-                "transport": failed.group.and_then(|group| modes.get(group % modes.len()))
-                    .map(|mode| mode.wire),
+                "collectives": mode.map(|mode| mode.collectives),
+                "transport": mode.map(|mode| mode.wire),
                 "error": failed.error,
             });
             println!("{row}");
+        } else if failed.refused {
+            println!("rank {rank}: {}", failed.error);
         }
     }
-    result
 }
 
 /// One way of making a step.
@@ -163,7 +197,7 @@ fn modes(options: &BenchStep) -> Vec<Mode> {
 }
 
 /// What a step computes, in words.
-fn what(options: &BenchStep) -> String {
+fn what(options: &BenchStep, workload: Workload) -> String {
     let BenchStep {
         depth,
         width,
@@ -172,7 +206,7 @@ fn what(options: &BenchStep) -> String {
         parallel,
         ..
     } = options;
-    match options.workload {
+    match workload {
         Workload::Products => {
             format!("{depth} products of [1, {width}] with [{width}, {width}] per step")
         }
@@ -181,12 +215,12 @@ fn what(options: &BenchStep) -> String {
             options
                 .layers
                 .map_or("all layers".to_owned(), |layers| format!("{layers} layers")),
-            options.model.display(),
+            model(options).display(),
         ),
     }
 }
 
-fn print(options: &BenchStep, rank: usize, mode: Mode, times: &StepTimes) {
+fn print(options: &BenchStep, workload: Workload, rank: usize, mode: Mode, times: &StepTimes) {
     let StepTimes {
         path,
         total_ms,
@@ -206,7 +240,7 @@ fn print(options: &BenchStep, rank: usize, mode: Mode, times: &StepTimes) {
     let wire = (collectives != Collectives::None).then_some(wire);
     if options.json {
         let row = json!({
-            "workload": options.workload.to_string(), "layers": options.layers,
+            "workload": workload.to_string(), "layers": options.layers,
             "parallel": options.parallel, "batch": options.batch, "collectives": collectives,
             "transport": wire, "ranks": options.ranks, "rank": rank, "steps": options.steps,
             "path": path, "cores": cores(), "total_ms": total_ms, "model_ms": model_ms,
