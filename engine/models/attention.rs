@@ -15,6 +15,7 @@ use crate::host::{self, Sight};
 use crate::kv_cache::{KeysAndValues, Place};
 use crate::models::Fault;
 use crate::models::decoder::{Borrowed, DeviceKind, Numerics, Rows};
+use crate::models::fused::{self, NormOfTwo};
 use crate::models::linear::{Fused, arrays, fuse, project};
 use crate::models::rotary::Rotary;
 use crate::partition::RankShare;
@@ -57,6 +58,8 @@ struct WholeNorm {
     /// Takes the squares of this rank's heads to its part of both means: `[(query + kv heads) ×
     /// head_dim, 2]`, 1 / width over all ranks where a channel belongs to the norm, else 0.
     mean: Array,
+    /// 1 for the heads of q, and for those of k, else 0: `[query + kv heads, 1]`.
+    kinds: [Array; 2],
     eps: Array,
 }
 
@@ -228,8 +231,16 @@ impl Heads {
         let normed = self.query + self.kv;
         let heads = projected.reshape(&[rows.count, normed + self.kv, self.width])?;
         let turned = heads.try_index((.., ..normed, ..))?;
-        let turned = self.normalise(&turned.as_dtype(Dtype::Float32)?, rows)?;
-        let turned = rotary.apply(&rows.turn, &turned.as_dtype(numerics.dtype)?)?;
+        let turned = match (&self.norm, numerics.device) {
+            (Norm::Whole(norm), DeviceKind::Gpu) => {
+                self.normalise_in_chains(&turned, norm, rows)?
+            }
+            _ => {
+                let turned = self.normalise(&turned.as_dtype(Dtype::Float32)?, rows)?;
+                turned.as_dtype(numerics.dtype)?
+            }
+        };
+        let turned = rotary.apply(&rows.turn, &turned)?;
         let values = heads.try_index((.., normed.., ..))?;
         let keys = turned.try_index((.., self.query.., ..))?;
         Ok(Prepared {
@@ -280,12 +291,36 @@ impl Heads {
             Norm::PerHead { eps } => return Ok(rms_norm(x, None, *eps)?.multiply(&self.gains)?),
             Norm::Whole(norm) => norm,
         };
-        let channels = (self.query + self.kv) * self.width;
-        let squares = x.square()?.reshape(&[rows.count, channels])?;
-        let means = rows.whole_of_heads(matmul(&squares, &norm.mean)?)?;
+        let means = self.means(x.square()?, norm, rows)?;
         let inverse = rsqrt(means.add(&norm.eps)?)?;
         let by_head = take_axis(&inverse, &norm.of_head, 1)?.expand_dims(2)?;
         Ok(x.multiply(by_head)?.multiply(&self.gains)?)
+    }
+
+    /// The same over all heads of all ranks, of `x` as it is: what is not a sum is one kernel before it and
+    /// one behind.
+    fn normalise_in_chains(
+        &self,
+        x: &Array,
+        norm: &WholeNorm,
+        rows: &Rows<'_>,
+    ) -> Result<Array, Fault> {
+        let means = self.means(fused::squares(x)?, norm, rows)?;
+        let of_kind = |kind: i32| means.try_index((.., kind..kind + 1))?.expand_dims(2);
+        Ok(fused::norm_of_two(NormOfTwo {
+            x,
+            means: [of_kind(0)?, of_kind(1)?],
+            kinds: &norm.kinds,
+            eps: &norm.eps,
+            gains: &self.gains,
+        })?)
+    }
+
+    /// The means of the squares of all ranks' heads, q's and k's: `[rows, 2]`.
+    fn means(&self, squares: Array, norm: &WholeNorm, rows: &Rows<'_>) -> Result<Array, Fault> {
+        let channels = (self.query + self.kv) * self.width;
+        let squares = squares.reshape(&[rows.count, channels])?;
+        rows.whole_of_heads(matmul(&squares, &norm.mean)?)
     }
 
     /// Causal attention of all segments: `[rows, query heads × head_dim]`.
@@ -338,7 +373,12 @@ impl WholeNorm {
             .iter()
             .flat_map(|&norm| vec![if norm == 0 { of_q } else { of_k }; config.head_dim])
             .collect();
+        let kind = |norm: i32| {
+            let of_kind = of_head.iter().map(|of| f32::from(*of == norm));
+            Array::from_slice(&of_kind.collect::<Vec<_>>(), &[query + kv, 1])
+        };
         Self {
+            kinds: [kind(0), kind(1)],
             of_head: Array::from_slice(&of_head, &[query + kv]),
             mean: Array::from_slice(mean.as_flattened(), &[mean.len() as i32, 2]),
             eps: Array::from_f32(config.rms_norm_eps),

@@ -369,7 +369,7 @@ mod tests {
     }
 
     /// What all layers make of the steps' rows, one after the other.
-    fn outputs(model: &Decoder, steps: &[Vec<Segment>]) -> Vec<Array> {
+    fn outputs(model: &Decoder, steps: &[Vec<Segment>], divided: Divided) -> Vec<Array> {
         let group = Group::solo();
         let mut caches = Caches::new();
         let outputs = steps.iter().enumerate().map(|(step, segments)| {
@@ -382,7 +382,7 @@ mod tests {
                     .entry(segment.sequence)
                     .or_insert_with(|| SequenceCache::new(model.layers()));
             }
-            let rows = model.rows(&batch, &group, Divided::default());
+            let rows = model.rows(&batch, &group, divided);
             let key = mlx_rs::random::key(step as u64).unwrap();
             let shape = [rows.count, model.numerics.hidden];
             let mut x = mlx_rs::random::normal::<f32>(&shape, None, None, Some(&key)).unwrap();
@@ -404,12 +404,16 @@ mod tests {
             vec![segment(2, 6, 1)],
         ];
         let check = |name: &str, model: &dyn Fn(DeviceKind) -> Decoder| {
-            let cpu = outputs(&model(DeviceKind::Cpu), &steps);
-            let gpu = outputs(&model(DeviceKind::Gpu), &steps);
-            for (step, (cpu, gpu)) in cpu.iter().zip(&gpu).enumerate() {
-                assert_eq!(cpu.shape(), gpu.shape());
-                let same = cpu.all_close(gpu, 1e-3, 1e-3, None).unwrap();
-                assert!(same, "{name}, step {step}:\n{cpu}\n{gpu}");
+            let cpu = outputs(&model(DeviceKind::Cpu), &steps, Divided::default());
+            // Alone, and as one of several ranks, whose sums are those of one here.
+            for ranks in [1, 2] {
+                let divided = Divided::by(Layout::Tensor, ranks);
+                let gpu = outputs(&model(DeviceKind::Gpu), &steps, divided);
+                for (step, (cpu, gpu)) in cpu.iter().zip(&gpu).enumerate() {
+                    assert_eq!(cpu.shape(), gpu.shape());
+                    let same = cpu.all_close(gpu, 1e-3, 1e-3, None).unwrap();
+                    assert!(same, "{name}, step {step}:\n{cpu}\n{gpu}");
+                }
             }
         };
         check("random", &random);

@@ -45,8 +45,12 @@ impl Rotary {
         }
     }
 
-    /// Offsets for a device that has the kernel.
+    /// For a device that has the kernel: offsets, as long as the kernel takes so few dimensions for as many
+    /// rows as there may be.
     pub(crate) fn kernel(&self, positions: &[i32]) -> Turn {
+        if self.dimensions < KERNEL_DIMENSIONS_MIN {
+            return self.tables(positions);
+        }
         Turn::Kernel {
             offsets: Array::from_slice(positions, &[positions.len() as i32]),
         }
@@ -91,10 +95,15 @@ impl Rotary {
             .squeeze_axes(&[2]),
             Turn::Tables { keep, swap } => take_axis(x, &self.partner, 2)?
                 .multiply(swap)?
-                .add(x.multiply(keep)?),
+                .add(x.multiply(keep)?)?
+                .as_dtype(x.dtype()),
         }
     }
 }
+
+/// CUDA's kernel is launched in blocks of 1024 threads, half the dimensions by as many rows as are left. CUDA
+/// refuses blocks of more than 64 rows that way, which half of fewer dimensions than these would be.
+const KERNEL_DIMENSIONS_MIN: usize = 32;
 
 #[cfg(test)]
 mod tests {
@@ -104,12 +113,19 @@ mod tests {
 
     #[test]
     fn tables_turn_as_the_library_does() {
-        let rotary = Rotary::new(16, 32, 5e6);
+        let rotary = Rotary::new(32, 48, 5e6);
         let positions = [0, 3, 250];
-        let x = random::normal::<f32>(&[3, 2, 32], None, None, None).unwrap();
+        let x = random::normal::<f32>(&[3, 2, 48], None, None, None).unwrap();
         let tables = rotary.apply(&rotary.tables(&positions), &x).unwrap();
         let kernel = rotary.apply(&rotary.kernel(&positions), &x).unwrap();
         assert_eq!(tables.shape(), kernel.shape());
         assert!(tables.all_close(&kernel, 1e-4, 1e-4, None).unwrap());
+    }
+
+    #[test]
+    fn few_dimensions_are_turned_without_the_kernel() {
+        let turn = |dimensions| Rotary::new(dimensions, 32, 1e4).kernel(&[0, 1]);
+        assert!(matches!(turn(30), Turn::Tables { .. }));
+        assert!(matches!(turn(32), Turn::Kernel { .. }));
     }
 }
