@@ -9,7 +9,7 @@ use actix::{
 };
 use futures::future;
 use offbook_runtime::supervise::{
-    ChildSpec, ChildState, Event, Exit, Restart, RestartPolicy, Supervisor, SupervisorError,
+    ChildSpec, ChildState, Event, Restart, RestartPolicy, Supervisor, SupervisorError,
 };
 use offbook_runtime::{ActorPath, LostReason, ProcessName, Remote, RemoteMessage, System};
 use serde::{Deserialize, Serialize};
@@ -282,12 +282,7 @@ fn cut(lines: &[String]) -> Vec<String> {
 
 /// One line for an operator: how it ended, and the last thing it said.
 fn describe(restart: &Restart) -> String {
-    let how = match &restart.exit {
-        Exit::Code(code) => format!("exit code {code}"),
-        Exit::Signal(signal) => format!("signal {signal}"),
-        Exit::NotStarted(why) => format!("not started: {why}"),
-        Exit::Unknown(why) => why.clone(),
-    };
+    let how = restart.exit.to_string();
     if !restart.why.is_empty() {
         return format!("{how}, for it was {}", restart.why);
     }
