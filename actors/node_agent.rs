@@ -9,7 +9,8 @@ use actix::{
 };
 use futures::future;
 use offbook_runtime::supervise::{
-    ChildSpec, ChildState, Event, Exit, Restart, RestartPolicy, Supervisor, SupervisorError,
+    ActorRef, ActorSpec, ChildSpec, ChildState, Event, Restart, RestartPolicy, Supervisor,
+    SupervisorError,
 };
 use offbook_runtime::{ActorPath, LostReason, ProcessName, Remote, RemoteMessage, System};
 use serde::{Deserialize, Serialize};
@@ -50,13 +51,28 @@ pub struct NodeAgent {
 }
 
 impl NodeAgent {
-    /// An agent that answers to the head of the cluster. The shard starts with the actor.
-    pub fn new(
+    /// Starts an agent that answers to the head of the cluster, and keeps it. The shard process starts
+    /// with each life of the agent and ends with it.
+    ///
+    /// # Errors
+    /// When the supervisor has an agent already.
+    pub fn supervised(
+        by: &Supervisor,
         system: &System,
         head: ProcessName,
         launch: ShardLaunch,
         keeping: ShardKeeping,
-    ) -> Self {
+    ) -> Result<ActorRef<Self>, SupervisorError> {
+        let own = system.clone();
+        let agent = by.start_actor(ActorSpec::new(names::NODE_AGENT), move |_| {
+            Self::new(&own, head.clone(), launch.clone(), keeping.clone())
+        })?;
+        system.register::<Attach>(names::NODE_AGENT, agent.recipient());
+        system.register::<Probe>(names::NODE_AGENT, agent.recipient());
+        Ok(agent)
+    }
+
+    fn new(system: &System, head: ProcessName, launch: ShardLaunch, keeping: ShardKeeping) -> Self {
         let (supervisor, events) = Supervisor::new(keeping.restarts);
         Self {
             frozen_grace: keeping.frozen_grace,
@@ -144,10 +160,6 @@ impl Actor for NodeAgent {
         if let Err(error) = self.start_shard() {
             tracing::error!(%error, "cannot start the shard");
         }
-        self.system
-            .register::<Attach>(names::NODE_AGENT, ctx.address().recipient());
-        self.system
-            .register::<Probe>(names::NODE_AGENT, ctx.address().recipient());
         ctx.run_interval(ANNOUNCE_EVERY, |this, ctx| this.announce(None, ctx));
     }
 }
@@ -282,12 +294,7 @@ fn cut(lines: &[String]) -> Vec<String> {
 
 /// One line for an operator: how it ended, and the last thing it said.
 fn describe(restart: &Restart) -> String {
-    let how = match &restart.exit {
-        Exit::Code(code) => format!("exit code {code}"),
-        Exit::Signal(signal) => format!("signal {signal}"),
-        Exit::NotStarted(why) => format!("not started: {why}"),
-        Exit::Unknown(why) => why.clone(),
-    };
+    let how = restart.exit.to_string();
     if !restart.why.is_empty() {
         return format!("{how}, for it was {}", restart.why);
     }

@@ -120,6 +120,15 @@ pub enum AskError {
         /// The actor that was asked.
         actor: ActorPath,
     },
+    /// The handler of a supervised actor panicked. The message is put aside there, with the cause, and
+    /// is not handled again; the actor is restarted.
+    #[error("the handler of {actor} for `{message}` panicked")]
+    Panicked {
+        /// The actor that was asked.
+        actor: ActorPath,
+        /// The message's name.
+        message: &'static str,
+    },
     /// That process, or this one, is shutting down. Not handled.
     #[error("{process} is shutting down")]
     ShuttingDown {
@@ -241,6 +250,7 @@ pub(crate) enum Failure {
     DeadlinePassed,
     ReplyNotSendable,
     ShuttingDown,
+    Panicked,
 }
 
 impl Failure {
@@ -255,6 +265,7 @@ impl Failure {
             Self::DeadlinePassed => (7, 0),
             Self::ReplyNotSendable => (8, 0),
             Self::ShuttingDown => (9, 0),
+            Self::Panicked => (10, 0),
         }
     }
 
@@ -269,6 +280,7 @@ impl Failure {
             7 => Self::DeadlinePassed,
             8 => Self::ReplyNotSendable,
             9 => Self::ShuttingDown,
+            10 => Self::Panicked,
             _ => Self::Closed,
         }
     }
@@ -287,6 +299,7 @@ impl Failure {
             Self::NotUnderstood => AskError::NotUnderstood { actor, message },
             Self::Overloaded => AskError::Overloaded { actor },
             Self::Closed => AskError::Closed { actor },
+            Self::Panicked => AskError::Panicked { actor, message },
             Self::DeadlinePassed => AskError::DeadlinePassed { actor, message },
             Self::ReplyNotSendable => AskError::ReplyNotSendable { actor, message },
             Self::ShuttingDown => AskError::ShuttingDown {
@@ -312,6 +325,7 @@ mod tests {
             Failure::DeadlinePassed,
             Failure::ReplyNotSendable,
             Failure::ShuttingDown,
+            Failure::Panicked,
         ] {
             let (code, detail) = failure.to_wire();
             assert_eq!(Failure::from_wire(code, detail), failure);

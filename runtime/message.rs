@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
 use crate::name::ProcessName;
+use crate::supervise::fate;
 use crate::trace::TraceContext;
 
 /// A message with one reply (or none, when it is told), for an actor anywhere.
@@ -132,7 +133,7 @@ impl<T> Clone for ItemSender<T> {
 
 impl<T> Drop for ItemSender<T> {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if fate::is_panic_under_way() {
             self.panicked.store(true, Ordering::Release);
         }
     }

@@ -23,6 +23,7 @@ use crate::frame::{self, Call};
 use crate::limits::Limits;
 use crate::message::{Arrival, ItemReceiver, ItemSender, Open, Produced};
 use crate::message::{RemoteMessage, StreamMessage};
+use crate::supervise::fate::{self, Fate};
 use crate::trace::{Entered, TraceContext};
 use crate::watch::{Ending, LOOK_INTERVAL};
 
@@ -261,15 +262,18 @@ where
         if !self.recipient.connected() {
             return Err((message, Failure::Closed));
         }
-        let mut request = Box::pin(self.recipient.send(message));
+        let (sent, packed) = fate::collect(|| self.recipient.send(message));
+        let mut request = Box::pin(sent);
         // A full mailbox takes the message only when the request is polled: poll it now, or a
         // later message would overtake it.
-        let early = request
-            .as_mut()
-            .poll(&mut Context::from_waker(Waker::noop()));
+        let (early, packed_late) = fate::collect(|| {
+            let mut cx = Context::from_waker(Waker::noop());
+            request.as_mut().poll(&mut cx)
+        });
         Ok(Asked {
             request,
             early: Some(early),
+            fate: packed.or(packed_late),
             trace: TraceContext::current(),
             _place: place,
         })
@@ -363,6 +367,8 @@ where
 {
     request: Pin<Box<actix::dev::RecipientRequest<M>>>,
     early: Option<Poll<Result<M::Result, MailboxError>>>,
+    /// Known of a supervised actor's message once it is packed.
+    fate: Option<Arc<Fate>>,
     /// A full mailbox packs the message only when there is room for it.
     trace: Option<TraceContext>,
     _place: OwnedSemaphorePermit,
@@ -387,10 +393,24 @@ where
             Some(Poll::Ready(result)) => Poll::Ready(result),
             _ => {
                 let _entered = Entered::new(self.trace);
-                self.request.as_mut().poll(cx)
+                let (polled, packed) = fate::collect(|| self.request.as_mut().poll(cx));
+                if packed.is_some() {
+                    self.fate = packed;
+                }
+                polled
             }
         };
-        polled.map(|result| result.map_err(|_| Failure::Closed))
+        let panicked = || {
+            self.fate
+                .as_ref()
+                .is_some_and(|fate| fate.panicked().is_some())
+        };
+        polled.map(|result| {
+            result.map_err(|_| match panicked() {
+                true => Failure::Panicked,
+                false => Failure::Closed,
+            })
+        })
     }
 }
 

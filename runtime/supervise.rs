@@ -1,15 +1,37 @@
-//! Keeping child processes alive, and knowing when to stop trying.
+//! Keeping child processes and actors alive, and knowing when to stop trying.
 //!
-//! [`RestartPolicy`] decides and knows nothing of processes, so that a supervisor of actors can use
-//! the same one. [`Supervisor`] is the one for child processes. [`lifeline`] is what a child calls
-//! first, so that it never outlives its parent.
+//! [`RestartPolicy`] decides and knows nothing of what it decides about. A [`Supervisor`] has children
+//! of both kinds, and one loop keeps them all. An [`ActorRef`] stays good over the restarts of its
+//! actor. [`lifeline`] is what a child process calls first, so that it never outlives its parent.
+//!
+//! ```no_run
+//! # use actix::prelude::*; use offbook_runtime::supervise::*; use std::time::Duration;
+//! # #[derive(Message)] #[rtype(result = "u64")] struct Add(u64);
+//! # #[derive(Default)] struct Counter(u64);
+//! # impl Actor for Counter { type Context = Context<Self>; }
+//! # impl Handler<Add> for Counter { type Result = u64;
+//! #   fn handle(&mut self, add: Add, _: &mut Context<Self>) -> u64 { self.0 += add.0; self.0 } }
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! let (supervisor, _news) = Supervisor::new(RestartPolicy::default());
+//! let counter = supervisor.start_actor(ActorSpec::new("counter"), |_| Counter::default())?;
+//! let total = counter.ask(Add(3), Duration::from_secs(1)).await?;
+//! # Ok(()) }
+//! ```
 
 mod policy;
 mod supervisor;
+mod status;
+mod inbox;
+mod keeper;
+mod kept;
 mod child;
+mod actor;
+pub(crate) mod fate;
 mod lifeline;
 
-pub use child::{ChildSpec, Exit};
+pub use actor::{ActorRef, ActorSpec, CallError, Fresh, Refused};
+pub use child::ChildSpec;
 pub use lifeline::lifeline;
 pub use policy::{RestartHistory, RestartPolicy, Verdict};
-pub use supervisor::{ChildState, ChildStatus, Event, Restart, Supervisor, SupervisorError};
+pub use status::{ChildState, ChildStatus, DeadLetter, Event, Exit, Restart};
+pub use supervisor::{Strategy, Supervisor, SupervisorError};

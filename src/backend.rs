@@ -4,7 +4,6 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use actix::{Addr, MailboxError};
 use anyhow::{Context, Result};
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
@@ -13,6 +12,7 @@ use offbook_api::text::Text;
 use offbook_api::{Backend, Journal, Progress, Service, StreamError, Tokens};
 use offbook_engine::ModelConfig;
 use offbook_protocol::{ClusterReport, Rejection, Request, RequestEvent, ShardSteps};
+use offbook_runtime::supervise::ActorRef;
 use offbook_runtime::{ActorPath, RemoteStream, Subscription, System};
 
 use crate::cluster_file::ClusterFile;
@@ -20,7 +20,7 @@ use crate::cluster_file::ClusterFile;
 /// Everything that the API serves, on the head node.
 pub(crate) fn service(
     system: &System,
-    membership: Addr<Membership>,
+    membership: ActorRef<Membership>,
     cluster: &ClusterFile,
     config: &ModelConfig,
     journal: Journal,
@@ -53,7 +53,7 @@ pub(crate) fn service(
 
 struct ClusterBackend {
     scheduler: RemoteStream<Submit>,
-    membership: Addr<Membership>,
+    membership: ActorRef<Membership>,
 }
 
 impl Backend for ClusterBackend {
@@ -63,14 +63,14 @@ impl Backend for ClusterBackend {
 
     fn cluster(&self) -> BoxFuture<'_, Result<ClusterReport, String>> {
         Box::pin(async move {
-            let report = self.membership.send(ReportCluster).await;
-            report.map_err(|error: MailboxError| format!("the membership does not answer: {error}"))
+            let report = self.membership.ask(ReportCluster, REPORT_DEADLINE).await;
+            report.map_err(|error| format!("the membership does not answer: {error}"))
         })
     }
 
     fn steps(&self) -> BoxFuture<'_, Vec<ShardSteps>> {
         Box::pin(async move {
-            let steps = self.membership.send(ReportSteps).await;
+            let steps = self.membership.ask(ReportSteps, REPORT_DEADLINE).await;
             steps.unwrap_or_default()
         })
     }
@@ -116,5 +116,7 @@ fn tokens(events: Subscription<RequestEvent>) -> Tokens {
     Box::pin(stream::unfold(Some(events), next))
 }
 
+/// The membership is in this process too, and waits half a second for shards at most.
+const REPORT_DEADLINE: Duration = Duration::from_secs(10);
 /// The scheduler is in this process; it answers as soon as it has a moment.
 const SUBMIT_DEADLINE: Duration = Duration::from_secs(10);

@@ -10,6 +10,7 @@ mod demo_model;
 mod local_cluster;
 mod up;
 mod node;
+mod kept_actors;
 mod backend;
 mod shard;
 mod generate;

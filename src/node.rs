@@ -8,12 +8,13 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use actix::{Actor, Addr};
 use anyhow::{Context, Result, ensure};
-use offbook_actors::{Membership, NodeAgent, Scheduler, SchedulerLinks, ShardLaunch, StopShard};
+use offbook_actors::{
+    Membership, NodeAgent, Scheduler, SchedulerLinks, ShardLaunch, StopShard, names,
+};
 use offbook_api::Journal;
 use offbook_engine::ModelConfig;
-use offbook_runtime::supervise::lifeline;
+use offbook_runtime::supervise::{ActorRef, ActorSpec, Supervisor, lifeline};
 use offbook_runtime::{Identity, ProcessName, System, SystemConfig};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
@@ -25,6 +26,7 @@ use crate::backend;
 use crate::cli::Node;
 use crate::cluster_file::{ClusterFile, identity_file};
 use crate::fast_synch;
+use crate::kept_actors::{exit, irreplaceable, once, replaceable};
 
 pub(crate) async fn run(options: Node) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
@@ -64,12 +66,15 @@ pub(crate) async fn run(options: Node) -> Result<()> {
         // Who started this node for a whole cluster has looked already.
         cluster.fast_synch = fast_synch::chosen(None, cluster.fast_synch)?;
     }
+    // The actors end with their supervisors, after everything that uses them.
+    let (irreplaceable, replaceable) = (irreplaceable(exit), replaceable(exit));
     let mut api = None;
     if is_head {
-        api = Some(start_head(&system, &cluster, &options).await?);
+        api = Some(start_head(&system, &cluster, &options, &irreplaceable).await?);
     }
     let head = ProcessName::new(&*cluster.head().name)?;
-    let agent = NodeAgent::new(&system, head, launch(&options)?, cluster.shard_keeping()).start();
+    let (launch, keeping) = (launch(&options)?, cluster.shard_keeping());
+    let agent = NodeAgent::supervised(&replaceable, &system, head, launch, keeping)?;
 
     let mut told_to_stop = async || loop {
         tokio::select! {
@@ -133,25 +138,33 @@ fn raise_open_files() {
 }
 
 /// Scheduler, membership and API.
-async fn start_head(system: &System, cluster: &ClusterFile, options: &Node) -> Result<Api> {
+async fn start_head(
+    system: &System,
+    cluster: &ClusterFile,
+    options: &Node,
+    supervisor: &Supervisor,
+) -> Result<Api> {
     let model = &cluster.model;
     let config = ModelConfig::open(model)
         .with_context(|| format!("cannot serve the model in {}", model.display()))?;
     let listener = TcpListener::bind(options.http).await;
     let listener = listener
         .with_context(|| format!("cannot listen on {}: choose another --http", options.http))?;
-    let scheduler = Scheduler::new(system.clone(), cluster.scheduler_limits()).start();
+    let scheduler = Scheduler::new(system.clone(), cluster.scheduler_limits());
+    let spec = ActorSpec::new(names::SCHEDULER);
+    let scheduler = supervisor.start_actor(spec, once(scheduler))?;
     let links = SchedulerLinks {
-        begin_epoch: scheduler.clone().recipient(),
-        end_epoch: scheduler.clone().recipient(),
-        give_up: scheduler.clone().recipient(),
+        begin_epoch: scheduler.recipient(),
+        end_epoch: scheduler.recipient(),
+        give_up: scheduler.recipient(),
         count_requests: scheduler.recipient(),
     };
     let epochs = options.data_dir.join("epoch");
     let settings = cluster.settings(config.context_tokens as u32, listener.local_addr()?);
     let membership = Membership::new(system.clone(), settings, epochs.clone(), links)
-        .with_context(|| format!("cannot read {}", epochs.display()))?
-        .start();
+        .with_context(|| format!("cannot read {}", epochs.display()))?;
+    let spec = ActorSpec::new(names::MEMBERSHIP);
+    let membership = supervisor.start_actor(spec, once(membership))?;
     let answers = options.data_dir.join("answers");
     let journal = Journal::open(answers.clone())
         .with_context(|| format!("cannot keep answers in {}", answers.display()))?;
@@ -193,8 +206,8 @@ fn launch(options: &Node) -> Result<ShardLaunch> {
     Ok(ShardLaunch { program, arguments })
 }
 
-async fn stop(agent: &Addr<NodeAgent>, system: &System) {
-    if let Err(error) = agent.send(StopShard).await {
+async fn stop(agent: &ActorRef<NodeAgent>, system: &System) {
+    if let Err(error) = agent.ask(StopShard, STOP_SHARD_DEADLINE).await {
         tracing::warn!(%error, "the node agent is gone already");
     }
     system.shutdown(SHUTDOWN_DEADLINE).await;
@@ -209,7 +222,9 @@ pub(crate) fn boot() -> u64 {
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// What is under way may take a round trip.
+/// Longer than the agent gives its shard.
+const STOP_SHARD_DEADLINE: Duration = Duration::from_secs(8);
 /// Enough for a crowd; and what macOS allows where it does not allow that.
 const OPEN_FILES: [u64; 2] = [65_536, 10_240];
+/// What is under way may take a round trip.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(1);

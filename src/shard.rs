@@ -4,16 +4,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use actix::Actor;
 use anyhow::Result;
-use offbook_actors::{ShardWorker, ShardWorkerConfig};
-use offbook_runtime::supervise::lifeline;
+use offbook_actors::{ShardWorker, ShardWorkerConfig, names};
+use offbook_runtime::supervise::{ActorSpec, lifeline};
 use offbook_runtime::{Identity, ProcessName, System, SystemConfig};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::byte_size::ByteSize;
 use crate::cli::Shard;
 use crate::cluster_file::{ClusterFile, identity_file};
+use crate::kept_actors::{irreplaceable, once};
 use crate::node::boot;
 use crate::throttle;
 
@@ -52,7 +52,9 @@ pub(crate) async fn run(options: Shard) -> Result<()> {
             .map(ByteSize::bytes),
         stalls: cluster.stall_limits(),
     };
-    ShardWorker::new(system.clone(), config)?.start();
+    let worker = ShardWorker::new(system.clone(), config)?;
+    let supervisor = irreplaceable(|| drop(end_at_once()));
+    supervisor.start_actor(ActorSpec::new(names::SHARD_WORKER), once(worker))?;
     terminate.recv().await;
     // So that nobody takes this end for a loss.
     let _ = tokio::time::timeout(GOODBYE_DEADLINE, system.shutdown(GOODBYE_DEADLINE)).await;

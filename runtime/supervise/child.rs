@@ -1,8 +1,7 @@
-//! One run of one child process: its pipes, its last words, its end.
+//! Child processes: how one is started, and one run of it: its pipes, its last words, its end.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
-use std::fmt;
 use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
@@ -10,10 +9,13 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures::future::{self, BoxFuture};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::task::JoinHandle;
 
+use super::kept::{End, Kept, Life};
+use super::status::Exit;
 use crate::sync::lock;
 
 /// How a child process is started. It inherits standard output and the environment.
@@ -55,19 +57,6 @@ impl ChildSpec {
     }
 }
 
-/// How a child process ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Exit {
-    /// It returned this code.
-    Code(i32),
-    /// This signal ended it.
-    Signal(i32),
-    /// It could not be started.
-    NotStarted(String),
-    /// The system did not say.
-    Unknown(String),
-}
-
 impl Exit {
     fn of_status(status: io::Result<ExitStatus>) -> Self {
         match status {
@@ -81,19 +70,23 @@ impl Exit {
     }
 }
 
-impl fmt::Display for Exit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Code(code) => write!(f, "exit code {code}"),
-            Self::Signal(signal) => write!(f, "signal {signal}"),
-            Self::NotStarted(error) => write!(f, "not started: {error}"),
-            Self::Unknown(error) => write!(f, "an unknown end: {error}"),
-        }
+/// A program that a supervisor keeps running.
+pub(super) struct Program(pub(super) ChildSpec);
+
+impl Kept for Program {
+    fn start(&mut self) -> BoxFuture<'_, Result<Box<dyn Life>, Exit>> {
+        let started = Running::start(&self.0).map(|running| Box::new(running) as Box<dyn Life>);
+        let started = started.map_err(|error| Exit::NotStarted(error.to_string()));
+        Box::pin(future::ready(started))
+    }
+
+    fn leave(self: Box<Self>) -> BoxFuture<'static, ()> {
+        Box::pin(future::ready(()))
     }
 }
 
 /// A child that runs.
-pub(super) struct Running {
+struct Running {
     child: Child,
     /// Held open and never written to: when it closes, the child ends itself.
     lifeline: Option<ChildStdin>,
@@ -102,7 +95,7 @@ pub(super) struct Running {
 }
 
 impl Running {
-    pub(super) fn start(spec: &ChildSpec) -> io::Result<Self> {
+    fn start(spec: &ChildSpec) -> io::Result<Self> {
         let mut child = Command::new(&spec.program)
             .args(&spec.args)
             .envs(spec.env.iter().map(|(name, value)| (name, value)))
@@ -125,44 +118,58 @@ impl Running {
         })
     }
 
-    pub(super) fn pid(&self) -> Option<u32> {
-        self.child.id()
-    }
-
     /// Waits for the end. May be dropped and called again.
-    pub(super) async fn exited(&mut self) -> Exit {
+    async fn exited(&mut self) -> Exit {
         Exit::of_status(self.child.wait().await)
     }
 
     /// The last lines of a child that has ended, once its pipe is drained. A grandchild that holds
     /// the pipe open does not hold us up.
-    pub(super) async fn last_lines(mut self) -> Vec<String> {
-        let _ = tokio::time::timeout(DRAIN_TIMEOUT, &mut self.stderr).await;
-        self.stderr.abort();
+    async fn last_lines(&mut self) -> Vec<String> {
+        // One that was awaited to its end before must not be awaited again.
+        if !self.stderr.is_finished() {
+            let _ = tokio::time::timeout(DRAIN_TIMEOUT, &mut self.stderr).await;
+            self.stderr.abort();
+        }
         lock(&self.last_lines).drain(..).collect()
     }
+}
 
-    /// SIGKILL: its end is seen by [`exited`](Self::exited).
-    pub(super) fn kill(&mut self) {
+impl Life for Running {
+    fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    fn ended(&mut self) -> BoxFuture<'_, End> {
+        Box::pin(async {
+            let exit = self.exited().await;
+            let last_lines = self.last_lines().await;
+            End { exit, last_lines }
+        })
+    }
+
+    fn kill(&mut self) {
         let _ = self.child.start_kill();
     }
 
     /// SIGTERM, then SIGKILL when `deadline` has passed.
-    pub(super) async fn stop(&mut self, deadline: Duration) -> Exit {
-        if let Some(pid) = self.pid().and_then(|pid| i32::try_from(pid).ok())
-            && let Some(pid) = rustix::process::Pid::from_raw(pid)
-        {
-            // It has not been waited for, so the id cannot have passed to another process.
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        }
-        match tokio::time::timeout(deadline, self.exited()).await {
-            Ok(exit) => exit,
-            Err(_) => {
-                self.lifeline = None;
-                let _ = self.child.start_kill();
-                self.exited().await
+    fn stop(&mut self, deadline: Duration) -> BoxFuture<'_, Exit> {
+        Box::pin(async move {
+            if let Some(pid) = self.pid().and_then(|pid| i32::try_from(pid).ok())
+                && let Some(pid) = rustix::process::Pid::from_raw(pid)
+            {
+                // It has not been waited for, so the id cannot have passed to another process.
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
             }
-        }
+            match tokio::time::timeout(deadline, self.exited()).await {
+                Ok(exit) => exit,
+                Err(_) => {
+                    self.lifeline = None;
+                    let _ = self.child.start_kill();
+                    self.exited().await
+                }
+            }
+        })
     }
 }
 

@@ -10,6 +10,7 @@ use actix::fut::ActorFuture;
 use actix::prelude::*;
 
 use super::{Entered, TraceContext};
+use crate::supervise::Fresh;
 
 /// The same as [`actix::Context`], but that each handler runs with the trace context of the code
 /// that sent its message, in this process or in another. An actor names it as its `Context` and is
@@ -23,11 +24,7 @@ impl<A: Actor<Context = Self>> TracedContext<A> {
     /// Starts an actor on this thread's arbiter. For another one call it there, by
     /// `Arbiter::spawn_fn`.
     pub fn start(actor: A) -> Addr<A> {
-        let mailbox = Mailbox::default();
-        let context = Self {
-            parts: ContextParts::new(mailbox.sender_producer()),
-        };
-        let running = ContextFut::new(context, actor, mailbox);
+        let running = Self::fresh(actor);
         let address = running.address();
         actix::spawn(running);
         address
@@ -36,6 +33,16 @@ impl<A: Actor<Context = Self>> TracedContext<A> {
     /// How many messages may wait.
     pub fn set_mailbox_capacity(&mut self, messages: usize) {
         self.parts.set_mailbox_capacity(messages);
+    }
+}
+
+impl<A: Actor<Context = Self>> Fresh<A> for TracedContext<A> {
+    fn fresh(actor: A) -> ContextFut<A, Self> {
+        let mailbox = Mailbox::default();
+        let context = Self {
+            parts: ContextParts::new(mailbox.sender_producer()),
+        };
+        ContextFut::new(context, actor, mailbox)
     }
 }
 

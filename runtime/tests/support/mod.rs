@@ -7,6 +7,7 @@
 )]
 
 pub mod raw;
+pub mod worker;
 
 use std::future::Future;
 use std::sync::Arc;
