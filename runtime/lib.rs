@@ -50,6 +50,7 @@ mod link;
 mod detector;
 mod outbox;
 mod endpoint;
+mod door;
 mod hello;
 mod frame;
 mod codec;
