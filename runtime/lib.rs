@@ -65,7 +65,7 @@ pub mod free_port;
 pub mod measure;
 
 pub use detector::{Detector, OwnTimer, Patience, Pulse, Standing};
-pub use failure::{AskError, Lost, LostReason, TellError};
+pub use failure::{AskError, Lost, LostReason, TellError, Unanswered};
 pub use hello::HandshakeError;
 pub use identity::{Identity, IdentityError, NodeKey};
 pub use limits::Limits;

@@ -7,6 +7,7 @@
 //! connection that showed the pinned key and said the newest hello moves it there.
 
 use std::net::SocketAddr;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,8 @@ use crate::sync::lock;
 
 pub(crate) struct Peer {
     pub(crate) name: ProcessName,
+    /// Tells from here of which it has said that they reached no mailbox.
+    pub(crate) tells_refused: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -79,6 +82,7 @@ impl Peer {
         };
         Self {
             name,
+            tells_refused: AtomicU64::new(0),
             state: Mutex::new(state),
         }
     }

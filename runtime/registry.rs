@@ -293,8 +293,8 @@ pub(crate) struct Typed<M: RemoteMessage> {
 }
 
 impl<M: RemoteMessage> Typed<M> {
-    pub(crate) fn send(&self, message: M) -> Result<Asked<M>, Failure> {
-        self.mailbox.send(message).map_err(|(_, failure)| failure)
+    pub(crate) fn send(&self, message: M) -> Result<Asked<M>, (M, Failure)> {
+        self.mailbox.send(message)
     }
 
     /// The future, if there is one, must be driven to its end.
@@ -322,7 +322,8 @@ impl<M: RemoteMessage> MessageHandler for Typed<M> {
         arrival: &Arrival,
     ) -> Result<BoxFuture<'static, BytesMut>, Failure> {
         let _entered = Entered::new(call.trace);
-        let asked = self.send(self.read(call, arrival)?)?;
+        let asked = self.send(self.read(call, arrival)?);
+        let asked = asked.map_err(|(_, failure)| failure)?;
         let (id, frame_bytes_max) = (call.id, self.frame_bytes_max);
         Ok(Box::pin(async move {
             match asked.await {

@@ -144,6 +144,14 @@ impl System {
         self.shared.peer(&process).learn(addr);
     }
 
+    /// How many tells from here that process has said to have put into no mailbox: the actor was not
+    /// there, or its mailbox was full, or it did not understand them. It says so within some heartbeats,
+    /// over the link that the tells came over; what it had not said when that was lost is not counted.
+    pub fn tells_refused(&self, process: &ProcessName) -> u64 {
+        let peer = self.shared.peer(process);
+        peer.tells_refused.load(Ordering::Relaxed)
+    }
+
     /// How many connections the socket holds now: those of the links, those that have not said hello yet,
     /// and those that were closed a moment ago.
     pub fn open_connections(&self) -> usize {
