@@ -21,7 +21,7 @@ use crate::codec;
 use crate::failure::Failure;
 use crate::frame::{self, Call};
 use crate::limits::Limits;
-use crate::message::{Arrival, ItemReceiver, ItemSender, Open, Produced};
+use crate::message::{Arrival, ItemReceiver, ItemSender, OlderBody, Open, Produced};
 use crate::message::{RemoteMessage, StreamMessage};
 use crate::trace::{Entered, TraceContext};
 use crate::watch::{Ending, LOOK_INTERVAL};
@@ -303,13 +303,16 @@ impl<M: RemoteMessage> Typed<M> {
     }
 
     fn read(&self, call: &Call<'_>, arrival: &Arrival) -> Result<M, Failure> {
-        if call.version != M::VERSION {
-            return Err(Failure::Version { theirs: M::VERSION });
-        }
-        let mut message: M = codec::decode(call.body).map_err(|error| {
-            tracing::warn!(message = M::NAME, peer = %arrival.from, %error, "undecodable message");
-            Failure::NotUnderstood
-        })?;
+        let mut message: M = match OlderBody::of(call, M::VERSION)? {
+            Some(older) => {
+                M::decode_older(&older).ok_or(Failure::Version { theirs: M::VERSION })?
+            }
+            None => codec::decode(call.body).map_err(|error| {
+                let peer = &arrival.from;
+                tracing::warn!(message = M::NAME, %peer, %error, "undecodable message");
+                Failure::NotUnderstood
+            })?,
+        };
         message.arrived(arrival);
         Ok(message)
     }
@@ -462,13 +465,14 @@ impl<T> Opened<T> {
 
 impl<M: StreamMessage> StreamHandler for TypedStream<M> {
     fn open(&self, call: &Call<'_>) -> Result<Box<dyn ItemSource>, Failure> {
-        if call.version != M::VERSION {
-            return Err(Failure::Version { theirs: M::VERSION });
-        }
-        let message = codec::decode(call.body).map_err(|error| {
-            tracing::warn!(message = M::NAME, %error, "undecodable message");
-            Failure::NotUnderstood
-        })?;
+        let theirs = M::VERSION;
+        let message = match OlderBody::of(call, theirs)? {
+            Some(older) => M::decode_older(&older).ok_or(Failure::Version { theirs })?,
+            None => codec::decode(call.body).map_err(|error| {
+                tracing::warn!(message = M::NAME, %error, "undecodable message");
+                Failure::NotUnderstood
+            })?,
+        };
         let _entered = Entered::new(call.trace);
         let queue = self.open_local(message)?;
         Ok(Box::new(Encoded {
