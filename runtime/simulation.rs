@@ -62,10 +62,12 @@ struct World {
     network: Arc<Network>,
     ledger: Rc<Ledger>,
     processes: RefCell<Vec<Process>>,
-    /// By sender and receiver: the link that notes go over, and its number.
-    links: RefCell<BTreeMap<(Life, usize), (Arc<Link>, u64)>>,
+    links: RefCell<Links>,
     questions: Cell<u64>,
 }
+
+/// By sender and receiver: the link that notes go over, and its number.
+type Links = BTreeMap<(Life, usize), (Arc<Link>, u64)>;
 
 /// One process, dead or alive.
 #[derive(Default)]

@@ -123,12 +123,10 @@ pub(super) fn widen(socket: &UdpSocket) {
 }
 
 /// quinn assumes 333 ms until it has measured; these are machines in one room, and with the
-
 /// default a lost first packet costs a second.
 const INITIAL_RTT: Duration = Duration::from_millis(1);
 
 /// The longest packet that is tried: it suits loopback and jumbo frames, and a burst of ten still
-
 /// fits into the 64 KiB that the kernel cuts up in one call.
 const PACKET_BYTES_MAX: u16 = 6400;
 
@@ -136,7 +134,6 @@ const PACKET_BYTES_MAX: u16 = 6400;
 const ACK_EVERY_PACKETS: VarInt = VarInt::from_u32(10);
 
 /// How long the last few packets of a burst may go without an acknowledgement. A shorter delay wakes
-
 /// both threads more often, which every ask pays for.
 const ACK_DELAY_MAX: Duration = Duration::from_millis(20);
 
