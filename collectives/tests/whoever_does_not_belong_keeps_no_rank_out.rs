@@ -99,11 +99,12 @@ fn with_a_good_key_and_no_greeting() {
             .map(|rank| rank.join().unwrap().unwrap()),
     );
     assert!(began.elapsed() < Duration::from_secs(20), "it takes long");
-    circle(transports, 10);
+    let transports = circle(transports, 10);
     over.store(true, Relaxed);
     let callers = stalling.join().unwrap();
     let left = callers.iter().filter(|caller| stands(caller)).count();
     assert_eq!(left, 0, "whoever did not greet is sent away");
+    drop(transports);
 }
 
 fn stands(caller: &Caller) -> bool {
@@ -142,7 +143,7 @@ fn meet(endpoints: Vec<QuicEndpoint>, peers: &[SocketAddr]) -> Vec<QuicTransport
 }
 
 /// Operands of all to all, so many times, each checked.
-fn circle(transports: Vec<QuicTransport>, rounds: usize) {
+fn circle(transports: Vec<QuicTransport>, rounds: usize) -> Vec<QuicTransport> {
     on_threads(transports, move |mut transport| {
         for round in 0..rounds {
             let rank = transport.rank();
@@ -173,5 +174,6 @@ fn circle(transports: Vec<QuicTransport>, rounds: usize) {
                 assert_eq!(places[from], operand(from), "round {round}");
             }
         }
-    });
+        transport
+    })
 }
