@@ -19,6 +19,8 @@ mod system_memory;
 mod scripted_shard;
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+mod wire;
 
 pub use membership::{ClusterSettings, Membership, ReportCluster, ReportSteps, SchedulerLinks};
 pub use node_agent::{NodeAgent, ShardKeeping, ShardLaunch, StopShard};

@@ -35,7 +35,8 @@ use self::head::{Head, Mail};
 use self::network::{Answer, AskId, Asked, End, Lane, Link, Name, Packet, Question, Watch};
 use self::node::Node;
 use self::shard::{Meeting, ReplyTo, Shard};
-use self::timeline::{Chance, Timeline};
+pub(crate) use self::timeline::Chance;
+use self::timeline::Timeline;
 use crate::scheduler::SchedulerLimits;
 
 /// A process of the system; numbers are never used twice.

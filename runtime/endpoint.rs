@@ -1,33 +1,34 @@
 //! The socket and the thread that serves it: dials, accepts, and shakes hands. Everything behind
 //! the handshake is `link.rs`.
 
+mod parts;
+
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{AckFrequencyConfig, Connection, Endpoint, EndpointConfig, MtuDiscoveryConfig};
-use quinn::{TransportConfig, VarInt};
-use quinn_proto::HashedConnectionIdGenerator;
-use ring::hmac;
+use quinn::{Connection, Endpoint};
 use rustls::pki_types::CertificateDer;
 
+use crate::door::{Knock, Place};
 use crate::failure::LostReason;
 use crate::frame::FrameReader;
-use crate::hello::{ALPN, HELLO_BYTES_MAX, HandshakeError, Hello};
+use crate::hello::{HELLO_BYTES_MAX, HandshakeError, Hello};
 use crate::identity::NodeKey;
-use crate::limits::Limits;
 use crate::link::Link;
 use crate::name::ProcessName;
 use crate::peer::Peer;
 use crate::system::{Shared, StartError, SystemConfig};
+use parts::{EndpointParts, widen};
 
 /// A bound socket whose thread waits for [`run`](Self::run).
 pub(crate) struct Started {
     pub(crate) addr: SocketAddr,
     pub(crate) endpoint: Endpoint,
     pub(crate) runtime: tokio::runtime::Handle,
+    /// Of the numbers that the system draws.
+    pub(crate) seed: [u8; 32],
     main: Box<dyn FnOnce(Arc<Shared>) + Send>,
 }
 
@@ -55,6 +56,7 @@ impl Started {
             addr: config.listen,
             endpoint,
             runtime: tokio::runtime::Handle::current(),
+            seed,
             main: Box::new(|shared| {
                 tokio::spawn(async move {
                     let _ended = Ended(Arc::clone(&shared));
@@ -110,6 +112,7 @@ pub(crate) async fn start(config: &SystemConfig) -> Result<Started, StartError> 
         addr,
         endpoint,
         runtime,
+        seed: rand::random(),
         // The thread only ends early when this side is gone.
         main: Box::new(move |shared| drop(main.send(shared))),
     })
@@ -135,7 +138,7 @@ async fn serve(shared: Arc<Shared>, endpoint: Endpoint) {
             biased;
             () = shared.stop.notified() => break,
             incoming = endpoint.accept() => match incoming {
-                Some(incoming) => drop(tokio::spawn(accept(Arc::clone(&shared), incoming))),
+                Some(incoming) => admit(&shared, incoming),
                 None => break,
             },
         }
@@ -150,6 +153,21 @@ async fn serve(shared: Arc<Shared>, endpoint: Endpoint) {
         // A goodbye is one packet and may be lost: whoever missed it sends again within a
         // keep-alive, and the socket then answers that there is no such link.
         tokio::time::sleep(shared.limits.keep_alive * 3).await;
+    }
+}
+
+/// Lets a handshake begin, if there is room for one.
+fn admit(shared: &Arc<Shared>, incoming: quinn::Incoming) {
+    let host = incoming.remote_address().ip();
+    let proved = incoming.remote_address_validated();
+    match shared.door.knock(host, proved) {
+        Knock::Enter(place) => drop(tokio::spawn(accept(Arc::clone(shared), incoming, place))),
+        Knock::ProveAddress => {
+            if let Err(error) = incoming.retry() {
+                error.into_incoming().ignore();
+            }
+        }
+        Knock::ComeAgain => incoming.ignore(),
     }
 }
 
@@ -179,7 +197,8 @@ pub(crate) async fn dial(shared: Arc<Shared>, peer: Arc<Peer>, link: Arc<Link>, 
     let Err(error) = dialed.unwrap_or(Err(HandshakeError::NoAnswer(addr))) else {
         return;
     };
-    let Some(failures) = peer.dial_failed(&link, error.clone(), &shared.limits) else {
+    let Some(failures) = peer.dial_failed(&link, error.clone(), &shared.limits, shared.chance())
+    else {
         return;
     };
     // Whoever ends has said so, and one warning is enough for all dials in a row.
@@ -261,7 +280,7 @@ async fn dial_once(
 }
 
 /// Takes a connection that another process made, or refuses it with the reason.
-async fn accept(shared: Arc<Shared>, incoming: quinn::Incoming) {
+async fn accept(shared: Arc<Shared>, incoming: quinn::Incoming, mut place: Place) {
     let addr = incoming.remote_address();
     let connecting = tokio::time::timeout(shared.limits.connect_timeout, incoming);
     let connection = match connecting.await {
@@ -275,7 +294,7 @@ async fn accept(shared: Arc<Shared>, incoming: quinn::Incoming) {
         Err(_) => return,
     };
     let timeout = shared.limits.connect_timeout;
-    let joined = tokio::time::timeout(timeout, join(&shared, &connection)).await;
+    let joined = tokio::time::timeout(timeout, join(&shared, &connection, &mut place)).await;
     let Err(error) = joined.unwrap_or(Err(HandshakeError::NoAnswer(addr))) else {
         return;
     };
@@ -287,8 +306,16 @@ async fn accept(shared: Arc<Shared>, incoming: quinn::Incoming) {
     connection.close(error.close_code(), error.detail().as_bytes());
 }
 
-async fn join(shared: &Arc<Shared>, connection: &Connection) -> Result<(), HandshakeError> {
+async fn join(
+    shared: &Arc<Shared>,
+    connection: &Connection,
+    place: &mut Place,
+) -> Result<(), HandshakeError> {
     let addr = connection.remote_address();
+    if !place.shows(key_of(connection)?) {
+        let many = "this key has as many connections without a hello as it may";
+        return Err(HandshakeError::Busy(many.into()));
+    }
     let (mut sending, receiving) = connection
         .accept_bi()
         .await
@@ -311,7 +338,7 @@ async fn join(shared: &Arc<Shared>, connection: &Connection) -> Result<(), Hands
     if shared.is_closing() {
         return Err(HandshakeError::Closing);
     }
-    let peer = shared.peer(&hello.from);
+    let peer = shared.caller(&hello.from)?;
     let welcomed = peer.welcome(&shared.process, &hello, addr, &shared.limits)?;
     let link = welcomed.link;
     let joining = Joining::new(shared, &link);
@@ -340,18 +367,23 @@ fn our_hello(shared: &Shared, to: &ProcessName, link: u64, welcomed: u64) -> Hel
     }
 }
 
+/// The key that the other side has shown.
+fn key_of(connection: &Connection) -> Result<NodeKey, HandshakeError> {
+    let shown = connection.peer_identity();
+    let chain = shown.and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok());
+    let key = chain
+        .as_ref()
+        .and_then(|chain| NodeKey::of_certificate(chain.first()?));
+    key.ok_or(HandshakeError::UnknownKey)
+}
+
 /// TLS knows that the key is pinned for somebody: is it for this one?
 fn check_key(
     shared: &Shared,
     connection: &Connection,
     process: &ProcessName,
 ) -> Result<(), HandshakeError> {
-    let shown = connection.peer_identity();
-    let chain = shown.and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok());
-    let key = chain
-        .as_ref()
-        .and_then(|chain| NodeKey::of_certificate(chain.first()?));
-    let key = key.ok_or(HandshakeError::UnknownKey)?;
+    let key = key_of(connection)?;
     if shared.trust.is_pinned(process.node(), &key) {
         Ok(())
     } else {
@@ -406,139 +438,14 @@ impl Drop for CloseOnDrop {
     }
 }
 
-/// All that an endpoint needs but its socket.
-struct EndpointParts {
-    endpoint: EndpointConfig,
-    server: quinn::ServerConfig,
-    client: quinn::ClientConfig,
-}
-
-impl EndpointParts {
-    fn new(config: &SystemConfig) -> Result<Self, StartError> {
-        let transport = Arc::new(transport(&config.limits));
-
-        let tls = config.identity.server_config(&config.trust, ALPN)?;
-        let tls = QuicServerConfig::try_from(tls).expect("ring has TLS 1.3 with AES-128-GCM");
-        let mut server = quinn::ServerConfig::with_crypto(Arc::new(tls));
-        server
-            .transport_config(Arc::clone(&transport))
-            .migration(false)
-            .max_incoming(INCOMING_MAX);
-
-        let tls = config.identity.client_config(&config.trust, ALPN)?;
-        let tls = QuicClientConfig::try_from(tls).expect("ring has TLS 1.3 with AES-128-GCM");
-        let mut client = quinn::ClientConfig::new(Arc::new(tls));
-        client.transport_config(transport);
-
-        // Both are the same at every start of this process: so its next incarnation recognises
-        // packets for its last one, and tells the sender that the link is gone.
-        let reset = config.identity.derive(&format!("reset {}", config.process));
-        let ids = config
-            .identity
-            .derive(&format!("connection ids {}", config.process));
-        let ids = u64::from_le_bytes(*ids.first_chunk().expect("32 bytes have a first 8"));
-        let reset = hmac::Key::new(hmac::HMAC_SHA256, &reset);
-        let mut endpoint = EndpointConfig::new(Arc::new(reset));
-        endpoint
-            .max_udp_payload_size(PACKET_BYTES_MAX)
-            .expect("it is above QUIC's least, 1200 bytes");
-        endpoint.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids)));
-        Ok(Self {
-            endpoint,
-            server,
-            client,
-        })
-    }
-
-    fn endpoint_over(self, socket: UdpSocket) -> std::io::Result<Endpoint> {
-        self.endpoint(|endpoint, server, runtime| {
-            Endpoint::new(endpoint, Some(server), socket, runtime)
-        })
-    }
-
-    /// Must be called on the runtime that is to drive it.
-    fn endpoint(
-        self,
-        make: impl FnOnce(
-            EndpointConfig,
-            quinn::ServerConfig,
-            Arc<dyn quinn::Runtime>,
-        ) -> std::io::Result<Endpoint>,
-    ) -> std::io::Result<Endpoint> {
-        let mut endpoint = make(self.endpoint, self.server, Arc::new(quinn::TokioRuntime))?;
-        endpoint.set_default_client_config(self.client);
-        Ok(endpoint)
-    }
-}
-
-fn transport(limits: &Limits) -> TransportConfig {
-    let mut transport = TransportConfig::default();
-    let idle = limits.idle_timeout.try_into().ok();
-    let mut mtu = MtuDiscoveryConfig::default();
-    mtu.upper_bound(PACKET_BYTES_MAX);
-    let mut acks = AckFrequencyConfig::default();
-    acks.ack_eliciting_threshold(ACK_EVERY_PACKETS)
-        .max_ack_delay(Some(ACK_DELAY_MAX));
-    transport
-        .mtu_discovery_config(Some(mtu))
-        .ack_frequency_config(Some(acks))
-        .keep_alive_interval(Some(limits.keep_alive))
-        .max_idle_timeout(idle)
-        .initial_rtt(INITIAL_RTT)
-        .max_concurrent_uni_streams(VarInt::from_u32(0))
-        // One more: the ordered stream.
-        .max_concurrent_bidi_streams(VarInt::from_u32(limits.subscriptions_max.saturating_add(1)))
-        // What was written and not yet acknowledged is held for a second sending.
-        .send_window(limits.outbox_bytes_max as u64)
-        .stream_receive_window(VarInt::from_u32(limits.items_bytes_max))
-        // Heartbeats; of more than these, none is worth keeping.
-        .datagram_receive_buffer_size(Some(HEARTBEATS_BYTES_MAX));
-    transport
-}
-
-/// Best effort: the system may cap it, and a smaller buffer only costs packets under load.
-fn widen(socket: &UdpSocket) {
-    for result in [
-        rustix::net::sockopt::set_socket_recv_buffer_size(socket, SOCKET_BUFFER_BYTES),
-        rustix::net::sockopt::set_socket_send_buffer_size(socket, SOCKET_BUFFER_BYTES),
-    ] {
-        if let Err(error) = result {
-            tracing::debug!(%error, "the socket keeps its small buffer");
-        }
-    }
-}
-
 /// TLS wants a name; the key says who it is.
 const SERVER_NAME: &str = "process.invalid";
-
-/// quinn assumes 333 ms until it has measured; these are machines in one room, and with the
-/// default a lost first packet costs a second.
-const INITIAL_RTT: Duration = Duration::from_millis(1);
-
-/// The longest packet that is tried: it suits loopback and jumbo frames, and a burst of ten still
-/// fits into the 64 KiB that the kernel cuts up in one call.
-const PACKET_BYTES_MAX: u16 = 6400;
-
-/// A receiver that acknowledges every second packet spends as much on that as on the data.
-const ACK_EVERY_PACKETS: VarInt = VarInt::from_u32(10);
-
-/// How long the last few packets of a burst may go without an acknowledgement. A shorter delay wakes
-/// both threads more often, which every ask pays for.
-const ACK_DELAY_MAX: Duration = Duration::from_millis(20);
-
-/// The kernel's default of 208 KiB loses packets at line rate.
-const SOCKET_BUFFER_BYTES: usize = 4 << 20;
-
-/// Handshakes that nobody has looked at yet. A cluster has tens of processes.
-const INCOMING_MAX: usize = 64;
-
-/// What a stalled process finds in front of it: heartbeats of a few minutes, hardly a byte each.
-const HEARTBEATS_BYTES_MAX: usize = 16 * 1024;
 
 /// How long a refused dial waits for the connection that the other side prefers.
 const CROSSING_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// How long the thread stays to send its goodbyes.
 const GOODBYE_TIMEOUT: Duration = Duration::from_millis(500);
+
 /// A packet leaves at once.
 const FAREWELLS_TIMEOUT: Duration = Duration::from_millis(50);

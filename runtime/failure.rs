@@ -137,6 +137,61 @@ pub enum AskError {
     },
 }
 
+impl AskError {
+    /// Is it certain that no actor has seen the message? `own` is the process that asked.
+    pub(crate) fn was_not_handled(&self, own: &ProcessName) -> bool {
+        match self {
+            Self::UnknownProcess { .. }
+            | Self::Unreachable { .. }
+            | Self::LinkFull { .. }
+            | Self::Overloaded { .. }
+            | Self::NoSuchActor { .. }
+            | Self::NoHandler { .. }
+            | Self::Version { .. }
+            | Self::TooLong { .. }
+            | Self::Unencodable { .. }
+            | Self::NotUnderstood { .. } => true,
+            // An ask of a process that shuts down itself may have been under way.
+            Self::ShuttingDown { process } => process != own,
+            Self::LinkLost(_)
+            | Self::DeadlinePassed { .. }
+            | Self::ReplyNotUnderstood { .. }
+            | Self::ReplyNotSendable { .. }
+            | Self::Closed { .. } => false,
+        }
+    }
+}
+
+/// An ask without a reply, with the message if it is certain that nobody has seen it.
+pub struct Unanswered<M> {
+    /// The message, handed back: it may be asked again, here or elsewhere. `None` when it may have been
+    /// handled, or was being handled when the deadline passed.
+    pub message: Option<M>,
+    /// Why there is no reply.
+    pub reason: AskError,
+}
+
+impl<M> fmt::Debug for Unanswered<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Unanswered")
+            .field("reason", &self.reason)
+            .field("handed_back", &self.message.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<M> fmt::Display for Unanswered<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.reason.fmt(f)
+    }
+}
+
+impl<M> std::error::Error for Unanswered<M> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.reason.source()
+    }
+}
+
 /// A tell that did not leave, with the message.
 pub struct TellError<M> {
     /// The message, handed back.

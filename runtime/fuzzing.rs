@@ -2,6 +2,7 @@
 //! the test that runs the same functions on inputs of its own. Not part of the public interface.
 
 use bytes::{BufMut, BytesMut};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::codec;
@@ -94,6 +95,22 @@ pub fn traceparent(bytes: &[u8]) {
     if let Ok(context) = String::from_utf8_lossy(bytes).parse::<TraceContext>() {
         assert_eq!(context.to_string().parse(), Ok(context));
     }
+}
+
+/// The bytes of a value in a message's body, for tests of other crates that hold their messages to what
+/// they were.
+///
+/// # Panics
+/// When the value's serde implementation fails.
+pub fn encoded<T: Serialize>(value: &T) -> Vec<u8> {
+    let mut bytes = BytesMut::new();
+    codec::encode(value, &mut bytes, usize::MAX).expect("its serde implementation does not fail");
+    bytes.to_vec()
+}
+
+/// What a peer's bytes are read as, if they can be.
+pub fn decoded<T: DeserializeOwned>(bytes: &[u8]) -> Option<T> {
+    codec::decode(bytes).ok()
 }
 
 /// An input that each target accepts, to begin with.

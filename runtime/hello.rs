@@ -147,6 +147,9 @@ pub enum HandshakeError {
     /// The other side's first bytes are no hello.
     #[error("no hello: {0}")]
     Malformed(String),
+    /// The other side has as many connections of this node as it takes: try again after a while.
+    #[error("the other side takes no more now: {0}")]
+    Busy(String),
     /// The other side is shutting down.
     #[error("the other side is shutting down")]
     Closing,
@@ -166,6 +169,7 @@ impl HandshakeError {
             Self::WrongProcess(_) => 0x14,
             Self::StaleBoot(_) => 0x15,
             Self::Duplicate => 0x16,
+            Self::Busy(_) => 0x18,
             Self::Closing => 0x01,
             _ => 0x17,
         })
@@ -218,6 +222,7 @@ impl HandshakeError {
             0x14 => Self::WrongProcess(text),
             0x15 => Self::StaleBoot(text),
             0x16 => Self::Duplicate,
+            0x18 => Self::Busy(text),
             _ => Self::Malformed(text),
         }
     }
@@ -231,6 +236,7 @@ impl HandshakeError {
             | Self::Name(text)
             | Self::WrongProcess(text)
             | Self::StaleBoot(text)
+            | Self::Busy(text)
             | Self::Malformed(text)
             | Self::Transport(text) => text,
             _ => "",
@@ -369,6 +375,7 @@ mod tests {
             HandshakeError::StaleBoot("f".into()),
             HandshakeError::Duplicate,
             HandshakeError::Malformed("g".into()),
+            HandshakeError::Busy("h".into()),
             HandshakeError::Closing,
         ] {
             let code = error.close_code().into_inner();

@@ -32,7 +32,8 @@ pub struct Limits {
     pub idle_timeout: Duration,
     /// How long a connection may take until both sides have said hello.
     pub connect_timeout: Duration,
-    /// The first pause after a connection could not be made; it doubles with each failure.
+    /// The first pause after a connection could not be made; it doubles with each failure. Up to a half of
+    /// each is left out, by chance.
     pub backoff_min: Duration,
     /// The longest such pause.
     pub backoff_max: Duration,

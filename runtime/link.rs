@@ -26,6 +26,7 @@ use crate::name::ProcessName;
 use crate::outbox::{Outbox, PushError};
 use crate::sync::{Watched, lock};
 use crate::system::Shared;
+use heartbeat::Dropped;
 
 pub(crate) struct Link {
     pub(crate) peer: ProcessName,
@@ -223,11 +224,17 @@ impl Link {
         tokio::spawn(Arc::clone(self).accept_subscriptions(Arc::clone(shared), connection.clone()));
         let (link, shared) = (Arc::clone(self), Arc::clone(shared));
         tokio::spawn(async move {
+            let peer = shared.peer(&link.peer);
+            let dropped = Dropped {
+                here: &link.dropped,
+                there: &peer.tells_refused,
+            };
+            let patience = &shared.limits.patience;
             let reason = tokio::select! {
                 biased;
                 reason = link.read(&shared, receiving) => reason,
                 error = connection.closed() => LostReason::of_connection(&error),
-                reason = heartbeat::keep(&connection, &link.peer, &shared.limits.patience) => reason,
+                reason = heartbeat::keep(&connection, &link.peer, dropped, patience) => reason,
             };
             shared.link_ended(&link, reason);
         });

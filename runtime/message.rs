@@ -1,8 +1,9 @@
 //! What a message must be to travel, and the sending half of a subscription.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering::Acquire, Ordering::Release};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -10,6 +11,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
+use crate::codec;
+use crate::failure::Failure;
+use crate::frame::Call;
 use crate::name::ProcessName;
 use crate::supervise::fate;
 use crate::trace::TraceContext;
@@ -18,6 +22,37 @@ use crate::trace::TraceContext;
 ///
 /// The type must not be recursive, nor hold a sequence of values that take no bytes (`Vec<()>`):
 /// the decoder's limit sees neither.
+///
+/// # How a message changes
+/// Its bytes are its fields in order, without names or lengths, so that no two shapes of it understand
+/// each other by themselves: `#[serde(default)]` cannot work, and a field that is added at the end is as
+/// much of a change as any other. So each change raises `VERSION`. A receiver refuses what is newer than
+/// itself, and what is older unless [`decode_older`](Self::decode_older) makes it into what it would be
+/// today; the reply goes back in the receiver's shape, so this serves as long as `Reply` did not change.
+/// A change of the reply needs a message of another `NAME` beside the old one. To roll a change through
+/// a cluster, the receivers are therefore renewed before the senders, and the version before last is
+/// forgotten afterwards: every process understands its own version and the one before it.
+///
+/// ```
+/// # use offbook_runtime::*; use serde::{Deserialize, Serialize};
+/// #[derive(Serialize, Deserialize)]
+/// struct AddBefore(u64);
+///
+/// #[derive(Serialize, Deserialize, actix::Message)]
+/// #[rtype(result = "u64")]
+/// struct Add { number: u64, times: u32 }
+///
+/// impl RemoteMessage for Add {
+///     const NAME: &'static str = "add";
+///     const VERSION: u16 = 2;
+///     type Reply = u64;
+///
+///     fn decode_older(older: &OlderBody<'_>) -> Option<Self> {
+///         let AddBefore(number) = older.read(1)?;
+///         Some(Self { number, times: 1 })
+///     }
+/// }
+/// ```
 pub trait RemoteMessage:
     actix::Message<Result = <Self as RemoteMessage>::Reply>
     + Serialize
@@ -27,10 +62,16 @@ pub trait RemoteMessage:
 {
     /// Its name on the wire, unique among the messages of one actor. It must not change.
     const NAME: &'static str;
-    /// Raised with every change of its fields or of the reply's: the two sides must agree.
+    /// Raised with every change of its fields, as said above.
     const VERSION: u16 = 1;
     /// What comes back.
     type Reply: Serialize + DeserializeOwned + Send + 'static;
+
+    /// What a caller of an older version meant. `None`, as it is unless implemented, refuses it with
+    /// [`AskError::Version`](crate::AskError::Version).
+    fn decode_older(_older: &OlderBody<'_>) -> Option<Self> {
+        None
+    }
 
     /// Called where the message arrives, before it enters the mailbox: the place to note the
     /// deadline or the sender in the message itself. Does nothing unless implemented.
@@ -42,10 +83,44 @@ pub trait RemoteMessage:
 pub trait StreamMessage: Serialize + DeserializeOwned + Send + 'static {
     /// Its name on the wire, unique among the subscriptions of one actor. It must not change.
     const NAME: &'static str;
-    /// Raised with every change of its fields or of the item's: the two sides must agree.
+    /// Raised with every change of its fields, as for a [`RemoteMessage`].
     const VERSION: u16 = 1;
     /// What comes back, again and again.
     type Item: Serialize + DeserializeOwned + Send + 'static;
+
+    /// What a subscriber of an older version meant; the items must be the same still.
+    fn decode_older(_older: &OlderBody<'_>) -> Option<Self> {
+        None
+    }
+}
+
+/// The bytes of a message of an older version than this process's own.
+#[derive(Debug)]
+pub struct OlderBody<'a> {
+    version: u16,
+    body: &'a [u8],
+}
+
+impl<'a> OlderBody<'a> {
+    /// `None` when the versions are equal.
+    pub(crate) fn of(call: &Call<'a>, ours: u16) -> Result<Option<Self>, Failure> {
+        match call.version.cmp(&ours) {
+            Ordering::Equal => Ok(None),
+            Ordering::Greater => Err(Failure::Version { theirs: ours }),
+            Ordering::Less => Ok(Some(Self {
+                version: call.version,
+                body: call.body,
+            })),
+        }
+    }
+
+    /// The message as `T`, the shape that it had in that version; `None` when it is of another version,
+    /// or is no `T`.
+    pub fn read<T: DeserializeOwned>(&self, version: u16) -> Option<T> {
+        (version == self.version)
+            .then(|| codec::decode(self.body).ok())
+            .flatten()
+    }
 }
 
 /// How a message came.
@@ -134,7 +209,7 @@ impl<T> Clone for ItemSender<T> {
 impl<T> Drop for ItemSender<T> {
     fn drop(&mut self) {
         if fate::is_panic_under_way() {
-            self.panicked.store(true, Ordering::Release);
+            self.panicked.store(true, Release);
         }
     }
 }
@@ -194,7 +269,7 @@ impl<T> ItemReceiver<T> {
     pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Produced<T>> {
         self.queue.poll_recv(cx).map(|item| match item {
             Some(item) => Produced::Item(item),
-            None if self.panicked.load(Ordering::Acquire) => Produced::Panicked,
+            None if self.panicked.load(Acquire) => Produced::Panicked,
             None => Produced::End,
         })
     }

@@ -2,8 +2,12 @@
 //!
 //! There is one link per pair. When both sides dial at once, the dial of the smaller name is kept:
 //! each side decides that alone, under its own lock, from the two hellos, and comes to the same end.
+//!
+//! Where a process is dialled is what this one was told, until it comes from elsewhere by itself: a
+//! connection that showed the pinned key and said the newest hello moves it there.
 
 use std::net::SocketAddr;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -17,11 +21,13 @@ use crate::sync::lock;
 
 pub(crate) struct Peer {
     pub(crate) name: ProcessName,
+    /// Tells from here of which it has said that they reached no mailbox.
+    pub(crate) tells_refused: AtomicU64,
     state: Mutex<State>,
 }
 
 struct State {
-    addr: Option<SocketAddr>,
+    places: Places,
     /// The newest incarnation that said hello; an older one is refused.
     boot: Option<u64>,
     /// The last of its links that we welcomed.
@@ -68,7 +74,7 @@ impl Peer {
             last: None,
         };
         let state = State {
-            addr: None,
+            places: Places::default(),
             boot: None,
             welcomed: 0,
             phase: Phase::Idle,
@@ -76,6 +82,7 @@ impl Peer {
         };
         Self {
             name,
+            tells_refused: AtomicU64::new(0),
             state: Mutex::new(state),
         }
     }
@@ -83,10 +90,15 @@ impl Peer {
     /// Takes an address; a new one is worth trying at once.
     pub(crate) fn learn(&self, addr: SocketAddr) {
         let mut state = lock(&self.state);
-        if state.addr != Some(addr) {
-            state.addr = Some(addr);
+        if state.places.learn(addr) {
             state.backoff.reset();
         }
+    }
+
+    /// Is it known here only because it dialled once, and is nothing left of that?
+    pub(crate) fn is_forgettable(&self) -> bool {
+        let state = lock(&self.state);
+        state.places.told.is_none() && state.current().is_none_or(|link| link.is_lost())
     }
 
     pub(crate) fn connect(&self, limits: &Limits, now: Instant) -> Connect {
@@ -97,7 +109,7 @@ impl Peer {
             }
             _ => {}
         }
-        let Some(addr) = state.addr else {
+        let Some(addr) = state.places.next(state.backoff.failures) else {
             return Connect::UnknownAddress;
         };
         if let Some(error) = state.backoff.waiting(now) {
@@ -214,9 +226,13 @@ impl Peer {
             Phase::Dialing { link, .. } if !link.is_lost() => (Arc::clone(link), None),
             _ => (Link::new(self.name.clone(), limits), None),
         };
+        let is_newest = state.boot != Some(hello.boot) || hello.link > state.welcomed;
         state.boot = Some(hello.boot);
         state.welcomed = hello.link;
-        state.addr.get_or_insert(from);
+        // Only here: its key is pinned, and no older incarnation gets this far.
+        if is_newest {
+            state.places.came = Some(from);
+        }
         state.backoff.reset();
         state.phase = Phase::Up {
             link: Arc::clone(&link),
@@ -234,12 +250,13 @@ impl Peer {
     }
 
     /// A dial failed: the how manieth in a row? `None` when the other side's connection has taken its link
-    /// over meanwhile.
+    /// over meanwhile. `chance` in 0..=1 draws the pause.
     pub(crate) fn dial_failed(
         &self,
         dialed: &Arc<Link>,
         error: HandshakeError,
         limits: &Limits,
+        chance: f64,
     ) -> Option<u32> {
         let mut state = lock(&self.state);
         match &state.phase {
@@ -247,7 +264,7 @@ impl Peer {
             _ => return None,
         }
         state.phase = Phase::Idle;
-        state.backoff.failed(error, clock::now(), limits);
+        state.backoff.failed(error, clock::now(), limits, chance);
         Some(state.backoff.failures)
     }
 }
@@ -271,6 +288,34 @@ impl State {
     }
 }
 
+/// Where a process may be: where this one was told, and where it last came from by itself.
+#[derive(Default)]
+struct Places {
+    told: Option<SocketAddr>,
+    came: Option<SocketAddr>,
+}
+
+impl Places {
+    /// Was that news? Then it also counts for more than where it came from before.
+    fn learn(&mut self, addr: SocketAddr) -> bool {
+        if self.told == Some(addr) {
+            return false;
+        }
+        (self.told, self.came) = (Some(addr), None);
+        true
+    }
+
+    /// Where to dial after so many failures in a row. What it came from goes first; but its way here need
+    /// not be a way there (a relay, an interface that is down again), so each second dial is for the
+    /// other address.
+    fn next(&self, failures: u32) -> Option<SocketAddr> {
+        match failures % 2 {
+            0 => self.came.or(self.told),
+            _ => self.told.or(self.came),
+        }
+    }
+}
+
 /// The pause after failed dials: calls within it fail at once.
 struct Backoff {
     failures: u32,
@@ -287,8 +332,9 @@ impl Backoff {
         };
     }
 
-    fn failed(&mut self, error: HandshakeError, now: Instant, limits: &Limits) {
-        self.until = Some(now + pause(self.failures, limits.backoff_min, limits.backoff_max));
+    fn failed(&mut self, error: HandshakeError, now: Instant, limits: &Limits, chance: f64) {
+        let longest = pause(self.failures, limits.backoff_min, limits.backoff_max);
+        self.until = Some(now + jittered(longest, chance));
         self.failures = self.failures.saturating_add(1);
         self.last = Some(error);
     }
@@ -305,6 +351,12 @@ impl Backoff {
 /// Doubles from `min` to `max`.
 fn pause(failures: u32, min: Duration, max: Duration) -> Duration {
     min.saturating_mul(2u32.saturating_pow(failures)).min(max)
+}
+
+/// Between half of the pause and all of it: those that lost the same process at the same moment do not
+/// all dial it at the same moment, again and again.
+fn jittered(pause: Duration, chance: f64) -> Duration {
+    pause.mul_f64(1.0 - chance.clamp(0.0, 1.0) / 2.0)
 }
 
 #[cfg(test)]
@@ -408,7 +460,8 @@ mod tests {
         let limits = Limits::default();
         let link = dialing(&peer);
         let error = HandshakeError::NoAnswer(addr());
-        assert_eq!(peer.dial_failed(&link, error.clone(), &limits), Some(1));
+        let failed = peer.dial_failed(&link, error.clone(), &limits, 0.0);
+        assert_eq!(failed, Some(1));
         let now = Instant::now();
         assert!(matches!(peer.connect(&limits, now), Connect::BackingOff(last) if last == error));
         let later = now + limits.backoff_min;
@@ -420,7 +473,7 @@ mod tests {
         let peer = Peer::new(name("b"));
         let limits = Limits::default();
         let link = dialing(&peer);
-        peer.dial_failed(&link, HandshakeError::NoAnswer(addr()), &limits);
+        peer.dial_failed(&link, HandshakeError::NoAnswer(addr()), &limits, 0.0);
         peer.learn("127.0.0.1:2".parse().unwrap());
         assert!(matches!(
             peer.connect(&limits, Instant::now()),
@@ -433,5 +486,102 @@ mod tests {
         let (min, max) = (Duration::from_millis(20), Duration::from_secs(1));
         let pauses = [0, 1, 2, 6, 40].map(|failures| pause(failures, min, max).as_millis());
         assert_eq!(pauses, [20, 40, 80, 1000, 1000]);
+    }
+
+    #[test]
+    fn chance_takes_half_of_a_pause_at_most() {
+        let pause = Duration::from_millis(100);
+        let drawn = [0.0, 0.5, 1.0, 7.0].map(|chance| jittered(pause, chance).as_millis());
+        assert_eq!(drawn, [100, 75, 50, 50]);
+
+        let limits = Limits::default();
+        let waits = |chance| {
+            let peer = Peer::new(name("b"));
+            let link = dialing(&peer);
+            peer.dial_failed(&link, HandshakeError::NoAnswer(addr()), &limits, chance);
+            let soon = clock::now() + limits.backoff_min.mul_f64(0.75);
+            matches!(peer.connect(&limits, soon), Connect::BackingOff(_))
+        };
+        assert!(waits(0.0) && !waits(1.0), "the draw decides");
+    }
+
+    /// Where the next dial goes. The link of the last one is lost.
+    fn dialled_at(peer: &Peer, failures: u32) -> Option<SocketAddr> {
+        let limits = Limits::default();
+        if let Some(link) = peer.link() {
+            link.lose(LostReason::TimedOut);
+            peer.ended(&link);
+        }
+        for _ in 0..failures {
+            let Connect::Dial(link, _) = peer.connect(&limits, after(&limits)) else {
+                panic!("a dial was expected")
+            };
+            peer.dial_failed(&link, HandshakeError::NoAnswer(addr()), &limits, 0.0);
+        }
+        match peer.connect(&limits, after(&limits)) {
+            Connect::Dial(_, addr) => Some(addr),
+            _ => None,
+        }
+    }
+
+    fn after(limits: &Limits) -> Instant {
+        clock::now() + limits.backoff_max * 2
+    }
+
+    fn comes(peer: &Peer, hello: &Hello, from: SocketAddr) -> Result<(), HandshakeError> {
+        let welcomed = peer.welcome(&name("a"), hello, from, &Limits::default());
+        welcomed.map(drop)
+    }
+
+    fn port(port: u16) -> SocketAddr {
+        ([127, 0, 0, 1], port).into()
+    }
+
+    #[test]
+    fn whoever_comes_from_elsewhere_is_dialled_there() {
+        let peer = Peer::new(name("b"));
+        peer.learn(port(1));
+        comes(&peer, &hello(1, 1, 0), port(1)).unwrap();
+        comes(&peer, &hello(2, 1, 0), port(2)).unwrap();
+        peer.learn(port(1));
+        assert_eq!(
+            dialled_at(&peer, 0),
+            Some(port(2)),
+            "what was told is no news"
+        );
+        let peer = Peer::new(name("b"));
+        comes(&peer, &hello(1, 1, 0), port(2)).unwrap();
+        assert_eq!(dialled_at(&peer, 1), Some(port(2)), "there is no other");
+        peer.learn(port(3));
+        assert_eq!(dialled_at(&peer, 0), Some(port(3)), "news counts for more");
+    }
+
+    #[test]
+    fn a_way_here_that_is_no_way_there_is_not_tried_alone() {
+        let peer = Peer::new(name("b"));
+        peer.learn(port(1));
+        comes(&peer, &hello(1, 1, 0), port(2)).unwrap();
+        assert_eq!(dialled_at(&peer, 1), Some(port(1)));
+        let peer = Peer::new(name("b"));
+        peer.learn(port(1));
+        comes(&peer, &hello(1, 1, 0), port(2)).unwrap();
+        assert_eq!(dialled_at(&peer, 2), Some(port(2)));
+    }
+
+    #[test]
+    fn neither_an_old_hello_nor_an_old_incarnation_leads_anybody_astray() {
+        let peer = Peer::new(name("b"));
+        peer.learn(port(1));
+        comes(&peer, &hello(5, 3, 0), port(2)).unwrap();
+        let again = comes(&peer, &hello(5, 3, 0), port(66));
+        assert_eq!(again, Err(HandshakeError::Duplicate));
+        let earlier = comes(&peer, &hello(5, 2, 0), port(66));
+        assert_eq!(earlier, Err(HandshakeError::Duplicate));
+        let stale = comes(&peer, &hello(4, 9, 0), port(66));
+        assert!(matches!(stale, Err(HandshakeError::StaleBoot(_))));
+        assert_eq!(dialled_at(&peer, 0), Some(port(2)));
+        // Without a link that stands, the earlier dial may serve; it says nothing about where.
+        comes(&peer, &hello(5, 2, 0), port(66)).unwrap();
+        assert_eq!(dialled_at(&peer, 0), Some(port(2)));
     }
 }

@@ -21,7 +21,7 @@ use crate::codec;
 use crate::failure::Failure;
 use crate::frame::{self, Call};
 use crate::limits::Limits;
-use crate::message::{Arrival, ItemReceiver, ItemSender, Open, Produced};
+use crate::message::{Arrival, ItemReceiver, ItemSender, OlderBody, Open, Produced};
 use crate::message::{RemoteMessage, StreamMessage};
 use crate::supervise::fate::{self, Fate};
 use crate::trace::{Entered, TraceContext};
@@ -297,8 +297,8 @@ pub(crate) struct Typed<M: RemoteMessage> {
 }
 
 impl<M: RemoteMessage> Typed<M> {
-    pub(crate) fn send(&self, message: M) -> Result<Asked<M>, Failure> {
-        self.mailbox.send(message).map_err(|(_, failure)| failure)
+    pub(crate) fn send(&self, message: M) -> Result<Asked<M>, (M, Failure)> {
+        self.mailbox.send(message)
     }
 
     /// The future, if there is one, must be driven to its end.
@@ -307,13 +307,16 @@ impl<M: RemoteMessage> Typed<M> {
     }
 
     fn read(&self, call: &Call<'_>, arrival: &Arrival) -> Result<M, Failure> {
-        if call.version != M::VERSION {
-            return Err(Failure::Version { theirs: M::VERSION });
-        }
-        let mut message: M = codec::decode(call.body).map_err(|error| {
-            tracing::warn!(message = M::NAME, peer = %arrival.from, %error, "undecodable message");
-            Failure::NotUnderstood
-        })?;
+        let mut message: M = match OlderBody::of(call, M::VERSION)? {
+            Some(older) => {
+                M::decode_older(&older).ok_or(Failure::Version { theirs: M::VERSION })?
+            }
+            None => codec::decode(call.body).map_err(|error| {
+                let peer = &arrival.from;
+                tracing::warn!(message = M::NAME, %peer, %error, "undecodable message");
+                Failure::NotUnderstood
+            })?,
+        };
         message.arrived(arrival);
         Ok(message)
     }
@@ -326,7 +329,8 @@ impl<M: RemoteMessage> MessageHandler for Typed<M> {
         arrival: &Arrival,
     ) -> Result<BoxFuture<'static, BytesMut>, Failure> {
         let _entered = Entered::new(call.trace);
-        let asked = self.send(self.read(call, arrival)?)?;
+        let asked = self.send(self.read(call, arrival)?);
+        let asked = asked.map_err(|(_, failure)| failure)?;
         let (id, frame_bytes_max) = (call.id, self.frame_bytes_max);
         Ok(Box::pin(async move {
             match asked.await {
@@ -481,13 +485,14 @@ impl<T> Opened<T> {
 
 impl<M: StreamMessage> StreamHandler for TypedStream<M> {
     fn open(&self, call: &Call<'_>) -> Result<Box<dyn ItemSource>, Failure> {
-        if call.version != M::VERSION {
-            return Err(Failure::Version { theirs: M::VERSION });
-        }
-        let message = codec::decode(call.body).map_err(|error| {
-            tracing::warn!(message = M::NAME, %error, "undecodable message");
-            Failure::NotUnderstood
-        })?;
+        let theirs = M::VERSION;
+        let message = match OlderBody::of(call, theirs)? {
+            Some(older) => M::decode_older(&older).ok_or(Failure::Version { theirs })?,
+            None => codec::decode(call.body).map_err(|error| {
+                tracing::warn!(message = M::NAME, %error, "undecodable message");
+                Failure::NotUnderstood
+            })?,
+        };
         let _entered = Entered::new(call.trace);
         let queue = self.open_local(message)?;
         Ok(Box::new(Encoded {

@@ -10,7 +10,7 @@ use futures::FutureExt;
 
 use crate::clock;
 use crate::codec::{self, EncodeError};
-use crate::failure::{AskError, Failure, Lost, LostReason, TellError};
+use crate::failure::{AskError, Failure, Lost, LostReason, TellError, Unanswered};
 use crate::frame::{self, Call, CallKind};
 use crate::link::{Link, RefusedAsk};
 use crate::message::{Arrival, RemoteMessage};
@@ -48,26 +48,63 @@ impl<M: RemoteMessage> Remote<M> {
     /// # Errors
     /// [`AskError`] says whose fault it is and whether the message may have been handled.
     pub async fn ask(&self, message: M, deadline: Duration) -> Result<M::Reply, AskError> {
-        let asking = async {
-            match &self.target.peer {
-                Some(peer) => self.ask_there(peer, &message, deadline).await,
-                None => self.ask_here(message, deadline).await,
-            }
-        };
-        let asked = tokio::time::timeout(deadline, asking).await;
-        asked.unwrap_or_else(|_| Err(self.failed(Failure::DeadlinePassed)))
+        let asked = self.ask_or_return(message, deadline).await;
+        asked.map_err(|unanswered| unanswered.reason)
     }
 
-    async fn ask_here(&self, mut message: M, deadline: Duration) -> Result<M::Reply, AskError> {
+    /// The same, and the message comes back with the error when it is certain that no actor has seen it:
+    /// when the mailbox or the link was full, above all.
+    ///
+    /// # Errors
+    /// [`Unanswered`], with the reason and perhaps the message.
+    pub async fn ask_or_return(
+        &self,
+        message: M,
+        deadline: Duration,
+    ) -> Result<M::Reply, Unanswered<M>> {
+        let asking = async {
+            let Some(peer) = &self.target.peer else {
+                return self.ask_here(message, deadline).await;
+            };
+            let asked = self.ask_there(peer, &message, deadline).await;
+            asked.map_err(|reason| {
+                let unseen = reason.was_not_handled(&self.target.shared.process);
+                Unanswered {
+                    message: unseen.then_some(message),
+                    reason,
+                }
+            })
+        };
+        let asked = tokio::time::timeout(deadline, asking).await;
+        asked.unwrap_or_else(|_| {
+            Err(Unanswered {
+                message: None,
+                reason: self.failed(Failure::DeadlinePassed),
+            })
+        })
+    }
+
+    async fn ask_here(
+        &self,
+        mut message: M,
+        deadline: Duration,
+    ) -> Result<M::Reply, Unanswered<M>> {
         let target = &self.target;
-        target.check_open()?;
-        let handler = target.shared.registry.local::<M>(&target.path.actor);
-        let handler = handler.map_err(|failure| self.failed(failure))?;
+        let refused = |message, reason| Unanswered { message, reason };
+        if let Err(reason) = target.check_open() {
+            return Err(refused(Some(message), reason));
+        }
+        let handler = match target.shared.registry.local::<M>(&target.path.actor) {
+            Ok(handler) => handler,
+            Err(failure) => return Err(refused(Some(message), self.failed(failure))),
+        };
         message.arrived(&target.local_arrival(Some(deadline)));
-        let asked = handler
-            .send(message)
-            .map_err(|failure| self.failed(failure))?;
-        asked.await.map_err(|failure| self.failed(failure))
+        match handler.send(message) {
+            Ok(asked) => asked
+                .await
+                .map_err(|failure| refused(None, self.failed(failure))),
+            Err((message, failure)) => Err(refused(Some(message), self.failed(failure))),
+        }
     }
 
     async fn ask_there(
@@ -101,6 +138,11 @@ impl<M: RemoteMessage> Remote<M> {
 
     /// Sends the message without waiting for anything. Success means that it was queued, no more:
     /// it is delivered at most once, in order with other messages from here.
+    ///
+    /// A mailbox of this process that is full hands the message back. One of another process cannot: there
+    /// the message is dropped, counted, and logged (the first, the second, the fourth and so on). The
+    /// sender can read how many were: [`System::tells_refused`](crate::System::tells_refused). Who must
+    /// know of each one asks, with `()` for a reply.
     ///
     /// # Errors
     /// [`TellError`] hands the message back when it could not be queued.

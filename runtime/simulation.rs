@@ -10,6 +10,7 @@ mod network;
 mod actors;
 mod ledger;
 mod seeds;
+mod scenes;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -40,14 +41,16 @@ use network::{Network, Socket, Weather};
 
 /// Plays one seed to its end.
 fn run(seed: u64, tells: bool) -> Tally {
-    let clock = || {
-        tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .start_paused(true)
-            .build()
-            .expect("a runtime can be made")
-    };
     actix::System::with_tokio_rt(clock).block_on(World::play(seed, tells))
+}
+
+/// A runtime in virtual time.
+fn clock() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .start_paused(true)
+        .build()
+        .expect("a runtime can be made")
 }
 
 /// All of one run.
@@ -59,10 +62,12 @@ struct World {
     network: Arc<Network>,
     ledger: Rc<Ledger>,
     processes: RefCell<Vec<Process>>,
-    /// By sender and receiver: the link that notes go over, and its number.
-    links: RefCell<BTreeMap<(Life, usize), (Arc<Link>, u64)>>,
+    links: RefCell<Links>,
     questions: Cell<u64>,
 }
+
+/// By sender and receiver: the link that notes go over, and its number.
+type Links = BTreeMap<(Life, usize), (Arc<Link>, u64)>;
 
 /// One process, dead or alive.
 #[derive(Default)]
@@ -98,7 +103,7 @@ impl World {
         });
         // Every process knows the others' first addresses from the start, as from a cluster file.
         let fresh = |process| Process {
-            addr: Some(addr_of(process, 9000)),
+            addr: Some(addr_of(process, FIRST_PORT)),
             ..Process::default()
         };
         *world.processes.borrow_mut() = (0..processes).map(fresh).collect();
@@ -147,7 +152,7 @@ impl World {
             .collect()
     }
 
-    /// Starts a process. The others hear of its address sooner or later.
+    /// Starts a process. Should it have moved, then the others learn of that when it dials them.
     fn start(self: &Rc<Self>, process: usize, moves: bool) {
         let mut random = self.random();
         let (life, addr) = {
@@ -156,7 +161,7 @@ impl World {
             let boot = process_.boot;
             let port = match process_.addr {
                 Some(addr) if !moves => addr.port(),
-                _ => 9000 + u16::try_from(boot).expect("few starts"),
+                _ => FIRST_PORT + u16::try_from(boot).expect("few starts"),
             };
             let addr = addr_of(process, port);
             process_.addr = Some(addr);
@@ -181,18 +186,24 @@ impl World {
             if let Some(addr) = self.processes.borrow()[other].addr {
                 system.learn(name(other), addr);
             }
-            let (world, pause) = (Rc::clone(self), millis(&mut random, 0, 300));
-            actix::spawn(async move {
-                sleep(pause).await;
-                // Whoever hears late hears of the newest address.
-                if let Some((_, system)) = world.newest(other)
-                    && let Some(addr) = world.processes.borrow()[process].addr
-                {
-                    system.learn(name(process), addr);
-                }
-            });
+            // Nobody is told where it is now: it shows that by dialling.
+            if addr.port() != FIRST_PORT {
+                let pause = millis(&mut random, 50, 300);
+                actix::spawn(Rc::clone(self).keep_linked(life, system.clone(), other, pause));
+            }
         }
         actix::spawn(Rc::clone(self).talk(life, system));
+    }
+
+    /// What a process does that is not where the others were told: it dials them until it is linked, again
+    /// and again.
+    async fn keep_linked(self: Rc<Self>, life: Life, system: System, to: usize, pause: Duration) {
+        while self.ledger.is_alive(life) && !system.shared().is_closing() {
+            if Self::linked(&system, to).is_none() {
+                self.link(life, &system, to);
+            }
+            sleep(pause).await;
+        }
     }
 
     /// A life ends between two packets.
@@ -694,6 +705,8 @@ fn weather(random: &mut StdRng, calm: bool) -> Weather {
 /// So many of the runs have neither kills nor cuts, so that no link may be lost in them.
 const CALM: f64 = 0.2;
 const PROCESSES_MAX: usize = 4;
+/// Where each process is at first, as everybody knows.
+const FIRST_PORT: u16 = 9000;
 /// How long things go wrong.
 const TROUBLE: Duration = Duration::from_secs(4);
 /// A cut that began last is mended, and a process that was killed last has started.

@@ -14,12 +14,16 @@ use std::{fmt, io};
 use actix::Recipient;
 use futures::FutureExt;
 use futures::future::join_all;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use tokio::sync::{Notify, watch};
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::clock;
+use crate::door::Door;
 use crate::endpoint::{self, Started};
 use crate::failure::{CLOSED, Lost, LostReason};
+use crate::hello::HandshakeError;
 use crate::identity::{Identity, IdentityError};
 use crate::limits::Limits;
 use crate::link::Link;
@@ -83,6 +87,8 @@ impl System {
             peers: Mutex::new(BTreeMap::new()),
             answers: TaskTracker::new(),
             dials: AtomicU64::new(0),
+            chances: Mutex::new(StdRng::from_seed(started.seed)),
+            door: Door::default(),
             closing: AtomicBool::new(false),
             farewells: AtomicBool::new(false),
             stop: Notify::new(),
@@ -133,9 +139,24 @@ impl System {
     }
 
     /// Notes where a process listens; a new address replaces the old one. A process that dialled
-    /// this one is known without.
+    /// this one is known without, and one that has moved is known to have when it dials from there.
     pub fn learn(&self, process: ProcessName, addr: SocketAddr) {
         self.shared.peer(&process).learn(addr);
+    }
+
+    /// How many tells from here that process has said to have put into no mailbox: the actor was not
+    /// there, or its mailbox was full, or it did not understand them. It says so within some heartbeats,
+    /// over the link that the tells came over; what it had not said when that was lost is not counted.
+    pub fn tells_refused(&self, process: &ProcessName) -> u64 {
+        let peer = self.shared.peer(process);
+        peer.tells_refused.load(Ordering::Relaxed)
+    }
+
+    /// How many connections the socket holds now: those of the links, those that have not said hello yet,
+    /// and those that were closed a moment ago.
+    pub fn open_connections(&self) -> usize {
+        let endpoint = self.shared.endpoint();
+        endpoint.map_or(0, |endpoint| endpoint.open_connections())
     }
 
     /// A reference to one message of an actor anywhere. Nothing is sent until it is used; an actor
@@ -267,6 +288,9 @@ pub(crate) struct Shared {
     endpoint: Mutex<Option<quinn::Endpoint>>,
     peers: Mutex<BTreeMap<ProcessName, Arc<Peer>>>,
     dials: AtomicU64,
+    /// Draws the pauses between dials.
+    chances: Mutex<StdRng>,
+    pub(crate) door: Door,
     closing: AtomicBool,
     /// Every peer has answered our goodbye.
     farewells: AtomicBool,
@@ -282,6 +306,29 @@ impl Shared {
         let peer = Arc::new(Peer::new(process.clone()));
         peers.insert(process.clone(), Arc::clone(&peer));
         peer
+    }
+
+    /// The same for a process that came by itself. One node can neither fill the memory with names of its
+    /// own making, nor have more links than it could have processes.
+    pub(crate) fn caller(&self, process: &ProcessName) -> Result<Arc<Peer>, HandshakeError> {
+        let node = process.node();
+        let mut peers = lock(&self.peers);
+        if !peers.contains_key(process) {
+            let of_node = |name: &ProcessName| name.node() == node;
+            if peers.keys().filter(|name| of_node(name)).count() >= PROCESSES_PER_NODE_MAX {
+                // Whoever holds one of them elsewhere, holds the only one.
+                peers.retain(|name, peer| {
+                    !of_node(name) || Arc::strong_count(peer) > 1 || !peer.is_forgettable()
+                });
+            }
+            if peers.keys().filter(|name| of_node(name)).count() >= PROCESSES_PER_NODE_MAX {
+                return Err(HandshakeError::Busy(format!(
+                    "{node} has {PROCESSES_PER_NODE_MAX} processes here already"
+                )));
+            }
+        }
+        drop(peers);
+        Ok(self.peer(process))
     }
 
     /// The link to a process: that which stands, or a new one that is being dialled.
@@ -323,6 +370,11 @@ impl Shared {
     /// A number for a dial of this process, higher than all before.
     pub(crate) fn next_dial(&self) -> u64 {
         self.dials.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// A number from 0 to 1 that nobody else draws.
+    pub(crate) fn chance(&self) -> f64 {
+        lock(&self.chances).random()
     }
 
     /// The endpoint, until it is closed.
@@ -428,6 +480,10 @@ pub enum StartError {
     #[error("cannot start the links' thread")]
     Thread(#[source] io::Error),
 }
+
+/// Processes of one node that may be linked, or remembered for having been. A node has a process for each
+/// device and a few for measuring.
+const PROCESSES_PER_NODE_MAX: usize = 256;
 
 /// With two names of 127 bytes this leaves room in a hello of 1024.
 const CLUSTER_BYTES_MAX: usize = 512;

@@ -1,5 +1,7 @@
 //! `cluster.toml`: what every process of a cluster agrees on. It is equal on every node, and its
-//! hash is part of every handshake. The first node in it is the head.
+//! hash is part of every handshake: but for where the nodes are and which keys they may show, which the
+//! handshake proves by itself. So a node that moved, or a key that is replaced, goes through the cluster
+//! node by node. The first node in it is the head.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -330,8 +332,19 @@ impl ClusterFile {
             .with_context(|| format!("the cluster has no node '{name}': one of {}", known()))
     }
 
+    /// What all nodes must have alike at any time. A node's address is where others look for it, and they
+    /// find it by its key; whether a key is pinned each node decides for itself.
+    fn agreed(&self) -> Self {
+        let mut agreed = self.clone();
+        for node in &mut agreed.nodes {
+            node.address = SocketAddr::from(([0, 0, 0, 0], 0));
+            node.keys.clear();
+        }
+        agreed
+    }
+
     pub(crate) fn trust(&self) -> Result<Trust> {
-        let hash = Sha256::digest(toml::to_string(self)?);
+        let hash = Sha256::digest(toml::to_string(&self.agreed())?);
         let (first, _) = hash.split_first_chunk().expect("a SHA-256 has 32 bytes");
         let node = |node: &ClusterNode| TrustedNode {
             name: node.name.clone(),
@@ -703,11 +716,46 @@ mod tests {
     }
 
     #[test]
-    fn every_change_of_the_file_changes_its_hash() {
+    fn what_the_nodes_must_agree_on_changes_the_hash() {
         let (_folder, path) = founded();
-        let mut file = ClusterFile::load(&path).unwrap();
-        let before = file.trust().unwrap().config_hash;
-        file.limits.queue_max += 1;
-        assert_ne!(file.trust().unwrap().config_hash, before);
+        let file = ClusterFile::load(&path).unwrap();
+        let hash = |file: &ClusterFile| file.trust().unwrap().config_hash;
+        let changes: [fn(&mut ClusterFile); 8] = [
+            |file| file.limits.queue_max += 1,
+            |file| file.model = "another".into(),
+            |file| file.parallel = Layout::Pipeline,
+            |file| file.transport = Transport::Ring,
+            |file| file.nodes[0].name = "c".into(),
+            |file| file.nodes[0].weight = 2.0,
+            |file| file.nodes[0].memory_limit = Some("96GiB".parse().unwrap()),
+            |file| file.nodes.push(file.nodes[0].clone()),
+        ];
+        for (at, change) in changes.into_iter().enumerate() {
+            let mut changed = file.clone();
+            change(&mut changed);
+            assert_ne!(hash(&changed), hash(&file), "change {at}");
+        }
+    }
+
+    #[test]
+    fn a_node_that_moves_and_a_key_that_is_replaced_go_through_node_by_node() {
+        let (_folder, path) = founded();
+        let before = ClusterFile::load(&path).unwrap();
+        let hash = before.trust().unwrap().config_hash;
+        let (old, new) = (
+            before.nodes[0].keys[0],
+            Identity::generate("a").unwrap().key(),
+        );
+        // Both keys are pinned everywhere before the node shows the new one; then the old one goes.
+        for keys in [vec![old, new], vec![new]] {
+            let mut file = before.clone();
+            file.nodes[0].keys = keys.clone();
+            let trust = file.trust().unwrap();
+            assert_eq!(trust.config_hash, hash);
+            assert_eq!(trust.nodes[0].keys, keys, "it is pinned all the same");
+        }
+        let mut file = before.clone();
+        file.nodes[0].address = "10.0.0.7:7700".parse().unwrap();
+        assert_eq!(file.trust().unwrap().config_hash, hash);
     }
 }

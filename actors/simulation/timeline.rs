@@ -74,10 +74,10 @@ impl<E> PartialEq for Due<E> {
 impl<E> Eq for Due<E> {}
 
 /// Random numbers by SplitMix64.
-pub(super) struct Chance(u64);
+pub(crate) struct Chance(u64);
 
 impl Chance {
-    pub(super) fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self(mix(seed))
     }
 
@@ -87,7 +87,7 @@ impl Chance {
     }
 
     /// Less than `below`, which is at least 1.
-    pub(super) fn below(&mut self, below: usize) -> usize {
+    pub(crate) fn below(&mut self, below: usize) -> usize {
         (self.next() % below as u64) as usize
     }
 

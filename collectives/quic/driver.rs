@@ -11,6 +11,7 @@ use quinn_proto::{
 };
 use ring::rand::SecureRandom;
 
+use self::hall::Verdict;
 use super::{
     link::{Farewell, Link},
     options::{QuicOptions, TensorTls},
@@ -18,9 +19,10 @@ use super::{
 };
 use crate::error::CollectiveError;
 
+mod hall;
 mod pass;
 
-pub(super) use self::pass::Pass;
+pub(super) use self::{hall::Hall, pass::Pass};
 
 /// Everything one rank has on the network. Whoever holds it makes things happen by
 /// [`turn`](Self::turn); nothing happens by itself.
@@ -32,8 +34,7 @@ pub(super) struct Driver {
     endpoint: Endpoint,
     inbox: Inbox,
     outbox: Vec<u8>,
-    /// Callers that may wait to be asked for their greeting; 0 when nobody is expected.
-    pub callers_max: usize,
+    hall: Hall,
 }
 
 impl Driver {
@@ -60,7 +61,7 @@ impl Driver {
             endpoint,
             inbox: Inbox::new(),
             outbox: Vec::with_capacity(1 << 16),
-            callers_max: 0,
+            hall: Hall::closed(),
         })
     }
 
@@ -70,10 +71,29 @@ impl Driver {
             .map_err(|why| CollectiveError::local("asking for our address", why))
     }
 
-    /// Lets callers in, as `config` says.
-    pub(super) fn listen(&mut self, config: ServerConfig, callers_max: usize) {
+    /// Lets callers into the hall, as `config` says.
+    pub(super) fn listen(&mut self, config: ServerConfig, hall: Hall) {
         self.endpoint.set_server_config(Some(Arc::new(config)));
-        self.callers_max = callers_max;
+        self.hall = hall;
+    }
+
+    /// Everybody is here: whoever else calls is refused, and whoever still stands in the hall is sent away.
+    /// From now on the links that are ready stay where they are in `links`.
+    pub(super) fn close_hall(&mut self, now: Instant) {
+        self.hall = Hall::closed();
+        for link in self.links.iter_mut().filter(|link| link.rank.is_none()) {
+            send_away(link, now, "everybody is here");
+        }
+        self.links.sort_by_key(|link| !link.ready);
+    }
+
+    /// Sends those away that have stood in the hall for too long without a greeting.
+    pub(super) fn clear_hall(&mut self, now: Instant) {
+        for link in &mut self.links {
+            if link.rank.is_none() && self.hall.is_out_of_patience(link, now) {
+                send_away(link, now, "it did not greet");
+            }
+        }
     }
 
     /// Calls a peer.
@@ -124,21 +144,7 @@ impl Driver {
                             }
                         }
                         Some(DatagramEvent::NewConnection(incoming)) => {
-                            let Self {
-                                endpoint,
-                                links,
-                                outbox,
-                                socket,
-                                callers_max,
-                                ..
-                            } = self;
-                            admit(
-                                endpoint,
-                                links,
-                                outbox,
-                                socket,
-                                (incoming, *callers_max, now),
-                            );
+                            self.admit(incoming, now);
                         }
                         Some(DatagramEvent::Response(transmit)) => {
                             self.socket.send(&transmit, &self.outbox);
@@ -152,6 +158,34 @@ impl Driver {
             }
         }
         any
+    }
+
+    /// Lets a caller into the hall, if it may; who it is shows in its certificate and its greeting.
+    fn admit(&mut self, incoming: Incoming, now: Instant) {
+        let response = match self.hall.verdict(&self.links, &incoming) {
+            Verdict::Enter => match self.endpoint.accept(incoming, now, &mut self.outbox, None) {
+                Ok((handle, connection)) => {
+                    self.links.push(Link::new(handle, connection, None));
+                    None
+                }
+                Err(refused) => refused.response,
+            },
+            Verdict::ProveAddress => match self.endpoint.retry(incoming, &mut self.outbox) {
+                Ok(response) => Some(response),
+                Err(error) => {
+                    self.endpoint.ignore(error.into_incoming());
+                    None
+                }
+            },
+            Verdict::ComeAgain => {
+                self.endpoint.ignore(incoming);
+                None
+            }
+            Verdict::GoAway => Some(self.endpoint.refuse(incoming, &mut self.outbox)),
+        };
+        if let Some(response) = response {
+            self.socket.send(&response, &self.outbox);
+        }
     }
 
     /// Timers that are due, and what happened on the connections.
@@ -169,6 +203,9 @@ impl Driver {
                 link.note(event);
             }
         }
+        // Nobody waits for those that came, were nobody's, and are gone.
+        self.links
+            .retain(|link| link.rank.is_some() || !link.connection.is_drained());
     }
 
     /// Sends what the connections have to say.
@@ -237,25 +274,12 @@ fn find(links: &mut [Link], handle: ConnectionHandle) -> Option<&mut Link> {
     links.iter_mut().find(|link| link.handle == handle)
 }
 
-/// Lets a caller into the hall; who it is shows in its certificate and its greeting.
-fn admit(
-    endpoint: &mut Endpoint,
-    links: &mut Vec<Link>,
-    outbox: &mut Vec<u8>,
-    socket: &Socket,
-    (incoming, callers_max, now): (Incoming, usize, Instant),
-) {
-    if links.iter().filter(|link| link.rank.is_none()).count() >= callers_max {
-        let response = endpoint.refuse(incoming, outbox);
-        return socket.send(&response, outbox);
-    }
-    match endpoint.accept(incoming, now, outbox, None) {
-        Ok((handle, connection)) => links.push(Link::new(handle, connection, None)),
-        Err(refused) => {
-            if let Some(response) = refused.response {
-                socket.send(&response, outbox);
-            }
-        }
+fn send_away(link: &mut Link, now: Instant, why: &str) {
+    if link.ending.is_none() {
+        let farewell = Farewell::Refused(why.to_owned());
+        link.connection
+            .close(now, farewell.code(), farewell.reason());
+        link.end(farewell);
     }
 }
 

@@ -87,6 +87,36 @@ mod tests {
     }
 
     #[test]
+    fn the_bytes_do_not_change() {
+        // A change here needs another magic and another ALPN.
+        let expected = b"offbktn1\0\0\0\0\0\x01\0\0\x02\0\0\0\0\0\0\0\x03\0\0\0";
+        assert_eq!(&OURS.encode(), expected);
+    }
+
+    #[test]
+    fn any_bytes_are_a_greeting_or_none() {
+        let mut state = 7u64;
+        for round in 0..100_000 {
+            let mut wire = [0; Hello::BYTES];
+            for byte in &mut wire {
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1);
+                *byte = (state >> 56) as u8;
+            }
+            if round % 2 == 0 {
+                wire[..8].copy_from_slice(MAGIC);
+            }
+            let Some(heard) = Hello::decode(&wire) else {
+                assert_ne!(&wire[..8], MAGIC);
+                continue;
+            };
+            assert_eq!(heard.encode(), wire);
+            let _ = OURS.check(&heard);
+        }
+    }
+
+    #[test]
     fn each_difference_is_named() {
         let theirs = Hello {
             from: 0,

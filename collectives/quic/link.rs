@@ -3,6 +3,7 @@
 use std::{
     collections::VecDeque,
     net::{SocketAddr, UdpSocket},
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -17,6 +18,7 @@ use crate::{error::CollectiveError, operation::Operation};
 pub(super) struct Link {
     pub handle: ConnectionHandle,
     pub connection: Connection,
+    pub since: Instant,
     /// Whom we called; whoever calls us says it in its greeting.
     pub rank: Option<usize>,
     /// Greetings are exchanged.
@@ -48,6 +50,7 @@ impl Link {
         Self {
             handle,
             connection,
+            since: Instant::now(),
             rank,
             ready: false,
             connected: false,

@@ -15,7 +15,7 @@ use quinn_proto::{
 
 use super::{
     JoinSpec,
-    driver::Driver,
+    driver::{Driver, Hall},
     hello::Hello,
     is_loopback,
     link::{Farewell, Link},
@@ -36,7 +36,7 @@ pub(super) fn meet(
     let client = client_config(tls, &transport)?;
     driver.listen(
         server_config(tls, &transport)?,
-        CALLERS_PER_RANK * spec.peers.len(),
+        Hall::of_ranks_at(&spec.peers),
     );
     let mut meeting = Meeting {
         driver,
@@ -50,6 +50,7 @@ pub(super) fn meet(
         let now = Instant::now();
         meeting.driver.turn(now);
         meeting.greet()?;
+        meeting.driver.clear_hall(now);
         meeting.driver.flush(now);
         let Some(missing) = meeting.missing() else {
             break;
@@ -68,8 +69,7 @@ pub(super) fn meet(
         });
         meeting.driver.socket.readable(timer.min(left));
     }
-    // Everybody is here: whoever else calls is refused.
-    driver.callers_max = 0;
+    driver.close_hall(Instant::now());
     driver.by_rank = (0..spec.peers.len())
         .map(|rank| {
             driver
@@ -307,9 +307,6 @@ fn mtu_to_begin_with(peers: &[SocketAddr]) -> u16 {
 
 /// Carried by every network that carries QUIC.
 const MTU_EVERYWHERE: u16 = 1200;
-
-/// Two connections per rank may be on their way in when a call is repeated, and some that fail.
-const CALLERS_PER_RANK: usize = 4;
 
 /// Less would make a prefill operand stop and go even on a fast LAN.
 const RECEIVE_WINDOW_BYTES_MIN: u32 = 64 << 10;

@@ -122,7 +122,7 @@ impl Inbox {
     }
 
     /// The datagrams of the buffer at `index`.
-    pub(super) fn datagrams(&self, index: usize) -> impl Iterator<Item = Datagram> {
+    pub(super) fn datagrams(&self, index: usize) -> impl Iterator<Item = Datagram> + use<> {
         let meta = self.metas[index];
         let start = index * BUFFER_BYTES;
         let mut data = BytesMut::from(&self.buffers[start..start + meta.len]);

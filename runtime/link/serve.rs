@@ -127,8 +127,8 @@ impl Link {
         }
     }
 
-    /// At most once: the sender is not told, but the operator can see it. Logs the first, the
-    /// second, the fourth and so on, so that a flood does not become one of lines.
+    /// At most once: the message is gone, but the operator can see it, and the sender can read how many
+    /// were. Logs the first, the second, the fourth and so on, so that a flood does not become one of lines.
     fn note_dropped(&self, call: &Call<'_>, failure: Failure) {
         let count = self.dropped.fetch_add(1, Ordering::Relaxed) + 1;
         if count.is_power_of_two() {

@@ -167,10 +167,7 @@ impl Inbox {
     /// The next packet that has arrived.
     fn poll_take(&self, cx: &mut Context<'_>) -> Poll<Packet> {
         let mut queue = lock(&self.queue);
-        loop {
-            let Some(Reverse(first)) = queue.packets.peek() else {
-                break;
-            };
+        while let Some(Reverse(first)) = queue.packets.peek() {
             let due = first.due;
             if due <= Instant::now() {
                 let Reverse(packet) = queue.packets.pop().expect("it was there");

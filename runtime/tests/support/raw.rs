@@ -7,8 +7,8 @@ use quinn::crypto::rustls::QuicClientConfig;
 
 use super::Cluster;
 
-/// Connects with a's key.
-pub async fn connect(cluster: &Cluster, to: &System) -> (quinn::Endpoint, quinn::Connection) {
+/// An endpoint that shows a's key.
+pub fn client(cluster: &Cluster) -> quinn::Endpoint {
     let config = cluster.config("a");
     let tls = config
         .identity
@@ -17,6 +17,12 @@ pub async fn connect(cluster: &Cluster, to: &System) -> (quinn::Endpoint, quinn:
     let tls = QuicClientConfig::try_from(tls).unwrap();
     let mut endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
     endpoint.set_default_client_config(quinn::ClientConfig::new(Arc::new(tls)));
+    endpoint
+}
+
+/// Connects with a's key.
+pub async fn connect(cluster: &Cluster, to: &System) -> (quinn::Endpoint, quinn::Connection) {
+    let endpoint = client(cluster);
     let connection = endpoint
         .connect(to.local_addr(), "any.invalid")
         .unwrap()
