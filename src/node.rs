@@ -144,6 +144,7 @@ async fn start_head(system: &System, cluster: &ClusterFile, options: &Node) -> R
     let links = SchedulerLinks {
         begin_epoch: scheduler.clone().recipient(),
         end_epoch: scheduler.clone().recipient(),
+        blame_epoch: scheduler.clone().recipient(),
         give_up: scheduler.clone().recipient(),
         count_requests: scheduler.recipient(),
     };

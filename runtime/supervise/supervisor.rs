@@ -169,6 +169,7 @@ impl Keeper {
     async fn keep(mut self) {
         let mut history = RestartHistory::default();
         loop {
+            let began = Instant::now();
             let Some(End {
                 exit,
                 why,
@@ -178,7 +179,12 @@ impl Keeper {
                 return;
             };
             tracing::warn!(child = %self.spec.name, %exit, why, "a child ended");
-            let verdict = history.failed(&self.policy, Instant::now(), rand::random());
+            let (now, chance) = (Instant::now(), rand::random());
+            let verdict = if exit.is_from_outside() {
+                history.killed(&self.policy, now, now - began, chance)
+            } else {
+                history.failed(&self.policy, now, chance)
+            };
             let restart = Restart {
                 when: SystemTime::now(),
                 exit,
