@@ -165,6 +165,10 @@ fn answer(
             if event == "[DONE]" {
                 return tokens;
             }
+            // A head that is told to end leaves what it has no time for to the next one.
+            if event["error"]["code"] == "interrupted" {
+                break;
+            }
             assert!(event["error"].is_null(), "{event}");
             id = event["id"].as_str().map(str::to_owned).or(id);
             last = events.last_id.unwrap_or(last);
