@@ -29,7 +29,7 @@ use self::formation::{Action, Formation, Shard};
 use self::presence::Presence;
 use crate::names;
 use crate::node_agent::{PROBE_DEADLINE, Probe};
-use crate::scheduler::{BeginEpoch, CountRequests, EndEpoch, GiveUp, RequestCounts};
+use crate::scheduler::{BeginEpoch, BlameEpoch, CountRequests, EndEpoch, GiveUp, RequestCounts};
 use crate::shard_worker::{JoinGroup, LeaveGroup, LoadRefusal, LoadShard, Loaded, ReadSteps};
 
 /// What all shards of the cluster are told.
@@ -74,6 +74,7 @@ pub struct Membership {
     kv_tokens_noted: Option<u32>,
     begin_epoch: Recipient<BeginEpoch>,
     end_epoch: Recipient<EndEpoch>,
+    blame_epoch: Recipient<BlameEpoch>,
     give_up: Recipient<GiveUp>,
     count_requests: Recipient<CountRequests>,
 }
@@ -82,6 +83,7 @@ pub struct Membership {
 pub struct SchedulerLinks {
     pub begin_epoch: Recipient<BeginEpoch>,
     pub end_epoch: Recipient<EndEpoch>,
+    pub blame_epoch: Recipient<BlameEpoch>,
     pub give_up: Recipient<GiveUp>,
     pub count_requests: Recipient<CountRequests>,
 }
@@ -109,6 +111,7 @@ impl Membership {
             kv_tokens_noted: None,
             begin_epoch: scheduler.begin_epoch,
             end_epoch: scheduler.end_epoch,
+            blame_epoch: scheduler.blame_epoch,
             give_up: scheduler.give_up,
             count_requests: scheduler.count_requests,
             settings,
@@ -130,6 +133,11 @@ impl Membership {
                 Action::Leave { epoch, rank, why } => self.leave(epoch, rank, why),
                 Action::Serve { epoch } => self.serve(epoch),
                 Action::Suspend { epoch, why } => self.suspend(epoch, &why),
+                Action::Blame { epoch } => {
+                    if self.blame_epoch.try_send(BlameEpoch { epoch }).is_err() {
+                        tracing::error!(%epoch, "the scheduler does not hear of a failure");
+                    }
+                }
                 Action::GiveUp(failure) => self.give_up(failure),
             }
         }
@@ -481,13 +489,15 @@ pub struct Announce {
     pub last_lines: Vec<String>,
     /// The process that ended, when this is the news of an end.
     pub ended_pid: Option<u32>,
+    /// It failed by itself: nobody ended it.
+    pub failed: bool,
     /// The node does not start its shard any more.
     pub given_up: bool,
 }
 
 impl RemoteMessage for Announce {
     const NAME: &'static str = "announce";
-    const VERSION: u16 = 2;
+    const VERSION: u16 = 3;
     type Reply = ();
 }
 
@@ -514,6 +524,9 @@ impl Handler<Announce> for Membership {
         if let Some(pid) = news.ended_pid {
             let why = format!("the shard of {} ended: {}", news.node, news.last_failure);
             actions.extend(self.formation.lost(&news.node, pid, why));
+            if news.failed {
+                actions.extend(self.formation.failed_by_itself(&news.node));
+            }
         }
         if news.given_up {
             actions.extend(self.formation.given_up(&news.node, &news.last_failure));
@@ -729,6 +742,6 @@ const STEPS_DEADLINE: Duration = Duration::from_millis(500);
 /// Meeting takes a round trip; the rest is for processes that the system has not scheduled yet.
 pub(crate) const JOIN_DEADLINE: Duration = Duration::from_secs(30);
 /// How often the nodes' standing is looked at.
-pub(crate) const STANDING_EVERY: Duration = Duration::from_millis(250);
+pub(crate) const STANDING_EVERY: Duration = Duration::from_millis(100);
 /// A cluster has a few nodes, each with a message a second and a few when its shard changes.
 const MAILBOX_MAX: usize = 1024;

@@ -117,7 +117,8 @@ impl NodeAgent {
         });
     }
 
-    fn announce(&self, ended_pid: Option<u32>, ctx: &mut Context<Self>) {
+    /// `ended` is the process whose end is the news, and how it ended.
+    fn announce(&self, ended: Option<Ended>, ctx: &mut Context<Self>) {
         let status = self
             .supervisor
             .status()
@@ -135,7 +136,8 @@ impl NodeAgent {
                 .as_ref()
                 .and_then(|status| status.last.as_ref())
                 .map_or_else(Vec::new, |restart| cut(&restart.last_lines)),
-            ended_pid,
+            ended_pid: ended.map(|ended| ended.pid),
+            failed: ended.is_some_and(|ended| ended.failed),
             given_up: status.is_some_and(|status| status.state == ChildState::Escalated),
         };
         let remote = self.announce.clone();
@@ -145,6 +147,22 @@ impl NodeAgent {
                 tracing::debug!(node = this.node, %error, "the head does not answer");
             }
         }));
+    }
+}
+
+/// A shard process that ended.
+#[derive(Clone, Copy)]
+struct Ended {
+    pid: u32,
+    /// Nobody ended it.
+    failed: bool,
+}
+
+impl NodeAgent {
+    /// Whichever process ran does so no more.
+    fn ended(&mut self, failed: bool) -> Option<Ended> {
+        let pid = self.running_pid.take()?;
+        Some(Ended { pid, failed })
     }
 }
 
@@ -177,14 +195,14 @@ impl StreamHandler<Event> for NodeAgent {
             Event::Exited { restart, pause, .. } => {
                 let cause = describe(&restart);
                 tracing::warn!(node = self.node, cause, ?pause, "the shard process ended");
-                ended = self.running_pid.take();
+                ended = self.ended(!restart.exit.is_from_outside());
             }
             Event::Escalated { restart, .. } => {
                 let cause = describe(&restart);
                 tracing::error!(node = self.node, cause, "the shard process ends too often");
-                ended = self.running_pid.take();
+                ended = self.ended(!restart.exit.is_from_outside());
             }
-            Event::Stopped { .. } => ended = self.running_pid.take(),
+            Event::Stopped { .. } => ended = self.ended(false),
         }
         self.announce(ended, ctx);
     }

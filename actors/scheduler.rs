@@ -436,6 +436,24 @@ impl Handler<EndEpoch> for Scheduler {
     }
 }
 
+/// A shard's own failure has ended this epoch: a request may be what it fails at.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct BlameEpoch {
+    pub epoch: Epoch,
+}
+
+impl Handler<BlameEpoch> for Scheduler {
+    type Result = ();
+
+    fn handle(&mut self, blame: BlameEpoch, ctx: &mut Context<Self>) {
+        for (client, failure) in self.admission.blame(blame.epoch) {
+            Self::give_up(&client, failure);
+        }
+        self.send_plans(ctx);
+    }
+}
+
 /// No epoch will begin before an operator has acted: nobody is kept waiting for one.
 #[derive(Clone, Debug, Message)]
 #[rtype(result = "()")]

@@ -5,6 +5,7 @@
 //! away. When the head is lost, so is the epoch: the shard leaves its group and registers again.
 
 pub(crate) mod attendance;
+mod device_gate;
 mod engine_thread;
 mod memory;
 mod step_record;

@@ -22,7 +22,7 @@ mod client;
 mod faults;
 mod seeds;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use offbook_protocol::{Epoch, Rank, SequenceId, Step};
@@ -179,6 +179,8 @@ struct World {
     /// The latest epoch of which a client had a token.
     delivered_epoch: Epoch,
     shards: BTreeMap<Pid, Shard>,
+    /// Shards that ended by a failure of their own, until their nodes know.
+    crashed: BTreeSet<Pid>,
     groups: BTreeMap<Epoch, Group>,
     clients: Vec<Client>,
     /// The next plan does not reach one of its shards.
@@ -229,6 +231,7 @@ impl World {
             stored_epoch: Epoch(0),
             delivered_epoch: Epoch(0),
             shards: BTreeMap::new(),
+            crashed: BTreeSet::new(),
             groups: BTreeMap::new(),
             clients: (0..clients + LATE_CLIENTS)
                 .map(|_| Client::new(&mut chance))
@@ -391,7 +394,7 @@ impl World {
             }
             Local::AnnounceHere(question) => self.announced_here(question),
             Local::Announce => {
-                self.announce(machine, None);
+                self.announce(machine, None, false);
                 self.local_after(crate::node_agent::ANNOUNCE_EVERY, pid, Local::Announce);
             }
             Local::StartShard => self.start_shard(machine),
@@ -457,12 +460,8 @@ impl World {
 
     fn asked(&mut self, end: End, pid: Pid, reply: ReplyTo, question: Question) {
         match question {
-            Question::Announce {
-                machine,
-                ended,
-                given_up,
-            } => {
-                self.announced(end, machine, ended, given_up);
+            Question::Announce { machine, news } => {
+                self.announced(end, machine, news);
                 self.reply(reply, Ok(()));
             }
             Question::Register { machine, heard } => {
@@ -557,7 +556,8 @@ const DEADLY_CLIENT: ClientId = 0;
 const TIME_WAS_UP: &str = "its time was up";
 const CONTEXT_TOKENS: u32 = 64;
 const VOCABULARY: u32 = 97;
-const NODE_GRACE: Duration = Duration::from_secs(5);
+/// The default of a cluster's file.
+const NODE_GRACE: Duration = Duration::from_millis(1500);
 const FAULTS_UNTIL: Duration = Duration::from_secs(14);
 /// By then every fault is made good: the longest lasts 9 s.
 const CALM_FROM: Duration = Duration::from_secs(24);

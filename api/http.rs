@@ -11,11 +11,13 @@ mod connections;
 mod drain;
 mod caller;
 mod body;
+mod request_id;
 mod fields;
 mod options;
 mod messages;
 mod answer;
 mod choices;
+mod ledger;
 mod resumed;
 mod logprobs;
 mod sse;
@@ -44,6 +46,7 @@ use crate::text::{Defaults, Text};
 use connections::Bounds;
 use drain::Drain;
 use error::ApiError;
+use ledger::{Ledger, Listing};
 use metrics::Metrics;
 use resumed::Resumed;
 
@@ -61,7 +64,7 @@ pub struct Service {
     pub vocabulary: u32,
     /// When the model was made available, in seconds since 1970.
     pub created: u64,
-    /// Where streams are kept that a restart of this process is to survive, if anywhere.
+    /// Where answers under way are kept, which a restart of this process is to survive, if anywhere.
     pub journal: Option<Journal>,
 }
 
@@ -79,6 +82,7 @@ pub async fn serve(
         service,
         metrics: Arc::new(Metrics::new()),
         resumed: Arc::default(),
+        ledger: Arc::default(),
         drain: Drain::default(),
         stopping: stopping.clone(),
     };
@@ -111,6 +115,7 @@ struct Api {
     service: Arc<Service>,
     metrics: Arc<Metrics>,
     resumed: Arc<Resumed>,
+    ledger: Arc<Ledger>,
     drain: Drain,
     /// Cancelled when answers under way have to end.
     stopping: CancellationToken,
@@ -130,7 +135,7 @@ impl Api {
 }
 
 impl Api {
-    /// Begins the record of a stream, where streams are recorded. A disk that refuses costs the
+    /// Begins the record of an answer, where answers are recorded. A disk that refuses costs the
     /// record, not the answer.
     async fn record(&self, asked: impl FnOnce() -> Asked) -> Option<Record> {
         let journal = self.service.journal.clone()?;
@@ -144,6 +149,13 @@ impl Api {
             }
         }
     }
+
+    /// Notes an answer that begins, by its id and by the client's own name for it.
+    fn list(&self, id: &str, request_id: Option<&str>) -> Listing {
+        let names = [Some(id), request_id];
+        self.ledger
+            .begin(names.into_iter().flatten().map(str::to_owned).collect())
+    }
 }
 
 fn router(api: Api) -> Router {
@@ -153,9 +165,9 @@ fn router(api: Api) -> Router {
             "/v1/chat/completions",
             post(chat::create).layer(refuse.clone()),
         )
-        .route("/v1/chat/completions/{id}", get(resumed::events))
+        .route("/v1/chat/completions/{id}", get(resumed::answer))
         .route("/v1/completions", post(completions::create).layer(refuse))
-        .route("/v1/completions/{id}", get(resumed::events))
+        .route("/v1/completions/{id}", get(resumed::answer))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/v1/cluster", get(cluster::report))

@@ -1,10 +1,12 @@
-//! Streamed answers under way, on disk: what a head node that was killed needs to finish them.
+//! Answers under way, on disk: what a head node that was killed needs to finish them.
 //!
 //! One file per answer, readable by its owner alone: a line that says what was asked, then a line for
 //! every token in the order in which they were written to the client. The first line is on the disk
 //! (`fsync`) before the client has its first byte; tokens are handed to the system before the client
 //! has them, and not forced to the disk: a process that dies loses none, a machine that loses its power
 //! may lose the last ones, and draws the same again, as their noise depends on seed and position alone.
+//! Answers that are not streamed are kept in the same way: what is drawn before they are complete need not
+//! be drawn again.
 //! A file is removed when its answer is over and its client has had time to read it.
 
 use std::fs::{self, File, OpenOptions};
@@ -32,6 +34,9 @@ pub struct Journal {
 pub(crate) struct Asked {
     /// What the client knows the answer by.
     pub(crate) id: String,
+    /// The client's own name for its request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) request_id: Option<String>,
     /// In seconds since 1970.
     pub(crate) created: u64,
     pub(crate) endpoint: Endpoint,
@@ -272,6 +277,7 @@ mod tests {
     fn asked(id: &str) -> Asked {
         Asked {
             id: id.into(),
+            request_id: Some("mine".into()),
             created: 7,
             endpoint: Endpoint::Completions,
             body: json!({"prompt": [1, 2], "seed": 5}),

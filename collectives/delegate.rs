@@ -360,6 +360,16 @@ pub fn can_delegate() -> Result<(), CollectiveError> {
     Err(no_kernels(device))
 }
 
+/// Bytes of memory of its own that the device of MLX's default stream has free, whichever process has the
+/// others; `None` where it computes in the machine's memory, or its driver does not say.
+pub fn device_free_bytes() -> Option<u64> {
+    #[cfg(target_os = "linux")]
+    if MlxDevice::default() == MlxDevice::Cuda {
+        return cuda::free_bytes();
+    }
+    None
+}
+
 fn no_kernels(device: MlxDevice) -> CollectiveError {
     CollectiveError::NotDelegated {
         why: format!("{device} has no kernels of ours that wait on its stream"),

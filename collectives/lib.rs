@@ -29,7 +29,7 @@ pub mod conformance;
 mod graphs;
 pub mod measure;
 
-pub use self::delegate::can_delegate;
+pub use self::delegate::{can_delegate, device_free_bytes};
 pub use self::error::CollectiveError;
 pub use self::fast_synch::{FastSynch, Path};
 pub use self::group::{Gathered, Group};

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::bench::ranks::Collectives;
 use crate::bench::wire::Wire;
 use crate::byte_size::ByteSize;
+use crate::stress::{Blow, Target};
 
 /// Runs one large language model over a few machines.
 #[derive(Debug, Parser)]
@@ -190,10 +191,11 @@ pub(crate) struct LocalOptions {
     /// How long answers that are under way may go on when the cluster is told to stop
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
     pub(crate) drain: Duration,
-    /// A process that ends so often within a minute, and once more, is given up
+    /// A process that fails so often within a minute, and once more, is given up; one that is killed has
+    /// not failed
     #[arg(long, value_name = "N", default_value_t = 5)]
     pub(crate) restarts: u32,
-    /// The pause before a restart doubles with each one within a minute, up to this
+    /// The pause before a restart doubles with each failure within a minute, up to this
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
     pub(crate) restart_pause_max: Duration,
 }
@@ -295,19 +297,41 @@ pub(crate) struct Stress {
     /// Clients that ask at the same time
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) clients: u32,
-    /// Shards, of any rank, that are killed with -9
+    /// Soak a cluster that runs already, at this API, rather than one of its own
+    #[arg(long, value_name = "URL")]
+    pub(crate) api: Option<String>,
+    /// With --api: strike its processes too, all of which must be on this machine
+    #[arg(long, requires = "api")]
+    pub(crate) kill_local: bool,
+    /// With --api and without --kill-local, where nothing is struck: how long clients ask
+    #[arg(long = "for", value_name = "TIME", default_value = "1min", value_parser = duration)]
+    pub(crate) watch_for: Duration,
+    /// How many processes are struck
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) kills: u32,
-    /// Stop them with SIGSTOP instead
-    #[arg(long)]
-    pub(crate) freeze: bool,
-    /// The longest pause between a recovery and the next kill
+    /// Which, at random: shard (of any rank), node (other than the head), head
+    #[arg(
+        long,
+        value_name = "WHOM,…",
+        value_delimiter = ',',
+        default_value = "shard"
+    )]
+    pub(crate) strike: Vec<Target>,
+    /// With what, at random: kill, stop (until somebody replaces it), term
+    #[arg(
+        long,
+        value_name = "SIGNAL,…",
+        value_delimiter = ',',
+        default_value = "kill"
+    )]
+    pub(crate) signals: Vec<Blow>,
+    /// The longest pause between a recovery and the next strike
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = duration)]
     pub(crate) every: Duration,
     /// The longest answer
     #[arg(long, value_name = "TOKENS", default_value_t = 200, value_parser = clap::value_parser!(u32).range(2..))]
     pub(crate) tokens: u32,
-    /// Decides who is killed, and when
+    /// Decides who is struck, with what, and when
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
     /// Print one JSON object instead of a table
@@ -894,7 +918,7 @@ impl fmt::Display for WindowChoice {
 pub(crate) struct BenchLoss {
     #[command(flatten)]
     pub(crate) local: LocalOptions,
-    /// Shards killed; see --restarts, of which each takes one
+    /// Shards killed
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) runs: u32,
     /// Print one JSON object instead of text

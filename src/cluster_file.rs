@@ -117,7 +117,8 @@ pub(crate) struct Limits {
     /// between, whoever was late before is given more time.
     pub(crate) silence_min_seconds: f64,
     pub(crate) silence_seconds: f64,
-    /// How long a node may be away before the model is divided among the others, if it fits them.
+    /// How long a node may be away before the model is divided among the others, if it fits them. One that
+    /// is started again says that it is there within half a second, and is waited for from then on.
     pub(crate) node_grace_seconds: f64,
     /// How long a shard process that its node cannot reach may take to come back before it counts as
     /// frozen and is killed.
@@ -127,14 +128,15 @@ pub(crate) struct Limits {
     pub(crate) load_stall_seconds: f64,
     pub(crate) prefill_stall_seconds: f64,
     pub(crate) decode_stall_seconds: f64,
-    /// A process that ends so often within a minute, and once more, is given up.
+    /// A process that fails so often within a minute, and once more, is given up. One that is killed, or
+    /// told to end, has not failed.
     pub(crate) restarts_max: u32,
-    /// The pause before a restart doubles with each one within a minute, up to this.
+    /// The pause before a restart doubles with each failure within a minute, up to this.
     pub(crate) restart_pause_max_seconds: f64,
     /// How long a request may take from its arrival to its last token, waits included.
     pub(crate) request_deadline_seconds: f64,
-    /// A request that runs while so many epochs in a row are lost, without a token in between, is
-    /// given up.
+    /// A request that runs while shards fail in so many epochs in a row, without a token in between, is
+    /// given up. Shards that are killed or cut off count a tenth.
     pub(crate) request_losses_max: u32,
     /// How long a head that is told to stop lets answers under way go on; new ones are refused.
     pub(crate) drain_seconds: f64,
@@ -156,7 +158,7 @@ impl Default for Limits {
             load_deadline_seconds: 1800.0,
             silence_min_seconds: 0.28,
             silence_seconds: 10.0,
-            node_grace_seconds: 5.0,
+            node_grace_seconds: 1.5,
             frozen_grace_seconds: 1.0,
             load_stall_seconds: 600.0,
             prefill_stall_seconds: 120.0,

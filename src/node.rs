@@ -156,6 +156,7 @@ async fn start_head(
     let links = SchedulerLinks {
         begin_epoch: scheduler.recipient(),
         end_epoch: scheduler.recipient(),
+        blame_epoch: scheduler.recipient(),
         give_up: scheduler.recipient(),
         count_requests: scheduler.recipient(),
     };

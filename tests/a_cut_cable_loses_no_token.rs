@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use support::cables::{Network, Way};
-use support::{Events, Nodes, long_completion};
+use support::{Events, Nodes, long_completion, send_signal};
 
 #[test]
 fn whichever_way_is_cut() {
@@ -57,6 +57,59 @@ fn whichever_way_is_cut() {
         );
         nodes.wait_for("all nodes", all_serve);
     }
+}
+
+#[test]
+fn at_whichever_moment() {
+    let limits = [
+        ("node_grace_seconds", "60.0"),
+        ("collective_deadline_seconds", "2.0"),
+        ("silence_seconds", "2.0"),
+    ];
+    let Some((network, nodes)) = cluster(&limits) else {
+        return;
+    };
+    let mut request = long_completion(TOKENS);
+    request["prompt"] = (0..200).map(|place| 5 + place * 7 % 90).collect();
+    let undisturbed = nodes.stream("/v1/completions", &request).rest();
+    let cut_all = |way| {
+        network.set(1, 0, way);
+        network.set(0, 1, way);
+        network.set(1, 2, way);
+        network.set(2, 1, way);
+    };
+    let while_cut = |what: &str| {
+        let began = Instant::now();
+        nodes.wait_for("the cut to be noticed", |report| report["phase"] != "ready");
+        println!("cut {what}: noticed in {:.1?}", began.elapsed());
+        cut_all(Way::default());
+    };
+
+    let report = nodes.wait_for("all nodes", all_serve);
+    let pid = report["shards"][2]["pid"].as_u64().expect("a pid");
+    send_signal(pid as u32, "KILL");
+    nodes.wait_for("its share to be read again", |report| {
+        report["phase"] != "ready"
+    });
+    cut_all(CUT);
+    // Longer than a silence that is a loss.
+    std::thread::sleep(Duration::from_millis(600));
+    cut_all(Way::default());
+    nodes.wait_for("all nodes", all_serve);
+    let tokens = nodes.stream("/v1/completions", &request).rest();
+    assert_eq!(tokens, undisturbed, "while shards load");
+
+    let mut stream = nodes.stream("/v1/completions", &request);
+    cut_all(CUT);
+    while_cut("while the prompt is read");
+    assert_eq!(stream.rest(), undisturbed, "while the prompt is read");
+
+    nodes.wait_for("all nodes", all_serve);
+    cut_all(CUT);
+    while_cut("when nothing runs");
+    nodes.wait_for("all nodes", all_serve);
+    let tokens = nodes.stream("/v1/completions", &request).rest();
+    assert_eq!(tokens, undisturbed, "when nothing runs");
 }
 
 #[test]

@@ -4,6 +4,8 @@
 
 mod support;
 
+use std::path::Path;
+
 use serde_json::{Value, json};
 use support::{Cluster, long_completion, send_signal, token_ids};
 
@@ -74,6 +76,45 @@ fn the_head_too_and_its_streams_can_be_read_on() {
     assert_eq!(whole.pop(), Some(json!("[DONE]")));
     assert_eq!(whole, read);
     assert_eq!(cluster.get("/v1/completions/cmpl-of-nobody").0, 404);
+}
+
+#[test]
+fn and_an_answer_that_is_not_streamed_is_finished_too() {
+    let folder = tempfile::tempdir().expect("there is room");
+    let data = folder.path().to_str().expect("it is text");
+    let cluster = Cluster::up(&["--nodes", "2", "--data-dir", data]);
+    let mut request = long_completion(600);
+    request["temperature"] = json!(0.8);
+    request["seed"] = json!(12);
+    request["stream"] = json!(false);
+    let (status, undisturbed) = cluster.post("/v1/completions", &request);
+    assert_eq!(status, 200, "{undisturbed}");
+    let name = "the-clients-own-name";
+    let broke_off = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| cluster.try_post_as(name, "/v1/completions", &request));
+        // Beside the record of the first one, which stays for a while.
+        cluster.wait_for("its first tokens", |_| {
+            tokens_noted(folder.path()).count() == 2
+        });
+        send_signal(cluster.node_pid(0), "KILL");
+        asked.join().expect("it ends")
+    });
+    assert_eq!(broke_off, None, "half an answer is none");
+    cluster.wait_for("the head", |report| report["phase"] == "ready");
+    let (status, answer) = cluster.get(&format!("/v1/completions/{name}"));
+    assert_eq!(status, 200, "{answer}");
+    assert_eq!(answer["choices"], undisturbed["choices"]);
+    assert_eq!(answer["usage"]["completion_tokens"], 600);
+    let id = answer["id"].as_str().expect("it has one");
+    assert_eq!(cluster.get(&format!("/v1/completions/{id}")).1, answer);
+}
+
+/// The answers of which the head has noted tokens, beside the line that says what was asked.
+fn tokens_noted(data: &Path) -> impl Iterator<Item = String> {
+    let answers = std::fs::read_dir(data.join("node-1/answers"));
+    let files = answers.expect("the head has begun").flatten();
+    let texts = files.filter_map(|file| std::fs::read_to_string(file.path()).ok());
+    texts.filter(|text| text.lines().count() > 1)
 }
 
 #[test]

@@ -3,11 +3,16 @@
 //!
 //! A client of the head loses its connection with it: it reads on by the id of its answer, or asks again
 //! if it has not heard of one yet.
+//!
+//! Three nodes are struck at random besides. `OFFBOOK_CHAOS_STRIKES=n` strikes n times rather than a few,
+//! and freezes the head too, which takes longest; `OFFBOOK_CHAOS_SEED=s` decides who, when and how.
 
 mod support;
 
 use std::time::Instant;
 
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
 use support::{Cluster, Events, send_signal, token_ids};
 
@@ -17,6 +22,9 @@ enum Whom {
     OtherShard,
     Node,
     Head,
+    /// Of the third node, where there is one.
+    LastShard,
+    LastNode,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -48,35 +56,74 @@ fn whoever_gets_it() {
 }
 
 fn strike_all(signal: &str, whoms: &[Whom], whens: &[When]) {
-    let patience = ["--restarts", "1000", "--restart-pause-max", "100ms"];
-    let cluster = Cluster::up(&[&["--nodes", "2"], &patience[..]].concat());
+    // With the defaults: whoever is killed has not failed.
+    let cluster = Cluster::up(&["--nodes", "2"]);
     let request = request();
     let undisturbed = cluster.stream(PATH, &request).rest();
     for &whom in whoms {
         for &when in whens {
             let began = Instant::now();
-            let before = cluster.wait_for("a whole cluster", is_whole);
-            let strike = |report: &Value| send_signal(pid(report, whom), signal);
-            let tokens = match when {
-                When::Load => {
-                    strike(&while_loading(&cluster, whom));
-                    answer(&cluster, &request, 0, || {})
-                }
-                When::Prefill => answer(&cluster, &request, 0, || strike(&before)),
-                When::Decode => answer(&cluster, &request, 5, || strike(&before)),
-                When::Between => {
-                    strike(&before);
-                    answer(&cluster, &request, 0, || {})
-                }
-            };
+            let tokens = strike_once(&cluster, &request, (signal, whom, when));
             assert_eq!(tokens, undisturbed, "{signal} to {whom:?}, {when:?}");
-            cluster.wait_for("the end of the process", |report| {
-                pid_or_none(report, whom).is_some_and(|now| now != pid(&before, whom))
-                    && is_whole(report)
-            });
             println!("{signal} to {whom:?}, {when:?}: {:.1?}", began.elapsed());
         }
     }
+}
+
+#[test]
+fn nor_a_few_of_them_at_random_in_a_cluster_of_three() {
+    let number = |variable| {
+        let value = std::env::var(variable).ok()?;
+        Some(value.parse::<u64>().expect("it is a number"))
+    };
+    let seed = number("OFFBOOK_CHAOS_SEED").unwrap_or(1);
+    let wanted = number("OFFBOOK_CHAOS_STRIKES");
+    let mut chance = StdRng::seed_from_u64(seed);
+    let cluster = Cluster::up(&["--nodes", "3"]);
+    let request = request();
+    let undisturbed = cluster.stream(PATH, &request).rest();
+    let mut strikes = 0;
+    while strikes < wanted.unwrap_or(STRIKES) {
+        let whom = ANYBODY[chance.random_range(0..ANYBODY.len())];
+        let when = WHENEVER[chance.random_range(0..WHENEVER.len())];
+        let signal = SIGNALS[chance.random_range(0..SIGNALS.len())];
+        if wanted.is_none() && (signal, whom) == ("STOP", Whom::Head) {
+            continue;
+        }
+        strikes += 1;
+        let began = Instant::now();
+        let tokens = strike_once(&cluster, &request, (signal, whom, when));
+        let what = format!("strike {strikes} of seed {seed}: {signal} to {whom:?}, {when:?}");
+        assert_eq!(tokens, undisturbed, "{what}");
+        println!("{what}: {:.1?}", began.elapsed());
+    }
+}
+
+/// Strikes, and returns the answer to a request that was asked for before, or when that was over. The
+/// cluster is whole again then.
+fn strike_once(
+    cluster: &Cluster,
+    request: &Value,
+    (signal, whom, when): (&str, Whom, When),
+) -> Vec<u64> {
+    let before = cluster.wait_for("a whole cluster", is_whole);
+    let strike = |report: &Value| send_signal(pid(report, whom), signal);
+    let tokens = match when {
+        When::Load => {
+            strike(&while_loading(cluster, whom));
+            answer(cluster, request, 0, || {})
+        }
+        When::Prefill => answer(cluster, request, 0, || strike(&before)),
+        When::Decode => answer(cluster, request, 5, || strike(&before)),
+        When::Between => {
+            strike(&before);
+            answer(cluster, request, 0, || {})
+        }
+    };
+    cluster.wait_for("the end of the process", |report| {
+        pid_or_none(report, whom).is_some_and(|now| now != pid(&before, whom)) && is_whole(report)
+    });
+    tokens
 }
 
 /// Kills a shard, and looks at the cluster while the share is read again. That may be over before
@@ -118,6 +165,10 @@ fn answer(
             if event == "[DONE]" {
                 return tokens;
             }
+            // A head that is told to end leaves what it has no time for to the next one.
+            if event["error"]["code"] == "interrupted" {
+                break;
+            }
             assert!(event["error"].is_null(), "{event}");
             id = event["id"].as_str().map(str::to_owned).or(id);
             last = events.last_id.unwrap_or(last);
@@ -148,8 +199,9 @@ fn request() -> Value {
 
 fn is_whole(report: &Value) -> bool {
     let nodes = report["nodes"].as_array().into_iter().flatten();
-    let used = nodes.filter(|node| node["in_use"] == true && node["alive"] == true);
-    report["phase"] == "ready" && used.count() == 2
+    let used = |node: &Value| node["in_use"] == true && node["alive"] == true;
+    let mut nodes = nodes.peekable();
+    report["phase"] == "ready" && nodes.peek().is_some() && nodes.all(used)
 }
 
 fn pid_or_none(report: &Value, whom: Whom) -> Option<u32> {
@@ -158,6 +210,8 @@ fn pid_or_none(report: &Value, whom: Whom) -> Option<u32> {
         Whom::OtherShard => &report["shards"][1],
         Whom::Head => &report["nodes"][0],
         Whom::Node => &report["nodes"][1],
+        Whom::LastShard => &report["shards"][2],
+        Whom::LastNode => &report["nodes"][2],
     };
     let pid = entry["pid"].as_u64().filter(|pid| *pid > 0)?;
     (entry["alive"] == true).then_some(pid as u32)
@@ -169,5 +223,16 @@ fn pid(report: &Value, whom: Whom) -> u32 {
 
 /// All but the head.
 const OTHERS: [Whom; 3] = [Whom::SamplingShard, Whom::OtherShard, Whom::Node];
+const ANYBODY: [Whom; 6] = [
+    Whom::SamplingShard,
+    Whom::OtherShard,
+    Whom::LastShard,
+    Whom::Node,
+    Whom::LastNode,
+    Whom::Head,
+];
+const SIGNALS: [&str; 3] = ["KILL", "TERM", "STOP"];
+/// Of the random ones, where nobody asks for more: they take half a minute.
+const STRIKES: u64 = 8;
 const WHENEVER: [When; 4] = [When::Load, When::Prefill, When::Decode, When::Between];
 const PATH: &str = "/v1/completions";

@@ -105,6 +105,10 @@ pub(crate) enum Action {
         epoch: Epoch,
         why: String,
     },
+    /// A shard's own failure has ended it: tell the scheduler.
+    Blame {
+        epoch: Epoch,
+    },
     /// It will not serve before an operator has acted: tell the scheduler.
     GiveUp(RequestFailure),
 }
@@ -273,6 +277,14 @@ impl Formation {
             member.node == node && member.shard.as_ref().is_some_and(|shard| shard.pid == pid)
         });
         lost.map_or_else(Vec::new, |at| self.lose(at, why))
+    }
+
+    /// The shard of `node` has failed by itself: nobody killed it. That may be known later than the end
+    /// of the epoch, of which its peers told first.
+    pub(crate) fn failed_by_itself(&self, node: &str) -> Vec<Action> {
+        let epoch = self.epoch;
+        let blame = self.rank_of(node).map(|_| Action::Blame { epoch });
+        blame.into_iter().collect()
     }
 
     fn lose(&mut self, at: usize, why: String) -> Vec<Action> {
@@ -554,6 +566,20 @@ mod tests {
         formation.lost("a", 1, "killed".into());
         formation.leave_behind("b");
         assert!(!formation.detail().contains("which"), "it is back");
+    }
+
+    #[test]
+    fn a_failure_of_a_shard_is_laid_to_its_epoch_also_when_its_end_is_old_news() {
+        let mut formation = serving();
+        let epoch = formation.epoch();
+        assert!(
+            !formation
+                .failed(epoch, Rank(0), "its peer is gone")
+                .is_empty()
+        );
+        formation.lost("b", 2, "it ended".into());
+        assert_eq!(formation.failed_by_itself("b"), [Action::Blame { epoch }]);
+        assert!(formation.failed_by_itself("nobody").is_empty());
     }
 
     #[test]

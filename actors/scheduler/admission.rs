@@ -6,7 +6,7 @@ use offbook_protocol::{
     Epoch, Plan, PlanNumber, Rejection, Request, RequestFailure, SampledToken, SequenceId,
 };
 
-use super::journal::{Entry, Journal};
+use super::journal::{Entry, Journal, LOSSES_PER_FAULT};
 use super::queue::Queue;
 
 /// The bounds of the scheduler.
@@ -23,8 +23,8 @@ pub struct SchedulerLimits {
     pub sequences_max: u32,
     /// How long a request may take from its arrival to its last token.
     pub request_deadline: Duration,
-    /// A request that runs while so many epochs in a row are lost, without a token in between, is
-    /// given up; at least 1.
+    /// A request that runs while so many epochs in a row are ended by shards that fail, without a token
+    /// in between, is given up; at least 1. Epochs that end otherwise count a tenth.
     pub losses_max: u32,
 }
 
@@ -212,7 +212,11 @@ impl<C> Admission<C> {
     }
 
     fn is_suspect(&self, entry: &Entry<C>) -> bool {
-        entry.losses() > 0 && entry.losses() + 1 >= self.limits.losses_max
+        entry.losses() > 0 && entry.suspicion() + LOSSES_PER_FAULT >= self.suspicion_max()
+    }
+
+    fn suspicion_max(&self) -> u32 {
+        self.limits.losses_max.saturating_mul(LOSSES_PER_FAULT)
     }
 
     /// An epoch is about to begin: whoever fits it is taken from now on, and waits.
@@ -241,18 +245,31 @@ impl<C> Admission<C> {
     pub(crate) fn end(&mut self, epoch: Epoch) -> Option<Ended<C>> {
         self.serving.take_if(|serving| serving.epoch == epoch)?;
         self.leaving.clear();
-        let losses_max = self.limits.losses_max;
-        let mut paused = self.journal.interrupt();
-        let given_up = self.journal.close_if(|entry| entry.losses() >= losses_max);
+        let mut paused = self.journal.interrupt(epoch);
+        let given_up = self.give_suspects_up();
         paused.retain(|sequence| self.journal.get(*sequence).is_some());
-        let given_up = given_up.into_iter().map(|entry| {
+        Some(Ended { paused, given_up })
+    }
+
+    /// It has become known that a shard's own failure ended this epoch: what ran in it is suspected the
+    /// more. Hands out those that were there too often.
+    pub(crate) fn blame(&mut self, epoch: Epoch) -> Vec<(C, RequestFailure)> {
+        self.journal.blame(epoch);
+        self.give_suspects_up()
+    }
+
+    fn give_suspects_up(&mut self) -> Vec<(C, RequestFailure)> {
+        let most = self.suspicion_max();
+        let is_guilty = |entry: &Entry<C>| entry.losses() > 0 && entry.suspicion() >= most;
+        let running = self.journal.entries_with_numbers();
+        let running = running.filter(|(_, entry)| entry.is_running() && is_guilty(entry));
+        self.leaving.extend(running.map(|(sequence, _)| sequence));
+        let given_up = self.journal.close_if(is_guilty).into_iter();
+        let given_up = given_up.map(|entry| {
             let losses = entry.losses();
             (entry.client, RequestFailure::LostRepeatedly { losses })
         });
-        Some(Ended {
-            paused,
-            given_up: given_up.collect(),
-        })
+        given_up.collect()
     }
 
     /// No epoch will come before an operator has acted: hands out all clients, and refuses requests

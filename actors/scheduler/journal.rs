@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use offbook_protocol::{Join, Request, SampledToken, SequenceId};
+use offbook_protocol::{Epoch, Join, Request, SampledToken, SequenceId};
 
 /// The requests in their order of arrival. `C` is the client's end of one.
 #[derive(Debug)]
@@ -23,6 +23,10 @@ pub(crate) struct Entry<C> {
     standing: Standing,
     /// Epochs in a row that were lost while this request ran, without a token in between.
     losses: u32,
+    /// Those among them that a shard ended by a failure of its own.
+    faults: u32,
+    /// The last of them, until a shard's failure is known to have ended it.
+    lost_in: Option<Epoch>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +56,8 @@ impl<C> Journal<C> {
             delivered,
             standing: Standing::Waiting,
             losses: 0,
+            faults: 0,
+            lost_in: None,
         };
         self.entries.insert(self.last, entry);
         self.last
@@ -83,7 +89,7 @@ impl<C> Journal<C> {
         }
         entry.delivered.push(token.token);
         entry.standing = Standing::Proven;
-        entry.losses = 0;
+        (entry.losses, entry.faults, entry.lost_in) = (0, 0, None);
         Some(&entry.client)
     }
 
@@ -99,14 +105,24 @@ impl<C> Journal<C> {
     }
 
     /// The epoch is lost: what was running waits. Returned in their order of arrival.
-    pub(crate) fn interrupt(&mut self) -> Vec<SequenceId> {
+    pub(crate) fn interrupt(&mut self, epoch: Epoch) -> Vec<SequenceId> {
         let running = self.entries.iter_mut().filter(|(_, e)| e.is_running());
         let interrupted = running.map(|(sequence, entry)| {
             entry.standing = Standing::Waiting;
             entry.losses += 1;
+            entry.lost_in = Some(epoch);
             *sequence
         });
         interrupted.collect()
+    }
+
+    /// A shard's own failure has ended that epoch: counted once, however many shards it took.
+    pub(crate) fn blame(&mut self, epoch: Epoch) {
+        let entries = self.entries.values_mut();
+        for entry in entries.filter(|entry| entry.lost_in == Some(epoch)) {
+            entry.lost_in = None;
+            entry.faults += 1;
+        }
     }
 
     pub(crate) fn get(&self, sequence: SequenceId) -> Option<&Entry<C>> {
@@ -115,8 +131,12 @@ impl<C> Journal<C> {
 
     /// Who waits, in the order of arrival.
     pub(crate) fn waiting(&self) -> impl Iterator<Item = (SequenceId, &Entry<C>)> {
-        let entries = self.entries.iter().map(|(sequence, e)| (*sequence, e));
-        entries.filter(|(_, entry)| !entry.is_running())
+        let all = self.entries_with_numbers();
+        all.filter(|(_, entry)| !entry.is_running())
+    }
+
+    pub(crate) fn entries_with_numbers(&self) -> impl Iterator<Item = (SequenceId, &Entry<C>)> {
+        self.entries.iter().map(|(sequence, e)| (*sequence, e))
     }
 
     pub(crate) fn entries(&self) -> impl Iterator<Item = &Entry<C>> {
@@ -151,6 +171,12 @@ impl<C> Entry<C> {
         self.losses
     }
 
+    /// Those of its losses that count: shards that failed by themselves in full, others, which somebody
+    /// killed or which were cut off, in part.
+    pub(crate) fn suspicion(&self) -> u32 {
+        self.losses + self.faults * (LOSSES_PER_FAULT - 1)
+    }
+
     /// Positions that the prompt and the tokens so far fill.
     pub(crate) fn positions(&self) -> u32 {
         (self.request.prompt.len() + self.delivered.len()) as u32
@@ -181,3 +207,7 @@ impl<C> Entry<C> {
         }
     }
 }
+
+/// So many shards that were killed or cut off count as one that failed by itself: a request may be what
+/// the system killed a shard for, out of memory, but somebody who kills shards is nobody's fault.
+pub(crate) const LOSSES_PER_FAULT: u32 = 10;

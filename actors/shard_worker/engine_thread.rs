@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::mpsc as blocking;
 
-use offbook_collectives::{FastSynch, Group, GroupHandle, can_delegate};
+use offbook_collectives::{FastSynch, Group, GroupHandle, can_delegate, device_free_bytes};
 use offbook_engine::batch::KvUse;
 use offbook_engine::memory as device_memory;
 use offbook_engine::{
@@ -15,6 +15,7 @@ use offbook_protocol::{Epoch, LoadProgress, Rank, ShardSpec, StepOutcome, Transp
 use tokio::sync::{mpsc, oneshot};
 
 use super::LoadRefusal;
+use super::device_gate;
 use super::memory::{self, Bound};
 use super::step_record::StepRecord;
 use super::watchdog::{Phase, Progress};
@@ -196,6 +197,7 @@ impl Thread {
             let kv_tokens = memory::kv_tokens(&spec, &self.place.node, bound).map_err(lasting)?;
             let (news, progress) = (self.news.clone(), self.progress.clone());
             progress.note(Phase::Load);
+            self.wait_for_device_memory(&spec, kv_tokens);
             let engine = Engine::load(&spec, &mut |load| {
                 progress.note(Phase::Load);
                 let _ = news.try_send(News::Progress(load));
@@ -216,6 +218,18 @@ impl Thread {
             context_tokens: spec.context_tokens,
             vocabulary: engine.config().vocabulary_size as u32,
         })
+    }
+
+    /// A process that held this share before may have died a moment ago.
+    fn wait_for_device_memory(&self, spec: &ShardSpec, kv_tokens: u32) {
+        if self.device_bytes.is_none() {
+            return;
+        }
+        let own = device_memory::DeviceMemory::read().unwrap_or_default();
+        let own = own.active_bytes + own.cache_bytes;
+        if let Some(needed) = memory::share_bytes(spec, kv_tokens) {
+            device_gate::wait(needed, own, device_free_bytes);
+        }
     }
 
     fn run(&mut self, run: Run, reply: oneshot::Sender<Result<Begun, String>>) {

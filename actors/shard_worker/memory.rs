@@ -95,6 +95,11 @@ pub(super) fn kv_tokens(spec: &ShardSpec, node: &str, bound: Option<Bound>) -> R
     Ok((fit * block).max(least))
 }
 
+/// What this share needs with caches of so many positions; `None` where the model cannot be read.
+pub(super) fn share_bytes(spec: &ShardSpec, kv_tokens: u32) -> Option<u64> {
+    budgets(spec).map(|budget| budget(kv_tokens).bytes())
+}
+
 /// What this share needs, by the positions that all caches hold together.
 fn budgets(spec: &ShardSpec) -> Option<impl Fn(u32) -> Budget + use<>> {
     let config = ModelConfig::open(&spec.model).ok()?;

@@ -68,7 +68,8 @@ pub(super) fn start(progress: Progress, limits: StallLimits) -> std::io::Result<
                     ?limit,
                     "the engine makes no progress in {what}: this process ends"
                 );
-                let _ = kill_process(getpid(), Signal::KILL);
+                // A failure of its own, which nobody takes for a kill from outside.
+                let _ = kill_process(getpid(), Signal::ALARM);
             }
         }
     };

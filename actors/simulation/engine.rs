@@ -448,7 +448,7 @@ impl World {
                 .iter()
                 .any(|segment| segment.sequence == deadly)
         {
-            self.kill(pid);
+            self.crash(pid);
             return false;
         }
         let (step, rank, control) = (running.next, running.rank, running.plans.control_word());

@@ -8,6 +8,8 @@ use super::{Event, FAULTS_UNTIL, Local, Pid, Plot, World};
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Fault {
     KillShard(usize),
+    /// It fails by itself.
+    CrashShard(usize),
     /// With its shard; on the head's machine this is the head.
     KillNode(usize),
     FreezeShard(usize),
@@ -35,7 +37,8 @@ impl World {
             let machine = self.chance.below(nodes);
             let other = (machine + 1 + self.chance.below(nodes - 1)) % nodes;
             let fault = match self.chance.below(14) {
-                0..=2 => Fault::KillShard(machine),
+                0 => Fault::KillShard(machine),
+                1 | 2 => Fault::CrashShard(machine),
                 3 => Fault::KillNode(machine),
                 4 | 5 => Fault::FreezeShard(machine),
                 6 => Fault::FreezeNode(machine),
@@ -82,6 +85,11 @@ impl World {
             Fault::KillShard(machine) => {
                 if let Some(shard) = self.nodes[machine].shard {
                     self.kill(shard);
+                }
+            }
+            Fault::CrashShard(machine) => {
+                if let Some(shard) = self.nodes[machine].shard {
+                    self.crash(shard);
                 }
             }
             Fault::KillNode(machine) => self.kill(self.nodes[machine].pid),
@@ -167,6 +175,14 @@ impl World {
         }
         self.release();
         self.exchange_all();
+    }
+
+    /// Ends a shard by a failure of its own.
+    pub(super) fn crash(&mut self, shard: Pid) {
+        if self.processes[shard as usize].alive {
+            self.crashed.insert(shard);
+            self.kill(shard);
+        }
     }
 
     /// Ends a process at once; a node takes its shard with it.

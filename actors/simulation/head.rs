@@ -7,7 +7,7 @@ use std::time::Duration;
 use offbook_protocol::{Epoch, Phase, Plan, Rank, SampledToken, SequenceId, StepOutcome};
 
 use super::client::ClientId;
-use super::network::{Answer, End, Lane, Name, Packet, Question, Watch};
+use super::network::{Answer, End, Lane, Name, News, Packet, Question, Watch};
 use super::node::Node;
 use super::{CONTEXT_TOKENS, LIMITS, Local, NODE_GRACE, Pid, VOCABULARY, World};
 use crate::membership::formation::{Action, Formation, Shard};
@@ -36,6 +36,7 @@ pub(super) struct Head {
 pub(super) enum Mail {
     Begin { epoch: Epoch, shards: Vec<Pid> },
     End { epoch: Epoch },
+    Blame { epoch: Epoch },
     GiveUp { why: String },
 }
 
@@ -144,6 +145,7 @@ impl World {
                     self.mail(Mail::Begin { epoch, shards });
                 }
                 Action::Suspend { epoch, .. } => self.mail(Mail::End { epoch }),
+                Action::Blame { epoch } => self.mail(Mail::Blame { epoch }),
                 Action::GiveUp(failure) => self.mail(Mail::GiveUp {
                     why: failure.to_string(),
                 }),
@@ -186,27 +188,20 @@ impl World {
         self.local_at(at, pid, Local::Mail(mail));
     }
 
-    pub(super) fn announced(
-        &mut self,
-        end: End,
-        machine: usize,
-        ended: Option<Pid>,
-        given_up: bool,
-    ) {
+    pub(super) fn announced(&mut self, end: End, machine: usize, news: News) {
         let pid = self.peer(end);
-        if self.take_announcement(pid, machine, ended, given_up) {
+        if self.take_announcement(pid, machine, news) {
             self.watch(end, Watch::Node { machine, pid });
         }
     }
 
     /// True when its process is to be watched from now on.
-    fn take_announcement(
-        &mut self,
-        pid: Pid,
-        machine: usize,
-        ended: Option<Pid>,
-        given_up: bool,
-    ) -> bool {
+    fn take_announcement(&mut self, pid: Pid, machine: usize, news: News) -> bool {
+        let News {
+            ended,
+            failed,
+            given_up,
+        } = news;
         let now = self.instant();
         let name = node_name(machine);
         let head = self.head_mut();
@@ -223,6 +218,9 @@ impl World {
                 head.formation
                     .lost(&name, shard, "its process ended".into()),
             );
+            if failed {
+                actions.extend(head.formation.failed_by_itself(&name));
+            }
         }
         if given_up {
             actions.extend(head.formation.given_up(&name, "it ends too often"));
@@ -232,14 +230,11 @@ impl World {
     }
 
     pub(super) fn announced_here(&mut self, question: Question) {
-        let Question::Announce {
-            ended, given_up, ..
-        } = question
-        else {
+        let Question::Announce { news, .. } = question else {
             unreachable!("the head's own node only announces itself");
         };
         let pid = self.head_mut().pid;
-        self.take_announcement(pid, 0, ended, given_up);
+        self.take_announcement(pid, 0, news);
     }
 
     pub(super) fn registered(&mut self, end: End, machine: usize, heard: Epoch) {
@@ -323,6 +318,12 @@ impl World {
         match mail {
             Mail::Begin { epoch, shards } => self.begin_epoch(epoch, shards),
             Mail::End { epoch } => self.end_epoch(epoch),
+            Mail::Blame { epoch } => {
+                for (client, failure) in self.head_mut().admission.blame(epoch) {
+                    self.client_failed(client, &failure.to_string());
+                }
+                self.send_plans();
+            }
             Mail::GiveUp { why } => {
                 let head = self.head_mut();
                 head.current = None;

@@ -49,12 +49,20 @@ pub(super) enum Packet {
     OutcomesEnded(Epoch),
 }
 
+/// What a node says of its shard.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct News {
+    pub(super) ended: Option<Pid>,
+    /// It failed by itself.
+    pub(super) failed: bool,
+    pub(super) given_up: bool,
+}
+
 #[derive(Clone, Debug)]
 pub(super) enum Question {
     Announce {
         machine: usize,
-        ended: Option<Pid>,
-        given_up: bool,
+        news: News,
     },
     Register {
         machine: usize,

@@ -1,11 +1,11 @@
 //! A machine: the process of its node, and the shard that this keeps running. When a node's process
 //! dies, its shard goes with it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use offbook_runtime::supervise::{RestartHistory, RestartPolicy, Verdict};
 
-use super::network::{Name, Question, Watch};
+use super::network::{Name, News, Question, Watch};
 use super::{Local, Pid, Role, World};
 use crate::node_agent::{ANNOUNCE_EVERY, ATTACH_DEADLINE};
 
@@ -16,8 +16,9 @@ pub(super) struct Node {
     pub(super) shard: Option<Pid>,
     attachments: u64,
     given_up: bool,
-    /// How often its shard has ended.
-    shard_ends: u32,
+    shard_began: Instant,
+    /// How often its shard has failed by itself.
+    shard_failures: u32,
 }
 
 impl World {
@@ -29,7 +30,8 @@ impl World {
             shard: None,
             attachments: 0,
             given_up: false,
-            shard_ends: 0,
+            shard_began: self.instant(),
+            shard_failures: 0,
         };
         match self.nodes.get_mut(machine) {
             Some(old) => *old = node,
@@ -42,49 +44,62 @@ impl World {
 
     pub(super) fn start_shard(&mut self, machine: usize) {
         let shard = self.start_shard_process(machine);
+        let began = self.instant();
         let node = &mut self.nodes[machine];
         node.shard = Some(shard);
+        node.shard_began = began;
         let (pid, attachments) = (node.pid, node.attachments);
         self.local_after(
             ATTACH_DEADLINE,
             pid,
             Local::Unattached { attachments, shard },
         );
-        self.announce(machine, None);
+        self.announce(machine, None, false);
     }
 
     /// The kernel says that the shard's process has ended.
     pub(super) fn shard_exited(&mut self, machine: usize, shard: Pid) {
         let (now, chance) = (self.instant(), self.chance.share());
+        let failed = self.crashed.remove(&shard);
         let node = &mut self.nodes[machine];
         if node.shard != Some(shard) {
             return;
         }
         node.shard = None;
-        node.shard_ends += 1;
         let pid = node.pid;
-        match node.history.failed(&RestartPolicy::default(), now, chance) {
+        let policy = RestartPolicy::default();
+        let verdict = if failed {
+            node.shard_failures += 1;
+            node.history.failed(&policy, now, chance)
+        } else {
+            let lived = now - node.shard_began;
+            node.history.killed(&policy, now, lived, chance)
+        };
+        match verdict {
             Verdict::RestartAfter(pause) => self.local_after(pause, pid, Local::StartShard),
             Verdict::Escalate => {
                 node.given_up = true;
-                let ends = node.shard_ends;
+                let failures = node.shard_failures;
                 assert!(
-                    ends > RestartPolicy::default().intensity,
-                    "{ends} ends are enough"
+                    failures > policy.intensity,
+                    "{failures} failures are enough"
                 );
                 self.note(|| format!("node {machine} gives its shard up"));
                 self.call_operator(machine);
             }
         }
-        self.announce(machine, Some(shard));
+        self.announce(machine, Some(shard), failed);
     }
 
-    pub(super) fn announce(&mut self, machine: usize, ended: Option<Pid>) {
+    pub(super) fn announce(&mut self, machine: usize, ended: Option<Pid>, failed: bool) {
         let Node { pid, given_up, .. } = self.nodes[machine];
         let question = Question::Announce {
             machine,
-            ended,
-            given_up,
+            news: News {
+                ended,
+                failed,
+                given_up,
+            },
         };
         if machine == 0 {
             self.local_after(Duration::ZERO, pid, Local::AnnounceHere(question));

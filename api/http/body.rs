@@ -12,12 +12,15 @@ use offbook_protocol::ClientId;
 use super::caller;
 use super::error::ApiError;
 use super::fields::Fields;
+use super::request_id;
 
 /// The parameters of a request.
 pub(super) struct Body {
     pub(super) fields: Fields,
     /// Whose API key came with it.
     pub(super) caller: Option<ClientId>,
+    /// The client's own name for it.
+    pub(super) request_id: Option<String>,
 }
 
 impl<S: Send + Sync> FromRequest<S> for Body {
@@ -28,6 +31,7 @@ impl<S: Send + Sync> FromRequest<S> for Body {
             return Err(ApiError::NotJson);
         }
         let caller = caller::by_key(request.headers());
+        let request_id = request_id::read(request.headers())?;
         let read = tokio::time::timeout(BODY_DEADLINE, Bytes::from_request(request, state)).await;
         let late = |_| ApiError::BadBody {
             why: "the body did not arrive in time".into(),
@@ -37,7 +41,11 @@ impl<S: Send + Sync> FromRequest<S> for Body {
             why: format!("the body is no JSON: {error}"),
         })?;
         let fields = Fields::of(value, String::new())?;
-        Ok(Self { fields, caller })
+        Ok(Self {
+            fields,
+            caller,
+            request_id,
+        })
     }
 }
 

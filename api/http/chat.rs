@@ -17,7 +17,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::resumed::Teller;
 use super::sse::Script;
-use super::{Api, Service, Usage, cached, call_id, id, logprobs, now, seeded, sse};
+use super::{Api, Service, Usage, cached, call_id, id, logprobs, now, request_id, seeded, sse};
 use crate::journal::{Asked, Endpoint, Unfinished};
 use crate::text::{AnswerParser, Conversation, Piece, StopFinder, Text, ToolSchemas};
 use chunks::ChatChunks;
@@ -26,7 +26,11 @@ use request::ChatRequest;
 /// Renders the conversation, has it answered, and writes the answers whole or as they come.
 pub(super) async fn create(
     State(api): State<Api>,
-    Body { fields, caller }: Body,
+    Body {
+        fields,
+        caller,
+        request_id,
+    }: Body,
 ) -> Result<Response, ApiError> {
     let body = fields.value();
     let mut request = ChatRequest::read(fields, &api)?;
@@ -51,23 +55,27 @@ pub(super) async fn create(
         &request,
         prompt.tokens.clone(),
     );
-    if request.options.stream {
-        let asked = || Asked {
-            id: answer.id.clone(),
-            created: answer.created,
-            endpoint: Endpoint::Chat,
-            body: seeded(body, request.options.sampling.seed),
-            prompts: vec![prompt.tokens.clone()],
-            rendered: Some(prompt.rendered.clone()),
-        };
-        choices.record(api.record(asked).await);
-        return Ok(sse::respond(
-            choices,
-            ChatChunks::new(answer, count, &request.options),
-        ));
-    }
-    let collected = choices.collect(count).await?;
-    Ok(Json(answer.whole(&collected)).into_response())
+    let id = answer.id.clone();
+    let asked = || Asked {
+        id: id.clone(),
+        request_id: request_id.clone(),
+        created: answer.created,
+        endpoint: Endpoint::Chat,
+        body: seeded(body, request.options.sampling.seed),
+        prompts: vec![prompt.tokens.clone()],
+        rendered: Some(prompt.rendered.clone()),
+    };
+    let listing = api.list(&id, request_id.as_deref());
+    choices.record(api.record(asked).await, listing);
+    let mut response = if request.options.stream {
+        let chunks = ChatChunks::new(answer, count, &request.options);
+        sse::respond(choices, chunks)
+    } else {
+        let collected = choices.collect(count).await?;
+        Json(answer.whole(&collected)).into_response()
+    };
+    request_id::echo(&mut response, request_id.as_deref(), &id);
+    Ok(response)
 }
 
 /// Finishes an answer that a former process of this node has begun.
@@ -100,8 +108,13 @@ pub(super) async fn resume(
         &request,
         prompt.tokens.clone(),
     );
-    let chunks = ChatChunks::new(answer, count, &request.options);
-    teller.tell_all(Script::new(choices, chunks)).await;
+    if request.options.stream {
+        let chunks = ChatChunks::new(answer, count, &request.options);
+        teller.tell_all(Script::new(choices, chunks)).await;
+    } else {
+        let collected = choices.collect(count).await;
+        teller.tell_whole(collected.map(|collected| answer.whole(&collected)));
+    }
     Ok(())
 }
 

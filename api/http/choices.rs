@@ -14,6 +14,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::answer::{Answer, Change, Finish, Reading};
 use super::error::ApiError;
+use super::ledger::{Listing, Standing};
 use super::metrics::AnswerClock;
 use super::{Api, Service};
 use crate::journal::Record;
@@ -28,6 +29,8 @@ pub(super) struct Choices {
     replayed: VecDeque<(usize, Change)>,
     /// Where the tokens are noted before the client has them.
     record: Option<Record>,
+    /// Where it is noted what becomes of the answer.
+    listing: Option<Listing>,
     stopping: CancellationToken,
     /// The server does not stop before these have ended, if they do so in time.
     _under_way: TaskTrackerToken,
@@ -107,14 +110,22 @@ impl Choices {
             running: running.collect(),
             replayed,
             record,
+            listing: None,
             stopping: api.stopping.clone(),
             _under_way: api.drain.token(),
         }
     }
 
-    /// Has every token noted there from now on.
-    pub(super) fn record(&mut self, record: Option<Record>) {
+    /// Has every token noted there from now on, and the end of the answer too.
+    pub(super) fn record(&mut self, record: Option<Record>, listing: Listing) {
         self.record = record;
+        self.listing = Some(listing);
+    }
+
+    fn note_end(&self, standing: Standing) {
+        if let Some(listing) = &self.listing {
+            listing.end(standing);
+        }
     }
 
     /// What happens next, and to which choice; `None` when all have ended.
@@ -125,6 +136,7 @@ impl Choices {
         let next = tokio::select! {
             next = self.running.next() => next,
             () = self.stopping.cancelled() => {
+                self.note_end(Standing::Failed);
                 let detail = "this node is being stopped".to_owned();
                 return Some(Err(StreamError::Interrupted { detail }.into()));
             }
@@ -133,10 +145,14 @@ impl Choices {
             if let Some(record) = self.record.take() {
                 record.finish();
             }
+            self.note_end(Standing::Complete);
             return None;
         };
         if let (Ok(Change::Delta(delta)), Some(record)) = (&change, &mut self.record) {
             record.token(choice, &delta.token);
+        }
+        if change.is_err() {
+            self.note_end(Standing::Failed);
         }
         Some(
             change

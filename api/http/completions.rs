@@ -19,7 +19,7 @@ use super::fields::Fields;
 use super::options::Options;
 use super::resumed::Teller;
 use super::sse::Script;
-use super::{Api, Service, Usage, cached, id, logprobs, now, seeded, sse};
+use super::{Api, Service, Usage, cached, id, logprobs, now, request_id, seeded, sse};
 use crate::journal::{Asked, Endpoint, Unfinished};
 use crate::text::{AnswerParser, Piece, StopFinder, Text};
 use chunks::CompletionChunks;
@@ -28,7 +28,11 @@ use request::{CompletionRequest, Prompt};
 /// Has every prompt continued, and writes what comes whole or as it comes.
 pub(super) async fn create(
     State(api): State<Api>,
-    Body { fields, caller }: Body,
+    Body {
+        fields,
+        caller,
+        request_id,
+    }: Body,
 ) -> Result<Response, ApiError> {
     let body = fields.value();
     let mut request = CompletionRequest::read(fields, &api)?;
@@ -41,23 +45,27 @@ pub(super) async fn create(
     tracing::debug!(prompt = prompt_tokens, choices = count, "a completion");
     let mut choices = Choices::start(&api, requests, |service| reading(service, options)).await?;
     let completion = Completion::new(&api, id("cmpl-"), now(), options, prompts);
-    if options.stream {
-        let asked = || Asked {
-            id: completion.id.clone(),
-            created: completion.created,
-            endpoint: Endpoint::Completions,
-            body: seeded(body, options.sampling.seed),
-            prompts: completion.prompts.clone(),
-            rendered: None,
-        };
-        choices.record(api.record(asked).await);
-        return Ok(sse::respond(
-            choices,
-            CompletionChunks::new(completion, count, options),
-        ));
-    }
-    let collected = choices.collect(count).await?;
-    Ok(Json(completion.whole(&collected)).into_response())
+    let id = completion.id.clone();
+    let asked = || Asked {
+        id: id.clone(),
+        request_id: request_id.clone(),
+        created: completion.created,
+        endpoint: Endpoint::Completions,
+        body: seeded(body, options.sampling.seed),
+        prompts: completion.prompts.clone(),
+        rendered: None,
+    };
+    let listing = api.list(&id, request_id.as_deref());
+    choices.record(api.record(asked).await, listing);
+    let mut response = if options.stream {
+        let chunks = CompletionChunks::new(completion, count, options);
+        sse::respond(choices, chunks)
+    } else {
+        let collected = choices.collect(count).await?;
+        Json(completion.whole(&collected)).into_response()
+    };
+    request_id::echo(&mut response, request_id.as_deref(), &id);
+    Ok(response)
 }
 
 /// Finishes an answer that a former process of this node has begun.
@@ -78,8 +86,13 @@ pub(super) async fn resume(
     let reading = |service: &Arc<Service>| reading(service, options);
     let choices = Choices::resume(api, requests, reading, tokens, record).await;
     let completion = Completion::new(api, asked.id, asked.created, options, asked.prompts);
-    let chunks = CompletionChunks::new(completion, count, options);
-    teller.tell_all(Script::new(choices, chunks)).await;
+    if options.stream {
+        let chunks = CompletionChunks::new(completion, count, options);
+        teller.tell_all(Script::new(choices, chunks)).await;
+    } else {
+        let collected = choices.collect(count).await;
+        teller.tell_whole(collected.map(|collected| completion.whole(&collected)));
+    }
     Ok(())
 }
 

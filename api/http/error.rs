@@ -11,6 +11,7 @@ use offbook_protocol::{Rejection, RequestFailure};
 use serde_json::{Value, json};
 use thiserror::Error;
 
+use super::ledger::Standing;
 use crate::StreamError;
 use crate::text::TextError;
 
@@ -37,6 +38,9 @@ pub(super) enum ApiError {
     ModelNotFound { model: String },
     #[error("there is nothing at {what}")]
     NotFound { what: String },
+    /// An answer that is known and cannot be read: not here, or not again.
+    #[error("the answer {id} cannot be read: {}", standing.why())]
+    Unreadable { id: String, standing: Standing },
     #[error("{what}: this method is not allowed here")]
     MethodNotAllowed { what: String },
     #[error("{0}")]
@@ -111,6 +115,10 @@ impl ApiError {
                 StatusCode::BAD_REQUEST
             }
             Self::ModelNotFound { .. } | Self::NotFound { .. } => StatusCode::NOT_FOUND,
+            Self::Unreadable { standing, .. } => match standing {
+                Standing::UnderWay => StatusCode::CONFLICT,
+                Standing::Complete | Standing::Failed | Standing::Cancelled => StatusCode::GONE,
+            },
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::NotJson => StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -145,6 +153,7 @@ impl ApiError {
             Self::UnknownParameter { .. } => Some("unknown_parameter"),
             Self::ModelNotFound { .. } => Some("model_not_found"),
             Self::NotFound { .. } => Some("not_found"),
+            Self::Unreadable { standing, .. } => Some(standing.code()),
             Self::MethodNotAllowed { .. } => Some("method_not_allowed"),
             Self::TooLong(_) | Self::Rejected(Rejection::TooLong { .. }) => {
                 Some("context_length_exceeded")

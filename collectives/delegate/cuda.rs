@@ -16,7 +16,7 @@ use std::{
 };
 
 use cudarc::{
-    driver::{result, sys},
+    driver::{CudaContext, result, sys},
     nvrtc,
 };
 use mlx_rs::{Array, Dtype};
@@ -282,6 +282,15 @@ pub(super) fn libraries() -> Result<(), CollectiveError> {
             why: "CUDA's driver or run-time compiler (NVRTC) is not there".to_owned(),
         }),
     }
+}
+
+/// What is free on the device that MLX runs on; `None` where the driver does not say.
+pub(super) fn free_bytes() -> Option<u64> {
+    libraries().ok()?;
+    // MLX has this context too: it is made once, and ends with its last user.
+    let context = CudaContext::new(0).ok()?;
+    let (free, _) = context.mem_get_info().ok()?;
+    Some(free as u64)
 }
 
 impl Variant {

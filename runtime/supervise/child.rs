@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::future::{self, BoxFuture};
+use rustix::process::Signal;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::task::JoinHandle;
@@ -58,6 +59,17 @@ impl ChildSpec {
 }
 
 impl Exit {
+    /// Somebody ended the process, or told it to end: that says nothing about the process itself.
+    /// Anything else is a failure of its own, a signal that the kernel sends for a fault included.
+    pub fn is_from_outside(&self) -> bool {
+        match self {
+            Self::Code(code) => *code == 0,
+            Self::Signal(signal) => OUTSIDE.iter().any(|one| one.as_raw() == *signal),
+            Self::Panicked(_) | Self::Stopped => false,
+            Self::NotStarted(_) | Self::Unknown(_) => false,
+        }
+    }
+
     fn of_status(status: io::Result<ExitStatus>) -> Self {
         match status {
             Ok(status) => match (status.code(), status.signal()) {
@@ -159,7 +171,7 @@ impl Life for Running {
                 && let Some(pid) = rustix::process::Pid::from_raw(pid)
             {
                 // It has not been waited for, so the id cannot have passed to another process.
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+                let _ = rustix::process::kill_process(pid, Signal::TERM);
             }
             match tokio::time::timeout(deadline, self.exited()).await {
                 Ok(exit) => exit,
@@ -223,6 +235,15 @@ fn keep(last_lines: &mut VecDeque<String>, lines: &[Vec<u8>]) {
     }
 }
 
+/// What people, other programs and a system that shuts down send to a process.
+const OUTSIDE: [Signal; 5] = [
+    Signal::HUP,
+    Signal::INT,
+    Signal::QUIT,
+    Signal::KILL,
+    Signal::TERM,
+];
+
 /// As much as an operator reads of a crash.
 const LAST_LINES_MAX: usize = 50;
 
@@ -239,6 +260,17 @@ const DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_end_from_outside_is_told_from_a_failure() {
+        let outside = |exit: &Exit| exit.is_from_outside();
+        assert!([0, 1].map(Exit::Code).iter().map(outside).eq([true, false]));
+        // SIGKILL and SIGTERM; SIGSEGV, SIGABRT and the SIGALRM of a watchdog.
+        let signals = [9, 15, 11, 6, 14].map(Exit::Signal);
+        let told = [true, true, false, false, false];
+        assert!(signals.iter().map(outside).eq(told));
+        assert!(!outside(&Exit::NotStarted("no such file".into())));
+    }
 
     async fn last_lines(text: &[u8]) -> Vec<usize> {
         let kept = Arc::new(Mutex::new(VecDeque::new()));

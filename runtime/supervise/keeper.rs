@@ -39,6 +39,8 @@ pub(super) struct Member {
     pub(super) status: Arc<Mutex<ChildStatus>>,
     kept: Box<dyn Kept>,
     life: Option<Box<dyn Life>>,
+    /// When its last life began.
+    began: Instant,
     /// Why its present life is being ended.
     why: String,
 }
@@ -77,6 +79,7 @@ impl Keeper {
             };
             let pid = life.pid();
             member.life = Some(life);
+            member.began = Instant::now();
             member.change(ChildState::Running, |status| status.pid = pid);
             tracing::info!(child = %member.name, pid, "a child was started");
             let started = Event::Started {
@@ -120,9 +123,14 @@ impl Keeper {
         };
         let (exit, why) = (&restart.exit, &restart.why);
         tracing::warn!(child = %member.name, %exit, why, "a child ended");
-        let verdict = self
-            .history
-            .failed(&self.policy, Instant::now(), rand::random());
+        let (now, chance) = (Instant::now(), rand::random());
+        let verdict = match exit.is_from_outside() {
+            true => {
+                let lived = now - member.began;
+                self.history.killed(&self.policy, now, lived, chance)
+            }
+            false => self.history.failed(&self.policy, now, chance),
+        };
         match verdict {
             Verdict::RestartAfter(pause) => {
                 member.rest(restart, pause, &self.events);
@@ -262,6 +270,7 @@ impl Member {
             status,
             kept,
             life: None,
+            began: Instant::now(),
             why: String::new(),
         }
     }

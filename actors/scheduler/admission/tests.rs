@@ -239,6 +239,7 @@ fn a_request_that_takes_the_shards_with_it_is_given_up_alone() {
         );
         let ended = admission.end(Epoch(epoch)).unwrap();
         assert_eq!(ended.paused, [innocent, poison]);
+        assert!(admission.blame(Epoch(epoch)).is_empty());
         admission.begin(serving(epoch + 1));
     }
     let joins = |admission: &mut Admission<char>| -> Vec<SequenceId> {
@@ -260,11 +261,72 @@ fn a_request_that_takes_the_shards_with_it_is_given_up_alone() {
     );
     assert!(joins(&mut admission).is_empty(), "nobody joins a suspect");
     let ended = admission.end(Epoch(3)).unwrap();
-    assert_eq!(ended.paused, [innocent]);
+    assert_eq!(ended.paused, [innocent, poison]);
+    assert!(ended.given_up.is_empty(), "it may have been a kill");
     let repeatedly = RequestFailure::LostRepeatedly { losses: 3 };
-    assert_eq!(ended.given_up, [('p', repeatedly)]);
+    let given_up = admission.blame(Epoch(3));
+    assert_eq!(given_up, [('p', repeatedly)], "it was a failure");
     admission.begin(serving(4));
     assert_eq!(joins(&mut admission), [innocent, late]);
+}
+
+#[test]
+fn kills_are_held_against_nobody_before_they_are_many() {
+    let mut admission = Admission::new(LIMITS);
+    admission.begin(serving(1));
+    let sequence = admission.submit(request(1), 'a').unwrap();
+    for epoch in 1..10 * u64::from(LIMITS.losses_max) {
+        admission.next_plan().unwrap();
+        let ended = admission.end(Epoch(epoch)).unwrap();
+        assert_eq!(ended.paused, [sequence], "epoch {epoch}");
+        admission.begin(serving(epoch + 1));
+    }
+    admission.next_plan().unwrap();
+    let ended = admission.end(Epoch(30)).unwrap();
+    let repeatedly = RequestFailure::LostRepeatedly { losses: 30 };
+    assert_eq!(ended.given_up, [('a', repeatedly)]);
+}
+
+#[test]
+fn a_failure_counts_once_and_only_against_those_that_ran() {
+    let mut admission = Admission::new(SchedulerLimits {
+        sequences_max: 1,
+        ..LIMITS
+    });
+    admission.begin(serving(1));
+    let ran = admission.submit(request(1), 'r').unwrap();
+    admission.submit(request(1), 'w').unwrap();
+    for epoch in 1..=3 {
+        admission.next_plan().unwrap();
+        admission.end(Epoch(epoch)).unwrap();
+        // Every rank fails at the same step, and some of the news are late.
+        let blamed = [(); 5].map(|()| admission.blame(Epoch(epoch)));
+        assert_eq!(blamed.concat().len(), usize::from(epoch == 3));
+        admission.begin(serving(epoch + 1));
+        assert!(admission.blame(Epoch(epoch)).is_empty(), "late");
+    }
+    assert!(admission.client(ran).is_none());
+    assert_eq!(
+        admission.queued(),
+        1,
+        "the other one waits and is not blamed"
+    );
+}
+
+#[test]
+fn a_request_that_runs_again_when_it_is_found_guilty_leaves_the_shards() {
+    let mut admission = Admission::new(SchedulerLimits {
+        losses_max: 1,
+        ..LIMITS
+    });
+    admission.begin(serving(1));
+    let sequence = admission.submit(request(1), 'a').unwrap();
+    admission.next_plan().unwrap();
+    admission.end(Epoch(1)).unwrap();
+    admission.begin(serving(2));
+    admission.next_plan().unwrap();
+    assert_eq!(admission.blame(Epoch(1)).len(), 1);
+    assert_eq!(admission.next_plan().unwrap().leaves, [sequence]);
 }
 
 #[test]
