@@ -16,12 +16,14 @@ mod shard_worker;
 mod collective;
 mod throttle;
 mod system_memory;
+mod process_limit;
 mod scripted_shard;
 #[cfg(test)]
 mod simulation;
 
 pub use membership::{ClusterSettings, Membership, ReportCluster, ReportSteps, SchedulerLinks};
 pub use node_agent::{NodeAgent, ShardKeeping, ShardLaunch, StopShard};
+pub use process_limit::{limit_data, status_bytes};
 pub use scheduler::{BeginEpoch, Scheduler, SchedulerLimits, Submit};
 pub use scripted_shard::{Drawn, ScriptedShard};
 pub use shard_worker::{ShardWorker, ShardWorkerConfig, StallLimits};

@@ -452,7 +452,7 @@ pub(crate) enum BenchCommand {
     /// A wide model with random weights, alone on this machine, each window in a process of its own.
     /// Columns: what the weights take; the most that was held beyond them at once, by MLX's account and
     /// by the system's; prompt tokens per second; the median of a decode step; the smallest that the
-    /// window was, and how often it shrank. A process that runs out of memory has a line that says so.
+    /// window was, and the chunk of the prompt that a step reads, and how often they shrank. A process that runs out of memory has a line that says so.
     PrefillMemory(BenchPrefillMemory),
     /// How long an answer pauses when a shard is killed
     ///
