@@ -452,7 +452,8 @@ pub(crate) enum BenchCommand {
     /// A wide model with random weights, alone on this machine, each window in a process of its own.
     /// Columns: what the weights take; the most that was held beyond them at once, by MLX's account and
     /// by the system's; prompt tokens per second; the median of a decode step; the smallest that the
-    /// window was, and the chunk of the prompt that a step reads, and how often they shrank. A process that runs out of memory has a line that says so.
+    /// window was, and the chunk of the prompt that a step reads; and how often the window shrank. A
+    /// process that runs out of memory has a line that says so.
     PrefillMemory(BenchPrefillMemory),
     /// How long an answer pauses when a shard is killed
     ///
@@ -750,6 +751,13 @@ pub(crate) struct BenchServe {
     /// Requests that arrive per second, at random; without it, each when another one ends
     #[arg(long, value_name = "R")]
     pub(crate) rate: Option<f64>,
+    /// Instead: what those who decode wait for while a prompt of so many words, or token ids, is
+    /// read. As many streams as --concurrency says run, then it comes; they have to last longer
+    #[arg(long, value_name = "P", value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "rate")]
+    pub(crate) beside_prompt: Option<u32>,
+    /// How long the streams run before that prompt comes
+    #[arg(long, value_name = "TIME", default_value = "3s", value_parser = duration)]
+    pub(crate) beside_after: Duration,
     /// Prompts and arrivals follow from it
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
