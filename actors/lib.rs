@@ -31,6 +31,13 @@ pub use throttle::WindowSettings;
 pub use throttle::controller::Sample;
 pub use throttle::keeper::{LOOK_EVERY, WindowKeeper};
 
+/// What a process of this machine that is about to load a model could be given; `None` where the system does not
+/// say.
+#[must_use]
+pub fn loadable_bytes() -> Option<u64> {
+    system_memory::SystemMemory::loadable_bytes()
+}
+
 /// Under which names the actors are registered with their process.
 pub mod names {
     pub const SCHEDULER: &str = "scheduler";
