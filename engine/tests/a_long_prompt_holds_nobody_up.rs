@@ -22,8 +22,8 @@ use offbook_protocol::{
 fn with_a_small_model() {
     holds(&Case {
         config: demo(),
-        streams: 4,
-        context: 2048,
+        streams: 2,
+        context: 1024,
     });
 }
 
