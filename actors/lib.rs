@@ -16,6 +16,7 @@ mod shard_worker;
 mod collective;
 mod throttle;
 mod system_memory;
+mod process_limit;
 mod scripted_shard;
 #[cfg(test)]
 mod simulation;
@@ -24,12 +25,20 @@ mod wire;
 
 pub use membership::{ClusterSettings, Membership, ReportCluster, ReportSteps, SchedulerLinks};
 pub use node_agent::{NodeAgent, ShardKeeping, ShardLaunch, StopShard};
+pub use process_limit::{limit_data, status_bytes};
 pub use scheduler::{BeginEpoch, Scheduler, SchedulerLimits, Submit};
 pub use scripted_shard::{Drawn, ScriptedShard};
 pub use shard_worker::{ShardWorker, ShardWorkerConfig, StallLimits};
 pub use throttle::WindowSettings;
 pub use throttle::controller::Sample;
 pub use throttle::keeper::{LOOK_EVERY, WindowKeeper};
+
+/// What a process of this machine that is about to load a model could be given; `None` where the system does not
+/// say.
+#[must_use]
+pub fn loadable_bytes() -> Option<u64> {
+    system_memory::SystemMemory::loadable_bytes()
+}
 
 /// Under which names the actors are registered with their process.
 pub mod names {

@@ -164,7 +164,7 @@ pub struct Submit(pub Request);
 
 impl StreamMessage for Submit {
     const NAME: &'static str = "submit";
-    const VERSION: u16 = 5;
+    const VERSION: u16 = 6;
     type Item = RequestEvent;
 }
 

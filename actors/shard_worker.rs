@@ -544,7 +544,7 @@ pub struct ReadSteps;
 
 impl RemoteMessage for ReadSteps {
     const NAME: &'static str = "read-steps";
-    const VERSION: u16 = 2;
+    const VERSION: u16 = 3;
     type Reply = Option<ShardSteps>;
 }
 

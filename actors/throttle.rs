@@ -3,7 +3,7 @@
 //! A task is a layer of a step, submitted and not finished. The engine's thread reads the window before
 //! each submission, without asking anybody. Prefill builds large results, so few of its layers may
 //! wait; decode builds small ones, and a long queue keeps the device busy. Where the settings are
-//! adaptive, the window gives way when memory is short.
+//! adaptive, the window gives way when memory is short, and so does the chunk of a prompt that a step reads.
 
 pub(crate) mod controller;
 pub(crate) mod keeper;
@@ -78,6 +78,7 @@ impl Handler<ReadThrottle> for Throttle {
         MessageResult(ThrottleFigures {
             prefill_window: window.layers(WorkKind::Prefill),
             decode_window: window.layers(WorkKind::Decode),
+            chunk_permille: window.chunk_permille(),
             shrinks: self.keeper.shrinks(),
             cache_clears: self.keeper.cache_clears(),
         })

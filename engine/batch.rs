@@ -51,7 +51,7 @@ pub struct Batch {
 /// What bounds a step and a sequence. Equal on every rank.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Prompt tokens in one step, over all sequences.
+    /// Prompt tokens in one step, over all sequences, where memory is neither short nor plenty.
     pub prefill_chunk_tokens: usize,
     /// Positions of one sequence, prompt included.
     pub context_tokens: usize,
@@ -69,9 +69,25 @@ impl Limits {
         self.context_tokens.min(self.kv_capacity())
     }
 
+    /// Prompt tokens in one step, however much memory there is.
+    fn chunk_tokens_max(&self) -> usize {
+        self.prefill_chunk_tokens.saturating_mul(CHUNK_GROWTH_MAX)
+    }
+
     fn kv_capacity(&self) -> usize {
         (self.kv_tokens / KV_BLOCK_TOKENS).max(1) * KV_BLOCK_TOKENS
     }
+}
+
+/// How many tokens of prompts the next step may read, over all sequences. The rank that samples says it, and
+/// all ranks use it from the same step on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chunks {
+    /// While a sequence decodes, in the step or in another lane; never more than
+    /// [`Limits::prefill_chunk_tokens`].
+    pub beside_decode: usize,
+    /// While nobody does; never more than [`CHUNK_GROWTH_MAX`] times as many.
+    pub alone: usize,
 }
 
 /// A token that became known, of a sequence that was still waiting for it.
@@ -160,10 +176,9 @@ impl Batch {
         })
     }
 
-    /// The next step, or `None` when nobody needs one before more tokens are known. It reads at most
-    /// `chunk_beside_decode` tokens of prompts while a sequence decodes, in it or in another lane; all
-    /// ranks pass the same.
-    pub fn next_batch(&mut self, chunk_beside_decode: usize) -> Option<StepBatch> {
+    /// The next step, or `None` when nobody needs one before more tokens are known. All ranks pass the
+    /// same chunks.
+    pub fn next_batch(&mut self, chunks: Chunks) -> Option<StepBatch> {
         self.grow();
         self.admit();
         let lanes = self.last_draws.len();
@@ -173,7 +188,7 @@ impl Batch {
             .collect::<Vec<_>>();
         let step = in_turn
             .into_iter()
-            .find_map(|lane| self.step_of(lane, chunk_beside_decode))?;
+            .find_map(|lane| self.step_of(lane, chunks))?;
         self.turn = (step.lane + 1) % lanes;
         Some(step)
     }
@@ -184,7 +199,7 @@ impl Batch {
     }
 
     /// The next step of a lane, or `None` when nobody in it needs one.
-    fn step_of(&mut self, lane: usize, chunk_beside_decode: usize) -> Option<StepBatch> {
+    fn step_of(&mut self, lane: usize, chunks: Chunks) -> Option<StepBatch> {
         let written: Vec<usize> = self.running.iter().map(Sequence::written).collect();
         let rows: HashMap<SequenceId, usize> = self.last_draws[lane]
             .iter()
@@ -199,8 +214,8 @@ impl Batch {
             .map(|s| s.decode(rows[&s.id]))
             .collect();
         let chunk = match anybody_decodes {
-            false => self.limits.prefill_chunk_tokens,
-            true => chunk_beside_decode.min(self.limits.prefill_chunk_tokens),
+            false => chunks.alone.min(self.limits.chunk_tokens_max()),
+            true => (chunks.beside_decode).min(self.limits.prefill_chunk_tokens),
         };
         let mut budget = chunk.max(1);
         for place in 0..self.running.len() {
@@ -424,6 +439,10 @@ pub enum BatchError {
 /// growth copies the buffer, so it should be rare; an unused block of MiniMax-M2.5 costs 65 MB over
 /// all layers in 16 bits.
 pub const KV_BLOCK_TOKENS: usize = 256;
+
+/// How much longer than configured a chunk may become where there is memory for it: from there on a longer
+/// one is hardly quicker, and whoever comes waits for it.
+pub const CHUNK_GROWTH_MAX: usize = 4;
 
 /// Steps of one lane of several whose tokens are on their way: while one is read, the next one runs. More
 /// would only delay what ends and joins.

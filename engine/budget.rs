@@ -19,6 +19,9 @@ pub struct Workload {
     pub sequences: u64,
     /// Prompt tokens of one step.
     pub prefill_chunk_tokens: u64,
+    /// Positions that a sequence has, at the most, when the time of its token is estimated. It takes no
+    /// memory: the budget is for the whole context.
+    pub cached_tokens: u64,
     /// Of activations and of the KV cache.
     pub precision: Precision,
 }
@@ -137,6 +140,7 @@ mod tests {
             context_tokens: 500,
             sequences: 2,
             prefill_chunk_tokens: 64,
+            cached_tokens: 500,
             precision,
         }
     }

@@ -49,4 +49,4 @@ pub use weights::{
     AttentionWeights, ExpertWeights, FeedForwardWeights, LayerWeights, Linear, LoadError,
     ShardWeights, SwigluWeights,
 };
-pub use window::{Window, WorkKind};
+pub use window::{CHUNK_AS_CONFIGURED, Window, WorkKind};

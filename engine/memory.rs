@@ -1,7 +1,7 @@
 //! What MLX's allocator holds in this process, and the limit that it keeps to. May be asked on any
 //! thread.
 
-use mlx_rs::error::Exception;
+pub use mlx_rs::error::Exception;
 use mlx_rs::{Device, DeviceType, memory};
 
 /// Bytes, of this process alone.
@@ -55,6 +55,15 @@ pub fn limit(bytes: u64) -> Result<(), Exception> {
     memory::set_memory_limit(bytes)?;
     memory::set_cache_limit(bytes / 8)?;
     Ok(())
+}
+
+/// Has MLX keep so many freed bytes for later at most; returns what it was.
+///
+/// # Errors
+/// When MLX has no allocator for its device.
+pub fn limit_cache(bytes: u64) -> Result<u64, Exception> {
+    let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+    Ok(memory::set_cache_limit(bytes)? as u64)
 }
 
 /// Gives what MLX keeps for later back to the system.

@@ -157,7 +157,7 @@ impl Estimate {
         workload: &Workload,
     ) -> Self {
         let precision = workload.precision;
-        let cached = workload.context_tokens.min(CACHED_TOKENS);
+        let cached = workload.context_tokens.min(workload.cached_tokens);
         let reading = |(share, machine): (&RankShare, &Machine)| {
             let bytes = share.weight_bytes_per_token(config, precision)
                 + share.kv_bytes_per_token(config, precision) * cached;
@@ -246,8 +246,6 @@ impl fmt::Display for Basis {
     }
 }
 
-/// Positions of the sequence whose token is estimated, at the most.
-const CACHED_TOKENS: u64 = 4096;
 /// Machines that differ by less than this share count as equal.
 const ALIKE: f64 = 0.05;
 
@@ -267,6 +265,7 @@ mod tests {
             context_tokens: 32_768,
             sequences: 1,
             prefill_chunk_tokens: 512,
+            cached_tokens: 4096,
             precision: Precision::BFloat16,
         }
     }
@@ -350,6 +349,22 @@ mod tests {
         let misfit = all.unwrap()[0].misfit.unwrap();
         assert_eq!(misfit.memory_bytes, 20 * GB);
         assert!(misfit.needed_bytes > 40 * GB, "{misfit:?}");
+    }
+
+    #[test]
+    fn a_token_of_a_longer_sequence_takes_longer() {
+        let seconds = |cached_tokens| {
+            let workload = Workload {
+                cached_tokens,
+                ..workload()
+            };
+            let machines = [machine(500.0, 256); 3];
+            let all = candidates(&minimax(), &machines, &network(10.0), &workload, None);
+            all.unwrap()[0].estimate.reading_seconds
+        };
+        assert!(seconds(32_768) > seconds(4096));
+        let beyond = seconds(u64::MAX) - seconds(32_768);
+        assert!(beyond.abs() < 1e-12, "never longer than the context");
     }
 
     #[test]

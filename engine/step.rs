@@ -2,8 +2,8 @@
 //! stay on the device, where the next step finds them.
 //!
 //! The last thing that a step does is the message: one array of 32-bit integers that the sampling
-//! rank tells the others, `[control word, control word, token, token, …]`. All ranks go on with the tokens in
-//! it, so they cannot diverge. A rank alone needs no message.
+//! rank tells the others: three control words, then the tokens. All ranks go on with the tokens in it, so
+//! they cannot diverge. A rank alone needs no message.
 //!
 //! The message is a broadcast, at the end of every step on every rank. In a pipeline with micro-batches it
 //! is sent to each rank by itself, and taken there as late as it can be: before the first step that needs
@@ -21,7 +21,7 @@ use mlx_rs::{Array, Dtype};
 use offbook_collectives::{Gathered, Group};
 use offbook_protocol::{Layout, SequenceId};
 
-use crate::batch::{Batch, CacheMove, Draw, Input, StepBatch};
+use crate::batch::{Batch, CacheMove, Chunks, Draw, Input, StepBatch};
 use crate::engine::Engine;
 use crate::kv_cache::{Caches, KeptCaches, SequenceCache};
 use crate::models::Fault;
@@ -82,8 +82,29 @@ pub(crate) struct Answer {
 pub(crate) struct Control {
     /// See [`PlanInbox::control_word`](crate::PlanInbox::control_word).
     pub(crate) plans: u32,
-    /// Tokens of prompts in a step that also decodes.
-    pub(crate) chunk_beside_decode: u32,
+    /// How many tokens of prompts the steps read that are built once this is known.
+    pub(crate) chunks: Chunks,
+}
+
+impl Control {
+    fn words(self) -> [u32; CONTROL_WORDS as usize] {
+        let word = |tokens: usize| u32::try_from(tokens).unwrap_or(u32::MAX);
+        let Chunks {
+            beside_decode,
+            alone,
+        } = self.chunks;
+        [self.plans, word(beside_decode), word(alone)]
+    }
+
+    fn of([plans, beside_decode, alone]: [u32; CONTROL_WORDS as usize]) -> Self {
+        Self {
+            plans,
+            chunks: Chunks {
+                beside_decode: beside_decode as usize,
+                alone: alone as usize,
+            },
+        }
+    }
 }
 
 /// How a step is to be submitted.
@@ -211,12 +232,8 @@ impl<'a> Stepper<'a> {
             .map(i32::cast_unsigned)
             .collect();
         let (control, tokens) = match words.split_first_chunk() {
-            Some((&[plans, chunk_beside_decode], tokens)) if !self.alone() => {
-                let control = Control {
-                    plans,
-                    chunk_beside_decode,
-                };
-                (Some(control), tokens.to_vec())
+            Some((&control, tokens)) if !self.alone() => {
+                (Some(Control::of(control)), tokens.to_vec())
             }
             _ => (None, words),
         };
@@ -442,7 +459,7 @@ impl<'a> Stepper<'a> {
                 None => Ok(zeros()?.add(nothing()?)?),
             };
         }
-        let control = [control.plans, control.chunk_beside_decode].map(u32::cast_signed);
+        let control = control.words().map(u32::cast_signed);
         let control = Array::from_slice(&control, &[CONTROL_WORDS]);
         Ok(match tokens {
             Some(tokens) => concatenate(&[&control, tokens], 0)?,
@@ -548,7 +565,7 @@ impl InFlight {
 }
 
 /// How many words of a message come before its tokens.
-const CONTROL_WORDS: i32 = 2;
+const CONTROL_WORDS: i32 = 3;
 
 /// The first element, as `[1]`.
 fn first_of(x: &Array) -> Result<Array, Exception> {

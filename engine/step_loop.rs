@@ -21,7 +21,7 @@ use offbook_collectives::{CollectiveError, Group, GroupHandle};
 use offbook_protocol::{Epoch, Layout, Plan, PlanNumber, Rank, SampledToken, Step, StepOutcome};
 use thiserror::Error;
 
-use crate::batch::{Batch, BatchError, KvUse, Observed};
+use crate::batch::{Batch, BatchError, Chunks, KvUse, Observed};
 use crate::engine::Engine;
 use crate::models::Fault;
 use crate::plan_inbox::{PlanGap, PlanInbox};
@@ -129,8 +129,10 @@ struct Loop<'a> {
     next: Step,
     clock: Clock,
     pace: PrefillPace,
-    /// Tokens of prompts in a step that also decodes.
-    chunk_beside_decode: usize,
+    /// As configured.
+    chunk_tokens: usize,
+    /// The same on every rank.
+    chunks: Chunks,
 }
 
 impl<'a> Loop<'a> {
@@ -145,6 +147,7 @@ impl<'a> Loop<'a> {
         // Of the device: while it works on one step, the next one waits behind it. And each further
         // lane has one on its way through the other stages.
         let ahead_max = lanes + 1;
+        let chunk_tokens = engine.limits().prefill_chunk_tokens;
         Self {
             rank: engine.rank(),
             samples: group.size() == 1 || engine.rank() == engine.partition().sampling_rank(),
@@ -157,8 +160,12 @@ impl<'a> Loop<'a> {
             ahead: VecDeque::with_capacity(ahead_max),
             ahead_max,
             next: Step(0),
-            pace: PrefillPace::new(engine.limits().prefill_chunk_tokens),
-            chunk_beside_decode: CHUNK_TOKENS_FIRST,
+            pace: PrefillPace::new(chunk_tokens),
+            chunks: Chunks {
+                beside_decode: CHUNK_TOKENS_FIRST,
+                alone: chunk_tokens,
+            },
+            chunk_tokens,
         }
     }
 
@@ -196,7 +203,7 @@ impl<'a> Loop<'a> {
     /// Builds the next step, if there is one to build.
     fn submit(&mut self, report: &mut impl Report) -> Result<bool, StepError> {
         let before = self.batch.kv_use().preemptions;
-        let batch = self.batch.next_batch(self.chunk_beside_decode);
+        let batch = self.batch.next_batch(self.chunks);
         let kv = self.batch.kv_use();
         if kv.preemptions > before {
             tracing::info!(
@@ -220,7 +227,7 @@ impl<'a> Loop<'a> {
         let orders = Orders {
             control: Control {
                 plans: self.inbox.plans.control_word(),
-                chunk_beside_decode: self.pace.chunk_tokens() as u32,
+                chunks: self.wanted_chunks(),
             },
             window: &self.options.window,
         };
@@ -254,9 +261,9 @@ impl<'a> Loop<'a> {
             });
         }
         // What the sampling rank says holds from the step that is built next, on every rank.
-        self.chunk_beside_decode = match answer.control {
-            Some(control) => control.chunk_beside_decode as usize,
-            None => self.pace.chunk_tokens(),
+        self.chunks = match answer.control {
+            Some(control) => control.chunks,
+            None => self.wanted_chunks(),
         };
         let plans = answer.control.map(|control| control.plans);
         let upto = self.inbox.plans.upto(plans);
@@ -267,6 +274,12 @@ impl<'a> Loop<'a> {
         self.settle(step)?;
         self.time(step, submitted.work, report);
         Ok(())
+    }
+
+    /// By what this rank has measured, and by its memory: what all ranks do where it samples.
+    fn wanted_chunks(&self) -> Chunks {
+        let room = self.options.window.chunk_tokens(self.chunk_tokens);
+        self.pace.chunks(room)
     }
 
     /// Carries out what the batch has decided about caches.
@@ -283,6 +296,8 @@ impl<'a> Loop<'a> {
             if let Some(plan) = self.inbox.plans.next_plan() {
                 self.batch.apply(&plan).map_err(StepError::Plan)?;
                 self.clock.restart(self.handle.waited());
+                // There was more room once; the first steps show whether there still is.
+                self.chunks.alone = self.chunks.alone.min(self.chunk_tokens);
                 return Ok(true);
             }
             self.inbox.sleep(IDLE_CHECK)?;

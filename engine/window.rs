@@ -1,5 +1,6 @@
-//! How many layers may be in flight on the device. The step loop reads it before each submission,
-//! without asking anybody; whoever watches the memory moves it meanwhile.
+//! How many layers may be in flight on the device, and how much of a prompt memory has room for in one
+//! step. The step loop reads it before each submission, without asking anybody; whoever watches the memory
+//! moves it meanwhile.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -16,6 +17,7 @@ pub struct Window {
     prefill: AtomicU32,
     decode: AtomicU32,
     prefills: AtomicBool,
+    chunk_permille: AtomicU32,
 }
 
 impl Window {
@@ -24,6 +26,7 @@ impl Window {
             prefill: AtomicU32::new(1),
             decode: AtomicU32::new(1),
             prefills: AtomicBool::new(false),
+            chunk_permille: AtomicU32::new(CHUNK_AS_CONFIGURED),
         };
         window.set(WorkKind::Prefill, prefill);
         window.set(WorkKind::Decode, decode);
@@ -38,6 +41,22 @@ impl Window {
     /// Holds from the next submission on, also within a step.
     pub fn set(&self, work: WorkKind, layers: u32) {
         self.of(work).store(layers.max(1), Ordering::Relaxed);
+    }
+
+    /// How many tokens of prompts memory has room for in a step, where so many are configured; at least 1.
+    pub(crate) fn chunk_tokens(&self, configured: usize) -> usize {
+        let permille = self.chunk_permille() as usize;
+        (configured.saturating_mul(permille) / CHUNK_AS_CONFIGURED as usize).max(1)
+    }
+
+    /// Of the configured chunk, in thousandths.
+    pub fn chunk_permille(&self) -> u32 {
+        self.chunk_permille.load(Ordering::Relaxed)
+    }
+
+    /// Holds on all ranks a few steps after it is set on the one that samples.
+    pub fn set_chunk_permille(&self, permille: u32) {
+        self.chunk_permille.store(permille, Ordering::Relaxed);
     }
 
     /// What the step that was begun last does.
@@ -61,6 +80,9 @@ impl Window {
     }
 }
 
+/// The chunk is the configured one, in thousandths of that.
+pub const CHUNK_AS_CONFIGURED: u32 = 1000;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -74,5 +96,15 @@ mod tests {
         assert_eq!(window.layers(WorkKind::Prefill), 1);
         window.begin(WorkKind::Prefill);
         assert_eq!(window.work(), WorkKind::Prefill);
+    }
+
+    #[test]
+    fn the_chunk_is_a_share_of_the_configured_one_and_never_nothing() {
+        let window = Window::new(30, 100);
+        assert_eq!(window.chunk_tokens(256), 256);
+        for (permille, tokens) in [(500, 128), (4000, 1024), (62, 15), (0, 1)] {
+            window.set_chunk_permille(permille);
+            assert_eq!(window.chunk_tokens(256), tokens);
+        }
     }
 }

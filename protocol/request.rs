@@ -13,6 +13,9 @@ pub struct Request {
     pub sampling: Sampling,
     /// How many tokens to generate at most; at least 1.
     pub max_tokens: u32,
+    /// Nobody asked for so many: it is what the model's context leaves. Where the caches hold less, the
+    /// answer ends there; a number that was asked for is refused instead.
+    pub max_tokens_by_default: bool,
     /// Tokens that end the answer; empty to go on until `max_tokens`.
     pub stop_tokens: Vec<u32>,
     /// Lower is sooner, from [`Request::PRIORITY_MIN`] to [`Request::PRIORITY_MAX`]; 0 for most.
@@ -92,11 +95,58 @@ pub enum Rejection {
     },
     #[error("the cluster is not ready: {detail}")]
     NotReady { detail: String },
-    #[error("the prompt has {prompt_tokens} tokens, the context holds {context_tokens}")]
+    #[error("{}", too_long(*prompt_tokens, *completion_tokens, *context_tokens))]
     TooLong {
         prompt_tokens: u32,
+        /// What was asked for beyond the prompt, where the prompt alone would fit.
+        completion_tokens: Option<u32>,
+        /// What one request may fill: the model's context, or what the caches hold.
         context_tokens: u32,
     },
     #[error("{detail}")]
     Invalid { detail: String },
+}
+
+fn too_long(prompt: u32, completion: Option<u32>, context: u32) -> String {
+    let (asked, remedy) = match completion {
+        Some(completion) => (
+            format!(" and {completion} were asked for"),
+            "lower max_tokens or leave it out, shorten the prompt",
+        ),
+        None => (String::new(), "shorten the prompt"),
+    };
+    format!(
+        "{prompt} tokens are in the prompt{asked}, but a request may fill {context} here: {remedy}, or have \
+         the cluster's context_tokens, kv_tokens or memory limits raised"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_too_long_is_told_with_its_numbers_and_the_remedy() {
+        let too_long = |completion_tokens| {
+            let rejection = Rejection::TooLong {
+                prompt_tokens: 30,
+                completion_tokens,
+                context_tokens: 32,
+            };
+            rejection.to_string()
+        };
+        let both = too_long(Some(100));
+        for part in [
+            "30 tokens are in the prompt and 100 were asked for",
+            "may fill 32 here",
+            "lower max_tokens",
+        ] {
+            assert!(both.contains(part), "{part:?} is not in {both}");
+        }
+        let prompt = too_long(None);
+        assert!(
+            prompt.contains("shorten the prompt") && !prompt.contains("max_tokens"),
+            "{prompt}"
+        );
+    }
 }

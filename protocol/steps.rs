@@ -54,6 +54,9 @@ pub struct ThrottleFigures {
     pub prefill_window: u32,
     /// And while there is only decode.
     pub decode_window: u32,
+    /// How much of a prompt a step reads, of the configured chunk, in thousandths, as this shard would have
+    /// it; what the rank that samples says holds for all.
+    pub chunk_permille: u32,
     /// How often it was made smaller.
     pub shrinks: u64,
     /// How often MLX's cache was cleared.

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::bench::ranks::Collectives;
 use crate::bench::wire::Wire;
 use crate::byte_size::ByteSize;
+use crate::settings::Setting;
 use crate::stress::{Blow, Target};
 
 /// Runs one large language model over a few machines.
@@ -106,7 +107,8 @@ pub(crate) struct Division {
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "What the layouts are compared by")]
 pub(crate) struct Hardware {
-    /// What each node may hold, or one number for all, as in 96GiB,96GiB,36GiB
+    /// What each node may hold, or one number for all, as in 96GiB,96GiB,36GiB; without it, where
+    /// the nodes are measured here, this machine's memory in equal parts
     #[arg(long, value_name = "SIZE,…", value_delimiter = ',')]
     pub(crate) memory: Vec<ByteSize>,
     /// What each node reads in a second, or one number for all, as in 800GB,800GB,546GB
@@ -176,28 +178,37 @@ pub(crate) struct LocalOptions {
     /// GPUs of this machine: node n computes on GPU n modulo this number
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) gpus: Option<u32>,
-    /// Where keys, configuration and state are kept; without it, a folder that is removed at the end
+    /// Where keys, configuration and state are kept; without it, a folder that is removed at the end.
+    /// Limits in a cluster.toml that is there already hold as far as no option here says otherwise
     #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
-    /// What the shard of each node may take of its memory, as in 2GiB; what there is if not given
+    /// What the shard of each node may take of its memory, as in 2GiB; what there is if not given. On
+    /// Linux the system refuses its process more than that and some headroom: it ends then, and is
+    /// started again
     #[arg(long, value_name = "BYTES")]
     pub(crate) memory_limit: Option<ByteSize>,
-    /// Requests that are worked on at the same time
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) sequences: u32,
-    /// How long a request may take from its arrival to its last token, waits included
-    #[arg(long, value_name = "TIME", default_value = "10min", value_parser = duration)]
-    pub(crate) request_timeout: Duration,
-    /// How long answers that are under way may go on when the cluster is told to stop
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
-    pub(crate) drain: Duration,
+    /// Requests that are worked on at the same time [default: 16]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) sequences: Option<u32>,
+    /// How long a request may take from its arrival to its last token, waits included [default: 10min]
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) request_timeout: Option<Duration>,
+    /// How long answers that are under way may go on when the cluster is told to stop [default: 30s]
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) drain: Option<Duration>,
     /// A process that fails so often within a minute, and once more, is given up; one that is killed has
-    /// not failed
-    #[arg(long, value_name = "N", default_value_t = 5)]
-    pub(crate) restarts: u32,
-    /// The pause before a restart doubles with each failure within a minute, up to this
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
-    pub(crate) restart_pause_max: Duration,
+    /// not failed [default: 5]
+    #[arg(long, value_name = "N")]
+    pub(crate) restarts: Option<u32>,
+    /// The pause before a restart doubles with each failure within a minute, up to this [default: 10s]
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) restart_pause_max: Option<Duration>,
+    /// Any limit of the cluster file, as often as needed: adaptive_throttle=true,
+    /// max_active_tasks.prefill=10, max_active_tasks.decode=50, limits.kv_tokens=65536,
+    /// limits.prefill_chunk_tokens=128, limits.queue_max=16, limits.queue_tokens_max=100000,
+    /// limits.prefix_cache=false, limits.micro_batches=2, …; an unknown name is told what there is
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub(crate) set: Vec<Setting>,
 }
 
 #[derive(Debug, Args)]
@@ -429,6 +440,15 @@ pub(crate) struct Plan {
     /// What carries tensors while that is measured: quic or shm (ours), ring, nccl or jaccl (MLX's own)
     #[arg(long, default_value_t = Transport::Quic)]
     pub(crate) transport: Transport,
+    /// Sequences at the same time, as far as they take memory
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) sequences: u32,
+    /// Tokens of prompts in a step, as far as they take memory
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) prefill_chunk: u32,
+    /// Positions that a sequence has, at the most, when the time of its token is estimated
+    #[arg(long, value_name = "TOKENS", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) cached_tokens: u32,
     /// Print JSON instead of a table
     #[arg(long)]
     pub(crate) json: bool,
@@ -477,7 +497,8 @@ pub(crate) enum BenchCommand {
     /// A wide model with random weights, alone on this machine, each window in a process of its own.
     /// Columns: what the weights take; the most that was held beyond them at once, by MLX's account and
     /// by the system's; prompt tokens per second; the median of a decode step; the smallest that the
-    /// window was, and how often it shrank. A process that runs out of memory has a line that says so.
+    /// window was, and the chunk of the prompt that a step reads; and how often the window shrank. A
+    /// process that runs out of memory has a line that says so.
     PrefillMemory(BenchPrefillMemory),
     /// How long an answer pauses when a shard is killed
     ///
@@ -800,6 +821,13 @@ pub(crate) struct BenchServe {
     /// Requests that arrive per second, at random; without it, each when another one ends
     #[arg(long, value_name = "R")]
     pub(crate) rate: Option<f64>,
+    /// Instead: what those who decode wait for while a prompt of so many words, or token ids, is
+    /// read. As many streams as --concurrency says run, then it comes; they have to last longer
+    #[arg(long, value_name = "P", value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "rate")]
+    pub(crate) beside_prompt: Option<u32>,
+    /// How long the streams run before that prompt comes
+    #[arg(long, value_name = "TIME", default_value = "3s", value_parser = duration)]
+    pub(crate) beside_after: Duration,
     /// Prompts and arrivals follow from it
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,

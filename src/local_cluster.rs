@@ -13,14 +13,15 @@ use futures::future::join_all;
 use offbook_engine::CPU_THREADS;
 use offbook_protocol::{ClusterReport, FastSynch, LoadProgress, Phase};
 use offbook_runtime::free_port;
-use offbook_runtime::supervise::{ChildSpec, ChildState, RestartPolicy, Supervisor};
+use offbook_runtime::supervise::{ChildSpec, ChildState, Supervisor};
 use tempfile::TempDir;
 use tokio::task::JoinSet;
 
 use crate::cli::LocalOptions;
-use crate::cluster_file::{ClusterFile, Limits, MaxActiveTasks, found};
+use crate::cluster_file::{ClusterFile, found};
 use crate::plan::Divided;
-use crate::planner::{self, Ground};
+use crate::planner::{self, Assumed, Ground};
+use crate::settings::{self, Settings};
 use crate::{demo_model, fast_synch};
 
 /// A running cluster. Its processes end with this value, and with this process.
@@ -54,12 +55,16 @@ impl LocalCluster {
                 .with_context(|| format!("no model at {}: give its directory", model.display()))?,
             None => demo_model::write_to(&folder)?,
         };
+        let earlier = settings::earlier(&folder)?;
+        let settings = Settings::chosen(earlier.as_ref(), options)?;
         let ground = Ground {
             transport: options.transport,
             fast_synch,
             gpus: options.gpus.and_then(NonZeroU32::new),
+            memory_limit: options.memory_limit,
         };
-        let divided = planner::settle(&model, &options.division, ground).await?;
+        let assumed = Assumed::by(&settings.limits);
+        let divided = planner::settle(&model, &options.division, ground, assumed).await?;
         let http = reserve_tcp(http)?;
         let names = (1..=options.division.nodes).map(|n| format!("node-{n}"));
         let nodes = names
@@ -70,34 +75,24 @@ impl LocalCluster {
                 node.weight = weight.0;
             }
             for node in &mut nodes {
-                node.memory_limit = options.memory_limit;
+                let earlier = earlier.as_ref().and_then(|file| file.node(&node.name).ok());
+                let earlier = earlier.and_then(|node| node.memory_limit);
+                node.memory_limit = options.memory_limit.or(earlier);
             }
-            let mut limits = Limits {
-                context_tokens: options.division.context,
-                ..Limits::default()
-            };
-            limits.sequences_max = options.sequences;
-            limits.restarts_max = options.restarts;
-            limits.restart_pause_max_seconds = options.restart_pause_max.as_secs_f64();
-            limits.request_deadline_seconds = options.request_timeout.as_secs_f64();
-            limits.drain_seconds = options.drain.as_secs_f64();
             ClusterFile {
                 cluster: format!("local-{}", std::process::id()),
                 model: model.clone(),
                 parallel: divided.layout,
                 transport: options.transport,
                 fast_synch,
-                adaptive_throttle: false,
-                max_active_tasks: MaxActiveTasks::default(),
-                limits,
+                adaptive_throttle: settings.adaptive_throttle,
+                max_active_tasks: settings.max_active_tasks,
+                limits: settings.limits.clone(),
                 nodes,
             }
         })?;
-        let (supervisor, _events) = Supervisor::new(RestartPolicy {
-            intensity: options.restarts,
-            backoff_max: options.restart_pause_max,
-            ..RestartPolicy::default()
-        });
+        let written = ClusterFile::load(&cluster)?;
+        let (supervisor, _events) = Supervisor::new(written.restarts());
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         for (number, (name, _)) in (0..).zip(&nodes) {
             let mut spec = ChildSpec::new(name, &program)
@@ -131,7 +126,7 @@ impl LocalCluster {
         Ok(Self {
             supervisor,
             head,
-            drain: options.drain,
+            drain: written.drain(),
             _tending: tending,
             _scratch: scratch,
             model,

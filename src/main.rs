@@ -5,6 +5,7 @@ mod logging;
 mod cluster_file;
 mod fast_synch;
 mod throttle;
+mod settings;
 mod byte_size;
 mod demo_model;
 mod local_cluster;

@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::cli::{Division, Parallel, Plan};
 use crate::demo_model;
 use crate::local_cluster::check_weights;
-use crate::planner::{self, Ground};
+use crate::planner::{self, Assumed, Ground};
 
 pub(crate) async fn run(options: Plan) -> Result<()> {
     check_weights(&options.division.weights, options.division.nodes)?;
@@ -28,10 +28,16 @@ pub(crate) async fn run(options: Plan) -> Result<()> {
         transport: options.transport,
         fast_synch: FastSynch::default(),
         gpus: None,
+        memory_limit: None,
+    };
+    let assumed = Assumed {
+        sequences: options.sequences,
+        prefill_chunk_tokens: options.prefill_chunk,
+        cached_tokens: options.cached_tokens,
     };
     let (divided, advice) = match division.parallel {
         Some(Parallel::Auto) => {
-            let advice = planner::advise(&model, division, ground).await?;
+            let advice = planner::advise(&model, division, ground, assumed).await?;
             (Divided::by(advice.best()?), Some(advice))
         }
         said => {
@@ -40,7 +46,7 @@ pub(crate) async fn run(options: Plan) -> Result<()> {
                 _ => Layout::Tensor,
             };
             let advice = match options.measure || division.hardware.is_given() {
-                true => Some(planner::advise(&model, division, ground).await?),
+                true => Some(planner::advise(&model, division, ground, assumed).await?),
                 false => None,
             };
             (Divided::as_said(layout, division), advice)

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use offbook_actors::loadable_bytes;
 use offbook_engine::{
     Candidate, Machine, ModelConfig, Network, Partition, RankShare, TRIAL_CHUNK_TOKENS, candidates,
 };
@@ -14,6 +15,7 @@ use serde::Serialize;
 use crate::bench::ranks::{Event, Job, Latency, Limits, ModelJob, Ranks, StepTimes, Wanted};
 use crate::byte_size::ByteSize;
 use crate::cli::{Division, Hardware, Parallel};
+use crate::cluster_file::Limits as ClusterLimits;
 use crate::plan::{Divided, PRECISION, bytes};
 
 /// What was found out about the nodes, and every way to divide the model over them, the best first.
@@ -52,13 +54,40 @@ pub(crate) struct Ground {
     pub(crate) transport: Transport,
     pub(crate) fast_synch: FastSynch,
     pub(crate) gpus: Option<std::num::NonZeroU32>,
+    /// What each node is allowed, whatever it has.
+    pub(crate) memory_limit: Option<ByteSize>,
+}
+
+/// What the nodes are to be planned for, beside the context.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Assumed {
+    pub(crate) sequences: u32,
+    pub(crate) prefill_chunk_tokens: u32,
+    /// Positions that a sequence has, at the most, when the time of its token is estimated.
+    pub(crate) cached_tokens: u32,
+}
+
+impl Assumed {
+    /// What a cluster with these limits is for.
+    pub(crate) fn by(limits: &ClusterLimits) -> Self {
+        Self {
+            sequences: limits.sequences_max,
+            prefill_chunk_tokens: limits.prefill_chunk_tokens,
+            cached_tokens: CACHED_TOKENS,
+        }
+    }
 }
 
 /// How a model is to be divided: as the user said, or what is best.
 ///
 /// # Errors
 /// As [`advise`] and [`Advice::best`].
-pub(crate) async fn settle(model: &Path, division: &Division, ground: Ground) -> Result<Divided> {
+pub(crate) async fn settle(
+    model: &Path,
+    division: &Division,
+    ground: Ground,
+    assumed: Assumed,
+) -> Result<Divided> {
     match division.parallel {
         None => {
             let layout = unsaid(&ModelConfig::open(model)?, division.nodes, ground);
@@ -66,7 +95,7 @@ pub(crate) async fn settle(model: &Path, division: &Division, ground: Ground) ->
         }
         Some(Parallel::As(layout)) => Ok(Divided::as_said(layout, division)),
         Some(Parallel::Auto) => {
-            let advice = advise(model, division, ground).await?;
+            let advice = advise(model, division, ground, assumed).await?;
             let best = advice.best()?;
             eprint!("{}", advice.words());
             Ok(Divided::by(best))
@@ -88,7 +117,12 @@ fn unsaid(config: &ModelConfig, nodes: u32, ground: Ground) -> Layout {
 ///
 /// # Errors
 /// Numbers that do not fit the nodes; ranks that could not be measured.
-pub(crate) async fn advise(model: &Path, division: &Division, ground: Ground) -> Result<Advice> {
+pub(crate) async fn advise(
+    model: &Path,
+    division: &Division,
+    ground: Ground,
+    assumed: Assumed,
+) -> Result<Advice> {
     let config = ModelConfig::open(model)
         .with_context(|| format!("cannot plan the model in {}", model.display()))?;
     let count = division.nodes as usize;
@@ -110,10 +144,19 @@ pub(crate) async fn advise(model: &Path, division: &Division, ground: Ground) ->
             Source::Measured,
         ),
     };
-    let node = |(rank, bytes_per_second): (usize, f64)| NodeFacts {
-        bytes_per_second,
-        memory_bytes: memory.as_ref().map(|memory| memory[rank].bytes()),
-        source,
+    let here = match source {
+        Source::Given => None,
+        Source::Measured => measured_memory(count, ground),
+    };
+    let node = |(rank, bytes_per_second): (usize, f64)| {
+        let given = memory.as_ref().map(|memory| memory[rank].bytes());
+        let has = given.or(here);
+        let allowed = ground.memory_limit.map(ByteSize::bytes);
+        NodeFacts {
+            bytes_per_second,
+            memory_bytes: [has, allowed].into_iter().flatten().min(),
+            source,
+        }
     };
     let nodes: Vec<NodeFacts> = speeds.into_iter().enumerate().map(node).collect();
     let network = network(*exchange, *link, &config, count, ground).await?;
@@ -130,7 +173,7 @@ pub(crate) async fn advise(model: &Path, division: &Division, ground: Ground) ->
             exchange_seconds: network.exchange_seconds,
             bytes_per_second: network.bytes_per_second,
         },
-        &workload(&config, division),
+        &workload(&config, division, assumed),
         (!weights.is_empty()).then_some(&weights),
     )?;
     ensure!(
@@ -153,8 +196,8 @@ impl Advice {
         let best = &self.candidates[0];
         if let Some(misfit) = best.misfit {
             bail!(
-                "no layout fits these nodes: in the best one rank {} needs {} and has {}. Give \
-                 --memory more, add nodes, or shorten --context",
+                "no layout fits these nodes: in the best one rank {} needs {} and has {}. Give it more \
+                 (--memory, --memory-limit), add nodes, or shorten --context",
                 misfit.rank,
                 bytes(misfit.needed_bytes),
                 bytes(misfit.memory_bytes),
@@ -212,6 +255,14 @@ impl Advice {
             speeds.join(", "),
             self.nodes.first().map_or("", |node| node.source.name())
         );
+        let memory: Option<Vec<String>> = self
+            .nodes
+            .iter()
+            .map(|node| node.memory_bytes.map(bytes))
+            .collect();
+        if let Some(memory) = memory {
+            text += &format!("; they may hold {}", memory.join(", "));
+        }
         if self.nodes.len() > 1 {
             text += &format!(
                 "; an exchange takes {:.0} µs ({}), a node sends {}/s ({})",
@@ -275,7 +326,20 @@ fn for_each(flag: &str, given: &[ByteSize], count: usize) -> Result<Option<Vec<B
     }
 }
 
-fn workload(config: &ModelConfig, division: &Division) -> offbook_engine::Workload {
+/// What each of so many nodes on this machine may hold; `None` where a GPU has memory of its own, or the system
+/// does not say.
+fn measured_memory(nodes: usize, ground: Ground) -> Option<u64> {
+    if ground.gpus.is_some() {
+        return None;
+    }
+    Some(loadable_bytes()? / nodes.max(1) as u64)
+}
+
+fn workload(
+    config: &ModelConfig,
+    division: &Division,
+    assumed: Assumed,
+) -> offbook_engine::Workload {
     let context_tokens = match division.context {
         0 => config.context_tokens as u64,
         wanted => u64::from(wanted).min(config.context_tokens as u64),
@@ -283,8 +347,9 @@ fn workload(config: &ModelConfig, division: &Division) -> offbook_engine::Worklo
     offbook_engine::Workload {
         kv_tokens: context_tokens,
         context_tokens,
-        sequences: 1,
-        prefill_chunk_tokens: 512,
+        sequences: assumed.sequences.into(),
+        prefill_chunk_tokens: assumed.prefill_chunk_tokens.into(),
+        cached_tokens: assumed.cached_tokens.into(),
         precision: PRECISION,
     }
 }
@@ -414,6 +479,8 @@ impl Ground {
     }
 }
 
+/// A conversation of some length, where nobody says otherwise.
+const CACHED_TOKENS: u32 = 4096;
 /// Enough to have both halves of a layer and the head; the rest is alike.
 const LAYERS: u32 = 1;
 const CONTEXT_TOKENS: u32 = 128;

@@ -39,6 +39,58 @@ fn nothing_that_a_node_cannot_hold() {
 }
 
 #[test]
+fn for_what_it_is_told_to_plan_for() {
+    let numbers = [
+        "--bandwidth",
+        "100MB",
+        "--exchange",
+        "5us",
+        "--link",
+        "10GB",
+    ];
+    let milliseconds = |further: &[&str]| {
+        let chosen = plan(&[&numbers[..], further].concat());
+        let best = &chosen["advice"]["candidates"][0]["estimate"]["seconds_per_token"];
+        best.as_f64().expect("a number")
+    };
+    let short = milliseconds(&["--cached-tokens", "16"]);
+    assert!(
+        short < milliseconds(&[]),
+        "a short sequence reads less of its cache"
+    );
+    // What fits one sequence and a short chunk does not fit many and a long one.
+    let memory = [
+        "--memory",
+        "60MB",
+        "--sequences",
+        "4096",
+        "--prefill-chunk",
+        "100000",
+    ];
+    let output = command(&[&numbers[..], &memory].concat()).output();
+    let output = output.expect("offbook runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("no layout fits"), "{said}");
+    plan(&[&numbers[..], &memory[..2]].concat());
+}
+
+#[test]
+fn nothing_beyond_the_limit_of_a_cluster_that_is_about_to_start() {
+    let mut generate = offbook();
+    generate.args(["generate", "--nodes", "2", "--parallel", "auto"]);
+    generate.args(["--bandwidth", "1GB", "--exchange", "5us", "--link", "10GB"]);
+    generate.args(["--memory-limit", "1MB", "--prompt", "Hello"]);
+    let output = generate.stderr(std::process::Stdio::piped()).output();
+    let output = output.expect("offbook runs");
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.contains("no layout fits") && said.contains("1.0 MB"),
+        "{said}"
+    );
+}
+
+#[test]
 fn by_what_it_measures_and_the_answer_is_the_same() {
     let [tensor, chosen] = ["tensor", "auto"].map(|parallel| {
         let mut generate = offbook();

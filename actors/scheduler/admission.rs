@@ -119,6 +119,7 @@ impl<C> Admission<C> {
         if let Some(serving) = &self.latest {
             let positions = request.prompt.len() + request.delivered.len();
             check_size(positions as u32, request, serving)?;
+            check_length(request, serving.context_tokens)?;
         }
         let places = self.limits.sequences_max;
         self.queue.check(request, &self.journal, places)
@@ -312,6 +313,7 @@ fn check_size(positions: u32, request: &Request, serving: &Serving) -> Result<()
     if positions >= serving.context_tokens {
         return Err(Rejection::TooLong {
             prompt_tokens: positions,
+            completion_tokens: None,
             context_tokens: serving.context_tokens,
         });
     }
@@ -325,6 +327,21 @@ fn check_size(positions: u32, request: &Request, serving: &Serving) -> Result<()
             detail: format!("token {token} is not in the vocabulary of {vocabulary}"),
         }),
     }
+}
+
+/// An answer whose length was asked for has to have room for it. One that was begun before has been taken with
+/// that length, and goes on as far as it can.
+fn check_length(request: &Request, context_tokens: u32) -> Result<(), Rejection> {
+    let (prompt, max_tokens) = (request.prompt.len() as u64, request.max_tokens);
+    let fits = prompt + u64::from(max_tokens) <= u64::from(context_tokens);
+    if fits || request.max_tokens_by_default || !request.delivered.is_empty() {
+        return Ok(());
+    }
+    Err(Rejection::TooLong {
+        prompt_tokens: prompt as u32,
+        completion_tokens: Some(max_tokens),
+        context_tokens,
+    })
 }
 
 /// Token ids in one plan, but for a single sequence that has more: at five bytes each they leave

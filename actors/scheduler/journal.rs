@@ -190,6 +190,7 @@ impl<C> Entry<C> {
             prompt,
             sampling,
             max_tokens,
+            max_tokens_by_default: _,
             stop_tokens,
             priority: _,
             client: _,

@@ -83,6 +83,7 @@ async fn a_plan_that_a_shard_does_not_take_ends_the_epoch() {
         prompt: vec![1],
         sampling: Sampling::greedy(),
         max_tokens: 4,
+        max_tokens_by_default: false,
         stop_tokens: Vec::new(),
         priority: 0,
         client: ClientId::default(),

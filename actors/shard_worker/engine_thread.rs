@@ -20,6 +20,7 @@ use super::memory::{self, Bound};
 use super::step_record::StepRecord;
 use super::watchdog::{Phase, Progress};
 use crate::collective::GroupSeed;
+use crate::process_limit;
 
 /// The sending end of the thread's orders. When the last one is dropped, the thread ends.
 #[derive(Clone)]
@@ -153,7 +154,7 @@ struct Thread {
 impl Thread {
     fn work(mut self, orders: &blocking::Receiver<Order>) {
         if let Err(error) = self.keep_to_the_limit() {
-            tracing::error!(%error, "MLX takes no memory limit: the device will say why");
+            tracing::error!(%error, "the memory limit does not hold: the device will say why");
         }
         while let Ok(order) = orders.recv() {
             match order {
@@ -168,8 +169,13 @@ impl Thread {
 
     fn keep_to_the_limit(&mut self) -> Result<(), Box<dyn std::error::Error>> {
         self.device_bytes = device_memory::device_bytes()?;
-        if let Some(bytes) = self.place.memory_limit_bytes {
-            device_memory::limit(bytes)?;
+        let Some(bytes) = self.place.memory_limit_bytes else {
+            return Ok(());
+        };
+        device_memory::limit(bytes)?;
+        // A device with memory of its own takes none of the process's.
+        if self.device_bytes.is_none() {
+            process_limit::limit_data(process_limit::with_headroom(bytes))?;
         }
         Ok(())
     }

@@ -120,6 +120,7 @@ fn budgets(spec: &ShardSpec) -> Option<impl Fn(u32) -> Budget + use<>> {
             context_tokens: u64::from(context_max.min(kv_tokens)),
             sequences: u64::from(sequences),
             prefill_chunk_tokens: u64::from(chunk),
+            cached_tokens: u64::from(context_max),
             precision,
         };
         Budget::of(&config, &share, weight_bytes, &workload)

@@ -46,6 +46,7 @@ impl Client {
                 ..Sampling::greedy()
             },
             max_tokens: 1 + chance.below(50) as u32,
+            max_tokens_by_default: true,
             stop_tokens: stops,
             delivered: Vec::new(),
             priority: chance.below(3) as i32,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use offbook_engine::PlanInbox;
 use offbook_engine::batch::{
-    Batch, CacheMove, EntryId, Input, KV_BLOCK_TOKENS, Limits, Source, StepBatch,
+    Batch, CacheMove, Chunks, EntryId, Input, KV_BLOCK_TOKENS, Limits, Source, StepBatch,
 };
 use offbook_protocol::{
     Epoch, Plan, PlanNumber, Rank, SampledToken, SequenceId, Step, StepOutcome,
@@ -439,7 +439,7 @@ impl World {
         if running.ahead.len() >= STEPS_AHEAD_MAX {
             return false;
         }
-        let Some(batch) = running.batch.next_batch(CHUNK_BESIDE_DECODE) else {
+        let Some(batch) = running.batch.next_batch(CHUNKS) else {
             return false;
         };
         if let Some(Some(deadly)) = deadly
@@ -560,5 +560,8 @@ const LANES: usize = 2;
 const STEPS_AHEAD_MAX: usize = LANES + 1;
 /// Few enough for entries to be evicted.
 const RETAINED_TOKENS: usize = 6 * KV_BLOCK_TOKENS;
-const CHUNK_BESIDE_DECODE: usize = 4;
+const CHUNKS: Chunks = Chunks {
+    beside_decode: 4,
+    alone: 8,
+};
 const COLLECTIVE_DEADLINE: Duration = Duration::from_secs(3);

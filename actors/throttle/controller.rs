@@ -1,12 +1,19 @@
-//! When the window of a kind of work shrinks and when it grows: pure, without IO or clock.
+//! When the window of a kind of work shrinks and when it grows, and the chunk of prompts with it: pure,
+//! without IO or clock.
 //!
 //! At the high-water mark it is halved, below the low-water mark it grows by a tenth of its set point,
 //! between the two it stays. A window says how many layers' results may wait in memory: halving gets
-//! out of trouble in a few steps of its own, growing slowly does not run into it again at once.
+//! out of trouble in a few steps of its own, growing slowly does not run into it again at once. What counts
+//! is all that MLX holds, in arrays and for later; where giving up what is for later is enough, that goes
+//! first, and MLX keeps less from then on.
+
+mod chunk;
 
 use std::time::Duration;
 
 use offbook_engine::WorkKind;
+
+use self::chunk::Chunk;
 
 /// What memory looked like at one moment.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -19,7 +26,7 @@ pub struct Sample {
     pub active_bytes: u64,
     /// Freed, and kept by MLX.
     pub cache_bytes: u64,
-    /// What `active_bytes` may come to.
+    /// What both together may come to.
     pub limit_bytes: u64,
     /// What the system could still give; `None` where it does not say.
     pub available_bytes: Option<u64>,
@@ -28,14 +35,13 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// How much of the limit is out of reach: used by MLX, or by others on this machine. From 0 to 1;
+    /// How much of the limit is out of reach: held by MLX, or used by others on this machine. From 0 to 1;
     /// 1 when nothing is left.
     fn used(&self) -> f64 {
         let limit = self.limit_bytes.max(1);
-        let own = limit.saturating_sub(self.active_bytes);
-        // MLX gives back what it keeps before it fails.
-        let others = |available: u64| available.saturating_add(self.cache_bytes);
-        let room = self.available_bytes.map_or(own, |a| own.min(others(a)));
+        let held = self.active_bytes.saturating_add(self.cache_bytes);
+        let own = limit.saturating_sub(held);
+        let room = own.min(self.available_bytes.unwrap_or(u64::MAX));
         1.0 - room as f64 / limit as f64
     }
 
@@ -52,16 +58,20 @@ impl Sample {
         }
     }
 
-    /// Whether giving back what MLX keeps would help: it is much, and the mark is reached by it or by
-    /// others.
-    fn cache_is_in_the_way(&self) -> bool {
-        let limit = self.limit_bytes as f64;
-        let held = self.active_bytes.saturating_add(self.cache_bytes) as f64;
-        let others = self
-            .available_bytes
-            .is_some_and(|available| (available as f64) < (1.0 - HIGH_WATER) * limit);
-        let much = self.cache_bytes as f64 >= CACHE_WORTH_CLEARING * limit;
-        much && (held >= HIGH_WATER * limit || others)
+    /// The same moment, had MLX given back what it keeps for later.
+    fn cleared(&self) -> Self {
+        let given_back = |available: u64| available.saturating_add(self.cache_bytes);
+        Self {
+            cache_bytes: 0,
+            available_bytes: self.available_bytes.map(given_back),
+            ..*self
+        }
+    }
+
+    /// What MLX may keep after it gave up what it kept, so that this alone does not reach the mark again.
+    fn narrow_cache_bytes(&self) -> u64 {
+        let mark = (HIGH_WATER * self.limit_bytes as f64) as u64;
+        mark.saturating_sub(self.active_bytes) / 2
     }
 }
 
@@ -79,7 +89,19 @@ pub(crate) struct Decision {
     /// Of the sample's kind of work.
     pub(crate) window: u32,
     pub(crate) change: Option<Change>,
+    /// How much of a prompt a step reads, of the configured chunk, in thousandths.
+    pub(crate) chunk_permille: u32,
     pub(crate) clear_cache: bool,
+    /// What is to become of the bound on what MLX keeps for later.
+    pub(crate) cache_bound: Option<CacheBound>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CacheBound {
+    /// So many bytes, or what it was if that is less.
+    Narrow(u64),
+    /// What it was.
+    Wide,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,7 +115,10 @@ pub(crate) enum Change {
 pub(crate) struct Controller {
     prefill: Lane,
     decode: Lane,
+    chunk: Chunk,
     cleared_at: Option<Duration>,
+    /// Whether MLX keeps less since then.
+    is_narrow: bool,
 }
 
 /// The window of one kind of work.
@@ -118,33 +143,68 @@ impl Controller {
         Self {
             prefill: lane(prefill),
             decode: lane(decode),
+            chunk: Chunk::default(),
             cleared_at: None,
+            is_narrow: false,
         }
     }
 
     pub(crate) fn observe(&mut self, sample: &Sample) -> Decision {
+        let clear_cache = self.clears(sample);
+        let level = sample.level();
+        let cleared = sample.cleared().level();
+        let level = match level {
+            // What comes of it is seen in the next sample.
+            Level::High | Level::Exhausted if clear_cache && !cleared.is_high() => Level::Between,
+            // MLX gives back what it keeps before it fails.
+            Level::Exhausted if cleared != Level::Exhausted => Level::High,
+            level => level,
+        };
         let lane = match sample.work {
             WorkKind::Prefill => &mut self.prefill,
             WorkKind::Decode => &mut self.decode,
         };
         let before = lane.window;
-        lane.follow(sample.level(), sample.at);
+        lane.follow(level, sample.at);
         let window = lane.window;
         let change = match window.cmp(&before) {
             std::cmp::Ordering::Less => Some(Change::Shrink),
             std::cmp::Ordering::Equal => None,
             std::cmp::Ordering::Greater => Some(Change::Grow),
         };
-        let clear_cache =
-            sample.cache_is_in_the_way() && is_past(self.cleared_at, CLEAR_PAUSE, sample.at);
-        if clear_cache {
-            self.cleared_at = Some(sample.at);
-        }
         Decision {
             window,
             change,
+            chunk_permille: self.chunk.follow(level, sample),
             clear_cache,
+            cache_bound: self.cache_bound(clear_cache, sample),
         }
+    }
+
+    /// Whether MLX is to give back what it keeps: it is much, and the mark is reached by it or by others.
+    fn clears(&mut self, sample: &Sample) -> bool {
+        let much = sample.cache_bytes as f64 >= CACHE_WORTH_CLEARING * sample.limit_bytes as f64;
+        let clears =
+            much && sample.used() >= HIGH_WATER && is_past(self.cleared_at, CLEAR_PAUSE, sample.at);
+        if clears {
+            self.cleared_at = Some(sample.at);
+        }
+        clears
+    }
+
+    fn cache_bound(&mut self, cleared: bool, sample: &Sample) -> Option<CacheBound> {
+        if cleared {
+            self.is_narrow = true;
+            return Some(CacheBound::Narrow(sample.narrow_cache_bytes()));
+        }
+        let calm = sample.level() == Level::Low && is_past(self.cleared_at, CALM, sample.at);
+        (calm && std::mem::take(&mut self.is_narrow)).then_some(CacheBound::Wide)
+    }
+}
+
+impl Level {
+    fn is_high(self) -> bool {
+        matches!(self, Self::High | Self::Exhausted)
     }
 }
 

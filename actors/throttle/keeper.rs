@@ -8,7 +8,7 @@ use offbook_engine::Window;
 use offbook_engine::memory::{self, DeviceMemory};
 
 use super::WindowSettings;
-use super::controller::{Change, Controller, Decision, Sample};
+use super::controller::{CacheBound, Change, Controller, Decision, Sample};
 use crate::system_memory::SystemMemory;
 
 /// See the module's own words.
@@ -18,6 +18,8 @@ pub struct WindowKeeper {
     since: Instant,
     system: SystemMemory,
     system_read_at: Option<Instant>,
+    /// What MLX kept for later before that was bounded more tightly.
+    cache_bytes_max: Option<u64>,
     shrinks: u64,
     cache_clears: u64,
 }
@@ -35,6 +37,7 @@ impl WindowKeeper {
             since: Instant::now(),
             system: SystemMemory::default(),
             system_read_at: None,
+            cache_bytes_max: None,
             shrinks: 0,
             cache_clears: 0,
         };
@@ -71,9 +74,12 @@ impl WindowKeeper {
         let Decision {
             window,
             change,
+            chunk_permille,
             clear_cache,
+            cache_bound,
         } = decision;
         self.window.set(sample.work, window);
+        self.window.set_chunk_permille(chunk_permille);
         let (work, active_bytes) = (sample.work, sample.active_bytes);
         let (cache_bytes, limit_bytes) = (sample.cache_bytes, sample.limit_bytes);
         match change {
@@ -82,7 +88,9 @@ impl WindowKeeper {
                 tracing::info!(
                     ?work,
                     window,
+                    chunk_permille,
                     active_bytes,
+                    cache_bytes,
                     limit_bytes,
                     available_bytes = sample.available_bytes,
                     stalled = sample.stalled,
@@ -94,6 +102,11 @@ impl WindowKeeper {
             }
             None => {}
         }
+        if let Some(bound) = cache_bound
+            && let Err(error) = self.bound_cache(bound)
+        {
+            tracing::warn!(%error, "what MLX keeps for later cannot be bounded");
+        }
         if clear_cache {
             match memory::clear_cache() {
                 Ok(()) => {
@@ -103,6 +116,24 @@ impl WindowKeeper {
                 Err(error) => tracing::warn!(%error, "MLX's cache cannot be cleared"),
             }
         }
+    }
+
+    fn bound_cache(&mut self, bound: CacheBound) -> Result<(), memory::Exception> {
+        match bound {
+            CacheBound::Narrow(bytes) => {
+                let before = memory::limit_cache(bytes)?;
+                let widest = *self.cache_bytes_max.get_or_insert(before);
+                if widest < bytes {
+                    memory::limit_cache(widest)?;
+                }
+            }
+            CacheBound::Wide => {
+                if let Some(widest) = self.cache_bytes_max.take() {
+                    memory::limit_cache(widest)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// How often the window was made smaller.

@@ -62,7 +62,11 @@ pub(super) enum ApiError {
 #[derive(Clone, Debug, Error)]
 #[error(
     "the model's context holds {context} tokens, but {prompt} are in the prompt{}",
-    completion.map(|tokens| format!(" and {tokens} were asked for")).unwrap_or_default()
+    match completion {
+        Some(tokens) => format!(" and {tokens} were asked for: lower max_tokens or leave it out, or shorten \
+                                 the prompt"),
+        None => ": shorten the prompt".to_owned(),
+    }
 )]
 pub(super) struct TooLong {
     pub(super) param: &'static str,

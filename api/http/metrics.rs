@@ -293,7 +293,7 @@ fn steps(shards: &[ShardSteps], encoder: &mut DescriptorEncoder<'_>) -> fmt::Res
 
 /// What each rank's caches and MLX hold, and the window.
 fn holdings(shards: &[ShardSteps], encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-    let gauges: [(&str, &str, Figure); 7] = [
+    let gauges: [(&str, &str, Figure); 8] = [
         (
             "kv_tokens_in_use",
             "Positions that running sequences have reserved in the caches",
@@ -327,6 +327,11 @@ fn holdings(shards: &[ShardSteps], encoder: &mut DescriptorEncoder<'_>) -> fmt::
         ("memory_limit_bytes", "Bytes that MLX keeps to", |shard| {
             shard.memory.limit_bytes
         }),
+        (
+            "throttle_chunk_permille",
+            "How much of a prompt a step reads, in thousandths of the configured chunk",
+            |shard| u64::from(shard.throttle.chunk_permille),
+        ),
     ];
     for (name, help, figure) in gauges {
         let mut family = gauge(encoder, name, help)?;

@@ -72,6 +72,7 @@ impl Options {
                 ..self.sampling.clone()
             },
             max_tokens,
+            max_tokens_by_default: self.max_tokens.is_none(),
             stop_tokens: self.stop_tokens.clone(),
             priority: self.priority,
             client: self.client,

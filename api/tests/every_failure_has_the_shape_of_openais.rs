@@ -140,6 +140,7 @@ async fn a_cluster_that_cannot_take_more_says_when_to_come_back() {
         (
             Rejection::TooLong {
                 prompt_tokens: 9,
+                completion_tokens: Some(7),
                 context_tokens: 8,
             },
             400,

@@ -96,6 +96,7 @@ async fn what_caches_and_memory_hold_is_there_by_rank() {
         ("memory_cache_bytes", 5.0),
         ("memory_peak_bytes", 8e9),
         ("memory_limit_bytes", 9e9),
+        ("throttle_chunk_permille", 500.0),
         ("throttle_shrinks_total", 1.0),
         ("cache_clears_total", 2.0),
     ] {

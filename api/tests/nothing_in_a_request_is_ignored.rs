@@ -157,7 +157,7 @@ async fn a_prompt_that_does_not_fit_is_refused_with_numbers() {
     let message = body["error"]["message"].as_str().unwrap();
     assert_eq!(
         message,
-        "the model's context holds 4096 tokens, but 4096 are in the prompt"
+        "the model's context holds 4096 tokens, but 4096 are in the prompt: shorten the prompt"
     );
     let body: Value = server
         .ask(json!({"max_tokens": 4096}))
@@ -224,6 +224,7 @@ async fn what_is_honoured_reaches_the_cluster() {
         (request.max_tokens, request.stop_tokens),
         (9, vec![66, 67, END])
     );
+    assert!(!request.max_tokens_by_default);
     assert_eq!(server.seen.recv().await, Some(support::Seen::Dropped));
     server
         .answer(json!({"ignore_eos": true, "min_tokens": 4, "max_tokens": 4}))

@@ -1,14 +1,14 @@
 """Writes a MiniMax of random weights that is wider than the demo model, with the demo model's tokenizer.
 
-    python3 deploy/bench/wide_model.py FOLDER
+    python3 deploy/bench/wide_model.py FOLDER [--layers N] [--context TOKENS]
 
-326 million parameters, 62 million of them in the way of each token; 5 bits in groups of 64, as the demo
-model and MiniMax-M2.5-5bit are.
+With its 8 layers, 326 million parameters, 62 million of them in the way of each token; 5 bits in groups
+of 64, as the demo model and MiniMax-M2.5-5bit are.
 """
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,11 +24,11 @@ WIDER = dict(
 )
 
 
-def main(folder):
+def main(folder, layers, context):
     config = json.loads((DEMO / "config.json").read_text())
     for key in ("quantization", "quantization_config"):
         config.pop(key)
-    config.update(WIDER)
+    config.update(WIDER, num_hidden_layers=layers, max_position_embeddings=context)
     mx.random.seed(0)
     model = minimax.Model(minimax.ModelArgs.from_dict(config))
     draw = lambda array: (mx.random.normal(array.shape) * array.shape[-1] ** -0.5).astype(mx.bfloat16)
@@ -43,4 +43,8 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    options = argparse.ArgumentParser()
+    options.add_argument("folder", type=Path)
+    options.add_argument("--layers", type=int, default=WIDER["num_hidden_layers"])
+    options.add_argument("--context", type=int, default=WIDER["max_position_embeddings"])
+    main(**vars(options.parse_args()))

@@ -13,6 +13,21 @@ const LIMITS: Limits = Limits {
     retained_tokens: 0,
 };
 
+/// As much as the limits say, whoever decodes.
+fn configured(batch: &Batch) -> Chunks {
+    Chunks {
+        beside_decode: batch.limits.prefill_chunk_tokens,
+        alone: batch.limits.prefill_chunk_tokens,
+    }
+}
+
+fn beside(tokens: usize) -> Chunks {
+    Chunks {
+        beside_decode: tokens,
+        alone: LIMITS.prefill_chunk_tokens,
+    }
+}
+
 fn join(id: u64, prompt: usize, max_tokens: u32) -> Join {
     Join {
         sequence: SequenceId(id),
@@ -48,7 +63,7 @@ fn prompts_are_cut_in_chunks_between_decode_rows() {
         .apply(&plan(vec![join(1, 3, 8), join(2, 6, 8)], vec![]))
         .unwrap();
     let steps: Vec<_> = (0..4)
-        .map(|_| batch.next_batch(usize::MAX).unwrap())
+        .map(|_| batch.next_batch(configured(&batch)).unwrap())
         .collect();
     assert_eq!(shape(&steps[0]), [(1, 0, 3, true), (2, 0, 1, false)]);
     assert_eq!(shape(&steps[1]), [(1, 3, 1, true), (2, 1, 4, false)]);
@@ -66,10 +81,28 @@ fn fewer_tokens_of_prompts_are_read_beside_sequences_that_decode() {
     batch
         .apply(&plan(vec![join(1, 3, 8), join(2, 9, 3)], vec![]))
         .unwrap();
-    let mut steps = (0..4).map(|_| shape(&batch.next_batch(2).unwrap()));
+    let mut steps = (0..4).map(|_| shape(&batch.next_batch(beside(2)).unwrap()));
     assert_eq!(steps.next().unwrap(), [(1, 0, 3, true), (2, 0, 1, false)]);
     assert_eq!(steps.next().unwrap(), [(1, 3, 1, true), (2, 1, 2, false)]);
     assert_eq!(steps.next().unwrap(), [(1, 4, 1, true), (2, 3, 2, false)]);
+}
+
+#[test]
+fn more_or_fewer_are_read_where_nobody_decodes_and_never_beyond_the_bound() {
+    for (alone, read) in [(1, 1), (3, 3), (9, 9), (usize::MAX, 16)] {
+        let limits = Limits {
+            context_tokens: 64,
+            ..LIMITS
+        };
+        let mut batch = Batch::new(limits);
+        batch.apply(&plan(vec![join(1, 40, 8)], vec![])).unwrap();
+        let chunks = Chunks {
+            beside_decode: 2,
+            alone,
+        };
+        let step = batch.next_batch(chunks).unwrap();
+        assert_eq!(step.prefill_tokens(), read, "of {alone}");
+    }
 }
 
 #[test]
@@ -78,13 +111,13 @@ fn the_last_token_is_foreseen_but_a_stop_is_not() {
     batch
         .apply(&plan(vec![join(1, 2, 2), join(2, 2, 9)], vec![]))
         .unwrap();
-    let first = batch.next_batch(usize::MAX).unwrap();
-    let second = batch.next_batch(usize::MAX).unwrap();
+    let first = batch.next_batch(configured(&batch)).unwrap();
+    let second = batch.next_batch(configured(&batch)).unwrap();
     let seen = batch.observe(&first.draws(), &[5, 99]);
     assert_eq!(seen[0].finish, None);
     assert_eq!(seen[1].finish, Some(FinishReason::Stop));
     assert!(
-        batch.next_batch(usize::MAX).is_none(),
+        batch.next_batch(configured(&batch)).is_none(),
         "1 has its two tokens, 2 ended"
     );
     let seen = batch.observe(&second.draws(), &[6, 7]);
@@ -99,9 +132,9 @@ fn who_leaves_is_gone_from_the_next_step_and_rows_still_match() {
     batch
         .apply(&plan(vec![join(1, 1, 9), join(2, 1, 9)], vec![]))
         .unwrap();
-    let first = batch.next_batch(usize::MAX).unwrap();
+    let first = batch.next_batch(configured(&batch)).unwrap();
     batch.apply(&plan(vec![join(3, 1, 9)], vec![1])).unwrap();
-    let second = batch.next_batch(usize::MAX).unwrap();
+    let second = batch.next_batch(configured(&batch)).unwrap();
     assert_eq!(shape(&second), [(2, 1, 1, true), (3, 0, 1, true)]);
     assert_eq!(second.segments[0].input, Input::Drawn(1));
     let seen = batch.observe(&first.draws(), &[5, 6]);
@@ -122,7 +155,7 @@ fn a_replay_counts_what_was_delivered_as_drawn() {
     batch
         .apply(&plan(vec![replayed, join(2, 1, 9)], vec![]))
         .unwrap();
-    let first = batch.next_batch(usize::MAX).unwrap();
+    let first = batch.next_batch(configured(&batch)).unwrap();
     let reshape = |step: &StepBatch, place: usize| {
         let draw = step.segments[place].draw.clone().unwrap();
         draw.reshape
@@ -143,7 +176,7 @@ fn a_replay_counts_what_was_delivered_as_drawn() {
         None,
         "who asks for nothing pays nothing"
     );
-    let second = batch.next_batch(usize::MAX).unwrap();
+    let second = batch.next_batch(configured(&batch)).unwrap();
     assert_eq!(reshape(&second, 0), Some(expected(2, Past::Drawn(0))));
 }
 
@@ -152,7 +185,7 @@ fn the_context_ends_a_sequence() {
     let mut batch = Batch::new(LIMITS);
     batch.apply(&plan(vec![join(1, 14, 100)], vec![])).unwrap();
     let mut draws = 0;
-    while let Some(step) = batch.next_batch(usize::MAX) {
+    while let Some(step) = batch.next_batch(configured(&batch)) {
         draws += step.draws().len();
         let tokens = vec![5; step.draws().len()];
         if let Some(last) = batch.observe(&step.draws(), &tokens).last() {
@@ -191,12 +224,12 @@ fn who_does_not_fit_waits_and_nobody_overtakes() {
     let mut batch = Batch::new(TIGHT);
     let joins = vec![join(1, 400, 200), join(2, 400, 200), join(3, 10, 2)];
     batch.apply(&plan(joins, vec![])).unwrap();
-    batch.next_batch(usize::MAX).unwrap();
+    batch.next_batch(configured(&batch)).unwrap();
     assert!(batch.runs(SequenceId(1)) && !batch.runs(SequenceId(2)));
     assert!(!batch.runs(SequenceId(3)), "it would fit, but 2 came first");
     assert_eq!(batch.kv_use().held_tokens, 3 * KV_BLOCK_TOKENS as u64);
     batch.apply(&plan(vec![], vec![2])).unwrap();
-    batch.next_batch(usize::MAX).unwrap();
+    batch.next_batch(configured(&batch)).unwrap();
     assert!(batch.runs(SequenceId(3)));
     batch.apply(&plan(vec![], vec![1, 3])).unwrap();
     assert_eq!(batch.kv_use().held_tokens, 0);
@@ -281,7 +314,7 @@ fn play(seed: u64, lanes: usize) -> u64 {
             unborn -= 1;
         }
         while ahead.len() < lanes + 1
-            && let Some(step) = batch.next_batch(usize::MAX)
+            && let Some(step) = batch.next_batch(configured(&batch))
         {
             let kv = batch.kv_use();
             assert!(kv.held_tokens <= kv.capacity_tokens);
@@ -340,7 +373,7 @@ fn lanes_take_turns_and_none_runs_further_ahead_than_the_step_behind_it() {
     let mut batch = Batch::in_lanes(LIMITS, 2);
     let joins = (1..=3).map(|id| join(id, 1, 9)).collect();
     batch.apply(&plan(joins, vec![])).unwrap();
-    let mut next = || batch.next_batch(usize::MAX);
+    let mut next = || batch.next_batch(configured(&batch));
     let steps: Vec<StepBatch> = (0..4).map(|_| next().unwrap()).collect();
     assert_eq!(shape(&steps[0]), [(1, 0, 1, true), (3, 0, 1, true)]);
     assert_eq!(shape(&steps[1]), [(2, 0, 1, true)]);
@@ -349,7 +382,7 @@ fn lanes_take_turns_and_none_runs_further_ahead_than_the_step_behind_it() {
     assert_eq!(shape(&steps[3]), [(2, 1, 1, true)]);
     assert_eq!(next(), None, "each lane has two steps on its way");
     batch.observe(&steps[0].draws(), &[5, 99]);
-    let fifth = batch.next_batch(usize::MAX).unwrap();
+    let fifth = batch.next_batch(configured(&batch)).unwrap();
     assert_eq!(shape(&fifth), [(1, 2, 1, true)], "3 has ended");
 }
 
@@ -358,7 +391,7 @@ fn the_chunks_of_a_prompt_wait_for_no_token() {
     let mut batch = Batch::in_lanes(LIMITS, 3);
     batch.apply(&plan(vec![join(1, 14, 9)], vec![])).unwrap();
     let steps: Vec<_> = (0..4)
-        .map(|_| shape(&batch.next_batch(usize::MAX).unwrap()))
+        .map(|_| shape(&batch.next_batch(configured(&batch)).unwrap()))
         .collect();
     assert_eq!(steps[0], [(1, 0, 4, false)]);
     assert_eq!(steps[2], [(1, 8, 4, false)]);
@@ -370,7 +403,7 @@ fn a_prompt_of_one_lane_is_read_in_small_chunks_while_another_decodes() {
     let mut batch = Batch::in_lanes(LIMITS, 2);
     let joins = vec![join(1, 3, 9), join(2, 9, 9)];
     batch.apply(&plan(joins, vec![])).unwrap();
-    let mut steps = (0..2).map(|_| shape(&batch.next_batch(2).unwrap()));
+    let mut steps = (0..2).map(|_| shape(&batch.next_batch(beside(2)).unwrap()));
     assert_eq!(steps.next().unwrap(), [(1, 0, 3, true)]);
     assert_eq!(steps.next().unwrap(), [(2, 0, 2, false)]);
 }
@@ -385,7 +418,7 @@ fn every_lane_has_its_turn() {
         let mut last_seen = HashMap::new();
         for number in 0..1100 {
             while ahead.len() < lanes + 1
-                && let Some(step) = batch.next_batch(usize::MAX)
+                && let Some(step) = batch.next_batch(configured(&batch))
             {
                 ahead.push_back(step);
             }

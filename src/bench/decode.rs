@@ -99,11 +99,12 @@ async fn one_cluster(
         gpus: None,
         data_dir: None,
         memory_limit: None,
-        sequences: 1,
-        request_timeout: Duration::from_secs(600),
-        drain: Duration::from_secs(1),
-        restarts: 5,
-        restart_pause_max: Duration::from_secs(10),
+        sequences: Some(1),
+        request_timeout: None,
+        drain: Some(Duration::from_secs(1)),
+        restarts: None,
+        restart_pause_max: None,
+        set: Vec::new(),
     };
     let cluster = LocalCluster::start(&local, ([127, 0, 0, 1], 0).into()).await?;
     let measured = async {

@@ -9,12 +9,13 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use offbook_actors::{LOOK_EVERY, Sample, WindowKeeper, WindowSettings};
+use offbook_actors::{LOOK_EVERY, Sample, WindowKeeper, WindowSettings, limit_data, status_bytes};
 use offbook_collectives::Group;
 use offbook_engine::memory::{self, DeviceMemory};
-use offbook_engine::{Engine, ModelConfig, StepTiming, Trial, TrialShare, WorkKind};
+use offbook_engine::{
+    CHUNK_AS_CONFIGURED, Engine, ModelConfig, StepTiming, Trial, TrialShare, Window, WorkKind,
+};
 use offbook_protocol::{Layout, NodeWeight, Rank, Transport};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -30,7 +31,7 @@ pub(super) async fn run(options: BenchPrefillMemory) -> Result<()> {
     );
     if !options.json {
         println!(
-            "{:<10} {:>11} {:>11} {:>12} {:>13} {:>10} {:>12} {:>7}",
+            "{:<10} {:>11} {:>11} {:>12} {:>13} {:>10} {:>12} {:>11} {:>7}",
             "window",
             "weights MiB",
             "peak MiB",
@@ -38,6 +39,7 @@ pub(super) async fn run(options: BenchPrefillMemory) -> Result<()> {
             "prefill tok/s",
             "decode ms",
             "least window",
+            "least chunk",
             "shrinks"
         );
     }
@@ -85,13 +87,14 @@ fn print(options: &BenchPrefillMemory, window: WindowChoice, figures: &PrefillFi
     }
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     println!(
-        "{window:<10} {:>11.0} {:>11.1} {:>12.1} {:>13.1} {:>10.2} {:>12} {:>7}",
+        "{window:<10} {:>11.0} {:>11.1} {:>12.1} {:>13.1} {:>10.2} {:>12} {:>11} {:>7}",
         mib(figures.weight_bytes),
         mib(figures.peak_bytes),
         mib(figures.resident_bytes),
         figures.prefill_tokens_per_second,
         figures.decode_ms,
         figures.window_least,
+        figures.chunk_least,
         figures.shrinks,
     );
 }
@@ -123,6 +126,8 @@ pub(crate) struct PrefillFigures {
     decode_ms: f64,
     /// The smallest that the window was in prefill.
     window_least: u32,
+    /// Tokens of the prompt that a step read at the least, by what memory allowed.
+    chunk_least: u32,
     shrinks: u64,
 }
 
@@ -157,21 +162,23 @@ pub(super) fn measure(job: &PrefillJob) -> Result<PrefillFigures> {
     memory::forget_peak()?;
     forget_resident_peak();
     let before = DeviceMemory::read()?;
-    let resident_before = status_bytes("VmRSS:");
+    let resident_before = status_bytes("VmRSS:").unwrap_or(0);
     if let Some(headroom) = job.headroom {
         memory::limit(before.active_bytes + headroom.bytes())?;
     }
     if let Some(limit) = job.hard_limit {
-        limit_data(limit.bytes())?;
+        let limited = limit_data(limit.bytes()).context("the system takes no limit")?;
+        ensure!(limited, "--hard-limit needs Linux: take --headroom alone");
     }
     let (keeper, window) = WindowKeeper::new(job.window.settings());
-    let least = Arc::clone(&window);
-    let watch = Watch::start(keeper, move || least.layers(WorkKind::Prefill));
+    let watch = Watch::start(keeper, Arc::clone(&window));
     let (engine, timings) = trial.run_all(engine, Group::solo(), window);
     let watched = watch.stop();
     let timings = timings?;
     let peak_bytes = DeviceMemory::read()?.peak_bytes - before.active_bytes;
-    let resident_bytes = status_bytes("VmHWM:").saturating_sub(resident_before);
+    let resident_bytes = status_bytes("VmHWM:")
+        .unwrap_or(0)
+        .saturating_sub(resident_before);
     drop(engine);
     if let Some(file) = &job.samples {
         write_samples(file, &watched.samples)?;
@@ -189,6 +196,7 @@ pub(super) fn measure(job: &PrefillJob) -> Result<PrefillFigures> {
         prefill_tokens_per_second: f64::from(job.prompt) / prefill.as_secs_f64(),
         decode_ms: decode[decode.len() / 2].as_secs_f64() * 1e3,
         window_least: watched.window_least,
+        chunk_least: (job.chunk * watched.chunk_least_permille / CHUNK_AS_CONFIGURED).max(1),
         shrinks: watched.shrinks,
     })
 }
@@ -206,22 +214,27 @@ struct Watch {
 struct Watched {
     samples: Vec<Sample>,
     window_least: u32,
+    chunk_least_permille: u32,
     shrinks: u64,
 }
 
 impl Watch {
-    fn start(mut keeper: WindowKeeper, window: impl Fn() -> u32 + Send + 'static) -> Self {
+    fn start(mut keeper: WindowKeeper, window: Arc<Window>) -> Self {
         let over = Arc::new(AtomicBool::new(false));
         let ends = Arc::clone(&over);
         let thread = thread::spawn(move || {
             let mut watched = Watched {
                 samples: Vec::new(),
-                window_least: window(),
+                window_least: window.layers(WorkKind::Prefill),
+                chunk_least_permille: window.chunk_permille(),
                 shrinks: 0,
             };
             while !ends.load(Ordering::Relaxed) {
                 watched.samples.extend(keeper.look());
-                watched.window_least = watched.window_least.min(window());
+                let layers = window.layers(WorkKind::Prefill);
+                watched.window_least = watched.window_least.min(layers);
+                let chunk = window.chunk_permille();
+                watched.chunk_least_permille = watched.chunk_least_permille.min(chunk);
                 watched.shrinks = keeper.shrinks();
                 thread::sleep(LOOK_EVERY);
             }
@@ -255,26 +268,6 @@ fn write_samples(file: &Path, samples: &[Sample]) -> Result<()> {
         );
     }
     fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
-}
-
-/// From now on the system refuses this process more than so many bytes beyond those that it has.
-fn limit_data(beyond: u64) -> Result<()> {
-    let now = status_bytes("VmData:");
-    ensure!(now > 0, "--hard-limit needs Linux: take --headroom alone");
-    let limit = Rlimit {
-        current: Some(now + beyond),
-        maximum: getrlimit(Resource::Data).maximum,
-    };
-    setrlimit(Resource::Data, limit).context("the system takes no limit")
-}
-
-/// Of this process; 0 where the system does not say.
-fn status_bytes(key: &str) -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix(key));
-    let kib = line.and_then(|rest| rest.trim().strip_suffix("kB"));
-    let kib: Option<u64> = kib.and_then(|kib| kib.trim().parse().ok());
-    kib.map_or(0, |kib| kib * 1024)
 }
 
 /// Linux counts the peak from what is resident now.

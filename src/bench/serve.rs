@@ -3,6 +3,7 @@
 //! It speaks plain streaming completions, so that it drives any such server. Several servers take
 //! turns, block by block, with the same prompts: a machine whose speed drifts is unfair to none.
 
+mod beside;
 pub(super) mod client;
 pub(super) mod figures;
 
@@ -37,6 +38,9 @@ pub(super) async fn run(options: BenchServe) -> Result<()> {
         servers.push(Arc::new(server.with_context(|| {
             format!("{url} is not an OpenAI-compatible server that answers")
         })?));
+    }
+    if let Some(tokens) = options.beside_prompt {
+        return beside::run(&options, &servers, tokens).await;
     }
     if !options.json {
         println!("{}", Figures::HEADING);
@@ -109,33 +113,42 @@ async fn drive(server: &Arc<Server>, requests: &[Due], at_once: u32) -> Vec<Answ
 fn requests(options: &BenchServe, at_once: u32) -> Vec<Due> {
     let mut random = StdRng::seed_from_u64(options.seed ^ (u64::from(at_once) << 32));
     let request = |number: u32| {
-        let prompt = match options.token_ids_below {
-            Some(below) => {
-                let first = TOKEN_ID_MIN.min(below - 1);
-                let token = |_| random.random_range(first..below);
-                (0..options.input_tokens).map(token).collect()
-            }
-            None => json!(words(&mut random, options.input_tokens)),
-        };
+        let prompt = prompt(options, &mut random, options.input_tokens);
         let pause = options.rate.map_or(0.0, |rate| {
             // Arrivals that know nothing of each other.
             let uniform: f64 = random.random();
             -(1.0 - uniform).ln() / rate
         });
         Due {
-            body: json!({
-                "prompt": prompt,
-                "max_tokens": options.output_tokens,
-                "temperature": 0.0,
-                "seed": options.seed.wrapping_add(u64::from(number)),
-                "ignore_eos": true,
-                "stream": true,
-                "stream_options": {"include_usage": true},
-            }),
+            body: body(options, prompt, number),
             pause: Duration::from_secs_f64(pause),
         }
     };
     (0..options.requests).map(request).collect()
+}
+
+/// So many words, or token ids.
+fn prompt(options: &BenchServe, random: &mut StdRng, tokens: u32) -> Value {
+    match options.token_ids_below {
+        Some(below) => {
+            let first = TOKEN_ID_MIN.min(below - 1);
+            let token = |_| random.random_range(first..below);
+            (0..tokens).map(token).collect()
+        }
+        None => json!(words(random, tokens)),
+    }
+}
+
+fn body(options: &BenchServe, prompt: Value, number: u32) -> Value {
+    json!({
+        "prompt": prompt,
+        "max_tokens": options.output_tokens,
+        "temperature": 0.0,
+        "seed": options.seed.wrapping_add(u64::from(number)),
+        "ignore_eos": true,
+        "stream": true,
+        "stream_options": {"include_usage": true},
+    })
 }
 
 /// Words that most tokenizers have as one token each.

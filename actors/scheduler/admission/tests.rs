@@ -19,6 +19,7 @@ fn request(prompt_tokens: usize) -> Request {
         prompt: vec![1; prompt_tokens],
         sampling: Sampling::greedy(),
         max_tokens: 100,
+        max_tokens_by_default: true,
         stop_tokens: Vec::new(),
         priority: 0,
         client: ClientId::default(),
@@ -87,6 +88,7 @@ fn what_does_not_fit_is_refused_with_the_numbers() {
     admission.begin(serving(1));
     let too_long = Rejection::TooLong {
         prompt_tokens: 32,
+        completion_tokens: None,
         context_tokens: 32,
     };
     assert_eq!(admission.submit(request(32), 'a'), Err((too_long, 'a')));
@@ -115,6 +117,40 @@ fn what_does_not_fit_is_refused_with_the_numbers() {
         retry_after_seconds: 1,
     };
     assert_eq!(admission.submit(request(1), 'd'), Err((overloaded, 'd')));
+}
+
+#[test]
+fn an_answer_that_can_never_be_as_long_as_was_asked_is_refused_and_not_cut() {
+    let mut admission = Admission::new(LIMITS);
+    admission.begin(serving(1));
+    let asks = |max_tokens| Request {
+        max_tokens,
+        max_tokens_by_default: false,
+        ..request(12)
+    };
+    let too_long = Rejection::TooLong {
+        prompt_tokens: 12,
+        completion_tokens: Some(21),
+        context_tokens: 32,
+    };
+    assert_eq!(admission.submit(asks(21), 'a'), Err((too_long, 'a')));
+    let most = Request {
+        max_tokens: u32::MAX,
+        ..asks(1)
+    };
+    assert!(admission.submit(most, 'b').is_err(), "and no sum overflows");
+    admission.submit(asks(20), 'c').unwrap();
+    // Nobody asked for a number: what fits is meant.
+    admission.submit(request(12), 'd').unwrap();
+    let plan = admission.next_plan().unwrap();
+    let lengths: Vec<u32> = plan.joins.iter().map(|join| join.max_tokens).collect();
+    assert_eq!(lengths, [20, 20]);
+    // What was taken once goes on, though the next group holds less.
+    let begun = Request {
+        delivered: vec![2],
+        ..asks(21)
+    };
+    admission.submit(begun, 'e').unwrap();
 }
 
 #[test]

@@ -20,6 +20,7 @@ fn request(client: u64, priority: i32, max_tokens: u32) -> Request {
         prompt: vec![1; 4],
         sampling: Sampling::greedy(),
         max_tokens,
+        max_tokens_by_default: true,
         stop_tokens: Vec::new(),
         priority,
         client: ClientId(client),

@@ -105,6 +105,70 @@ fn a_large_cache_is_cleared_at_the_mark_and_not_over_and_over() {
     assert!(!controller.observe(&small).clear_cache, "not worth it");
 }
 
+#[test]
+fn what_mlx_keeps_counts_and_goes_first_and_the_window_follows_when_that_does_not_help() {
+    let mut controller = Controller::new(30, 100);
+    let cached = |milliseconds, active_bytes, cache_bytes| Sample {
+        cache_bytes,
+        ..at(milliseconds, active_bytes)
+    };
+    // 950 of 1000 are held, and without what is kept it would be 700.
+    let first = controller.observe(&cached(0, 700, 250));
+    assert_eq!((first.clear_cache, first.change), (true, None));
+    assert_eq!(first.cache_bound, Some(CacheBound::Narrow(100)));
+    // It helped.
+    let after = controller.observe(&cached(10, 700, 0));
+    assert_eq!((after.clear_cache, after.change), (false, None));
+    // It is held again at once: this time the window pays.
+    let again = controller.observe(&cached(200, 700, 250));
+    assert_eq!((again.clear_cache, again.window), (false, 15));
+    // Beyond the limit by what is kept is not beyond help: it halves, and does not fall to one.
+    let beyond = controller.observe(&cached(400, 700, 350));
+    assert_eq!(beyond.window, 7);
+    // Where clearing cannot help, both at once.
+    let full = controller.observe(&cached(2000, 900, 60));
+    assert_eq!((full.clear_cache, full.window), (true, 3));
+    assert_eq!(full.cache_bound, Some(CacheBound::Narrow(0)));
+    // MLX may keep as much as ever once there is room for a while.
+    let calm = |milliseconds| cached(milliseconds, 300, 0);
+    assert_eq!(controller.observe(&calm(2500)).cache_bound, None);
+    let wide = controller.observe(&calm(3000)).cache_bound;
+    assert_eq!(wide, Some(CacheBound::Wide));
+    assert_eq!(controller.observe(&calm(3010)).cache_bound, None, "once");
+}
+
+#[test]
+fn the_chunk_shrinks_with_the_window_and_grows_beyond_what_is_configured_only_in_prefill() {
+    let mut controller = Controller::new(30, 100);
+    let chunk =
+        |controller: &mut Controller, sample: Sample| controller.observe(&sample).chunk_permille;
+    let decodes = |milliseconds, active_bytes| Sample {
+        work: WorkKind::Decode,
+        ..at(milliseconds, active_bytes)
+    };
+    assert_eq!(chunk(&mut controller, decodes(0, 100)), 1000);
+    // Decode that fills memory makes the next prompt's chunks smaller too.
+    assert_eq!(chunk(&mut controller, decodes(100, 900)), 500);
+    assert_eq!(
+        chunk(&mut controller, at(150, 950)),
+        500,
+        "it takes effect first"
+    );
+    assert_eq!(chunk(&mut controller, at(200, 950)), 250);
+    assert_eq!(chunk(&mut controller, at(300, LIMIT)), 62);
+    assert_eq!(chunk(&mut controller, at(900, 100)), 62, "it rests");
+    assert_eq!(chunk(&mut controller, at(1300, 100)), 162);
+    for n in 1..100 {
+        chunk(&mut controller, decodes(1300 + 100 * n, 100));
+    }
+    assert_eq!(chunk(&mut controller, decodes(12_000, 100)), 1000);
+    for n in 1..100 {
+        chunk(&mut controller, at(12_000 + 100 * n, 100));
+    }
+    assert_eq!(chunk(&mut controller, at(24_000, 100)), 4000, "plenty");
+    assert_eq!(chunk(&mut controller, at(24_100, 800)), 1000, "not plenty");
+}
+
 /// A prompt of 512 tokens through six wide layers on a CPU, then a few steps of decode, without a bound
 /// on the window: `offbook bench prefill-memory --windows none --layers 6 --prompt 512 --chunk 512
 /// --steps 4 --samples FILE`, of which every second or fourth line is here. Once with
@@ -198,6 +262,7 @@ proptest! {
                 WorkKind::Decode => (1, decode.max(1)),
             };
             prop_assert!((1..=set_point).contains(&decision.window));
+            prop_assert!((62..=4000).contains(&decision.chunk_permille));
             match decision.change {
                 None => prop_assert_eq!(decision.window, before[lane]),
                 Some(Change::Shrink) => {
@@ -251,5 +316,35 @@ proptest! {
             window = controller.observe(&pressed).window;
         }
         prop_assert_eq!(window, 1);
+    }
+}
+
+#[test]
+fn on_a_recorded_prefill_whose_leftovers_fill_memory_they_are_cleared_before_the_window_shrinks() {
+    // The same trace on a machine where MLX keeps what a layer frees: what was freed since the peak.
+    let mut most = 0;
+    let trace = recorded(include_str!("traces/short_of_memory.csv"));
+    let trace = trace.into_iter().map(|sample| {
+        most = most.max(sample.active_bytes);
+        Sample {
+            // Room enough for all that is active, and not for what is kept beside it.
+            limit_bytes: sample.limit_bytes * 12 / 10,
+            cache_bytes: most / 8,
+            ..sample
+        }
+    });
+    let mut controller = Controller::new(30, 100);
+    let decisions: Vec<(Sample, Decision)> = trace
+        .filter(|sample| sample.work == WorkKind::Prefill)
+        .map(|sample| (sample, controller.observe(&sample)))
+        .collect();
+    let first_clear = decisions.iter().position(|(_, one)| one.clear_cache);
+    let first_shrink = decisions
+        .iter()
+        .position(|(_, one)| one.change == Some(Change::Shrink));
+    let first_clear = first_clear.expect("what is kept reaches the mark");
+    assert!(first_shrink.is_none_or(|shrink| shrink > first_clear));
+    for (sample, decision) in &decisions[..first_clear] {
+        assert!(sample.used() < HIGH_WATER && decision.change.is_none());
     }
 }

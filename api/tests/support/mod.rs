@@ -196,6 +196,7 @@ impl Backend for Scripted {
             throttle: ThrottleFigures {
                 prefill_window: 15,
                 decode_window: 100,
+                chunk_permille: 500,
                 shrinks: 1,
                 cache_clears: 2,
             },

@@ -247,7 +247,10 @@ impl Game {
     /// One step ahead in each lane and one more, as the ranks do it. False when there is nothing to do.
     fn step(&mut self) -> bool {
         while self.ahead.len() < self.drawn.len() + 1
-            && let Some(step) = self.batch.next_batch(1 + self.dice.below(300) as usize)
+            && let Some(step) = self.batch.next_batch(Chunks {
+                beside_decode: 1 + self.dice.below(300) as usize,
+                alone: 1 + self.dice.below(300) as usize,
+            })
         {
             let kv = self.batch.kv_use();
             assert!(kv.held_tokens + kv.retained_tokens <= kv.capacity_tokens);
@@ -390,7 +393,7 @@ fn read_and_leave(batch: &mut Batch, id: u64, prompt: usize) {
     let joins = vec![join(id, prompt, 200)];
     batch.apply(&plan(joins, vec![])).unwrap();
     while batch.running.iter().any(Sequence::is_reading) || batch.running.is_empty() {
-        batch.next_batch(usize::MAX).unwrap();
+        batch.next_batch(configured(batch)).unwrap();
     }
     batch.apply(&plan(vec![], vec![id])).unwrap();
     batch.cache_moves();
@@ -411,7 +414,7 @@ fn what_is_kept_is_taken_over_where_little_is_lost_and_copied_elsewhere() {
         batch
             .apply(&plan(vec![join(2, prompt, 200)], vec![]))
             .unwrap();
-        let step = batch.next_batch(usize::MAX).unwrap();
+        let step = batch.next_batch(configured(&batch)).unwrap();
         assert_eq!(shape(&step), [(2, used, 1, true)], "the last token is read");
         let moves = batch.cache_moves();
         assert_eq!(take_over(&moves), taken, "{prompt}: {moves:?}");
@@ -424,11 +427,11 @@ fn who_begins_alike_waits_one_step_for_the_first() {
     let mut batch = Batch::new(KEEPING);
     let joins = vec![join(1, 100, 9), join(2, 90, 9), join(3, 15, 9)];
     batch.apply(&plan(joins, vec![])).unwrap();
-    let first = batch.next_batch(usize::MAX).unwrap();
+    let first = batch.next_batch(configured(&batch)).unwrap();
     let expected = [(1, 0, 100, true), (3, 0, 15, true)];
     assert_eq!(shape(&first), expected, "3 has too little in common with 1");
     assert_eq!(batch.cache_moves(), []);
-    let second = batch.next_batch(usize::MAX).unwrap();
+    let second = batch.next_batch(configured(&batch)).unwrap();
     assert_eq!(shape(&second)[2], (2, 89, 1, true));
     let copy = CacheMove::Copy {
         from: Source::Sequence(SequenceId(1)),
@@ -453,7 +456,7 @@ fn what_nobody_used_for_longest_goes_first_and_from_its_end() {
         batch
             .apply(&plan(vec![other(id, 700, from)], vec![]))
             .unwrap();
-        while let Some(step) = batch.next_batch(usize::MAX) {
+        while let Some(step) = batch.next_batch(configured(&batch)) {
             batch.observe(&step.draws(), &vec![5; step.draws().len()]);
         }
     }
@@ -462,7 +465,7 @@ fn what_nobody_used_for_longest_goes_first_and_from_its_end() {
     batch
         .apply(&plan(vec![other(3, 900, 2000)], vec![]))
         .unwrap();
-    batch.next_batch(usize::MAX).unwrap();
+    batch.next_batch(configured(&batch)).unwrap();
     let trim = CacheMove::Trim {
         entry: EntryId(0),
         reserve: KV_BLOCK_TOKENS,
@@ -470,7 +473,7 @@ fn what_nobody_used_for_longest_goes_first_and_from_its_end() {
     assert_eq!(batch.cache_moves(), [trim]);
     batch.apply(&plan(vec![], vec![3])).unwrap();
     batch.apply(&plan(vec![other(4, 700, 0)], vec![])).unwrap();
-    let step = batch.next_batch(usize::MAX).unwrap();
+    let step = batch.next_batch(configured(&batch)).unwrap();
     assert_eq!(shape(&step)[0].1, KV_BLOCK_TOKENS, "what was left of it");
 }
 
@@ -489,7 +492,7 @@ fn who_was_preempted_begins_behind_what_was_left_of_its_cache() {
     ];
     batch.apply(&plan(joins, vec![])).unwrap();
     let mut of_2 = Vec::new();
-    while let Some(step) = batch.next_batch(usize::MAX) {
+    while let Some(step) = batch.next_batch(configured(&batch)) {
         of_2.extend(shape(&step).into_iter().filter(|s| s.0 == 2 && s.2 > 1));
         for seen in batch.observe(&step.draws(), &vec![5; step.draws().len()]) {
             assert_eq!(seen.cached_tokens, 0, "its own work is not told");
@@ -510,6 +513,6 @@ fn nothing_is_kept_where_nothing_may_be() {
     assert_eq!(batch.kv_use().retained_tokens, 0);
     let joins = vec![join(2, 400, 200), join(3, 400, 200)];
     batch.apply(&plan(joins, vec![])).unwrap();
-    let step = batch.next_batch(usize::MAX).unwrap();
+    let step = batch.next_batch(configured(&batch)).unwrap();
     assert_eq!(shape(&step)[0], (2, 0, 300, false));
 }

@@ -55,6 +55,11 @@ async fn server(most_at_once: Arc<AtomicU32>) -> String {
                     Ordering::SeqCst,
                 );
                 connection.write_all(head.as_bytes()).await.unwrap();
+                let words = body["prompt"]
+                    .as_str()
+                    .map_or(0, |words| words.split(' ').count());
+                // A long prompt takes a while.
+                tokio::time::sleep(Duration::from_millis(if words >= 50 { 100 } else { 0 })).await;
                 let tokens = body["max_tokens"].as_u64().unwrap();
                 for _ in 0..tokens {
                     tokio::time::sleep(Duration::from_millis(5)).await;
@@ -81,6 +86,8 @@ fn options(urls: Vec<String>) -> BenchServe {
         output_tokens: 10,
         token_ids_below: None,
         rate: None,
+        beside_prompt: None,
+        beside_after: Duration::from_millis(200),
         seed: 1,
         timeout: Duration::from_secs(60),
         json: true,
@@ -120,6 +127,37 @@ async fn answers_are_counted_timed_and_bounded_and_refusals_told_by_status() {
     for most in most {
         assert!((2..=3).contains(&most.load(Ordering::SeqCst)));
     }
+}
+
+#[tokio::test]
+async fn what_streams_wait_for_before_and_while_a_prompt_is_read_is_told_apart() {
+    let url = server(Arc::default()).await;
+    let options = BenchServe {
+        output_tokens: 200,
+        beside_prompt: Some(50),
+        ..options(vec![url.clone()])
+    };
+    let server = Arc::new(Server::find(&url, None, options.timeout).await.unwrap());
+    let seen = beside::measure(&options, &server, 2, 50).await.unwrap();
+    let seen = seen.json();
+    assert_eq!(seen["prompt_tokens"], 50);
+    for phase in ["itl_before_ms", "itl_during_ms"] {
+        // Tokens are 5 ms apart, whoever asks.
+        assert!(seen[phase]["p50"].as_f64().unwrap() >= 4.0, "{seen}");
+    }
+    assert!(seen["p99_of_p50"].as_f64().unwrap() >= 1.0, "{seen}");
+    // The fourth request of this server is refused; and streams must outlast the prompt.
+    let refused = beside::measure(&options, &server, 1, 50).await;
+    assert!(refused.is_err());
+    let short = BenchServe {
+        output_tokens: 2,
+        ..options
+    };
+    let error = beside::measure(&short, &server, 1, 50).await.err().unwrap();
+    assert!(
+        format!("{error:#}").contains("--output-tokens"),
+        "{error:#}"
+    );
 }
 
 #[tokio::test]

@@ -1,0 +1,68 @@
+//! What this process may take of the machine's memory, as the system enforces it: whoever takes more is
+//! refused, and ends. A shard is then started again; the machine does not fall.
+
+use std::{fs, io};
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// From now on the system refuses this process more than so many bytes of data beyond those that it has.
+/// False where the system does not say how many these are, and nothing is bounded: on macOS.
+///
+/// # Errors
+/// When the system takes no limit.
+pub fn limit_data(beyond: u64) -> io::Result<bool> {
+    let Some(now) = status_bytes("VmData:") else {
+        return Ok(false);
+    };
+    let limit = Rlimit {
+        current: Some(now.saturating_add(beyond)),
+        maximum: getrlimit(Resource::Data).maximum,
+    };
+    setrlimit(Resource::Data, limit)?;
+    Ok(true)
+}
+
+/// What a shard that MLX keeps to `limit_bytes` may take beyond what it has when it begins: as much again as
+/// an eighth, for what MLX rounds up, and for the tensor that is read while the weights are there.
+pub(crate) fn with_headroom(limit_bytes: u64) -> u64 {
+    limit_bytes
+        .saturating_add(limit_bytes / 8)
+        .saturating_add(HEADROOM_BYTES)
+}
+
+/// Of this process, from `/proc/self/status`; `None` where the system does not say.
+#[must_use]
+pub fn status_bytes(key: &str) -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Stacks of threads, messages, and what libraries keep for themselves.
+const HEADROOM_BYTES: u64 = 256 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_limit_lies_beyond_what_the_process_has() {
+        let before = status_bytes("VmData:").expect("Linux says so");
+        let beyond = 64 << 30;
+        assert!(limit_data(beyond).unwrap());
+        let limit = getrlimit(Resource::Data).current.expect("it is bounded");
+        assert!(limit >= before + beyond, "{limit} of {before}");
+        let mut room = Vec::<u8>::new();
+        assert!(room.try_reserve_exact(1 << 20).is_ok());
+        let mut too_much = Vec::<u8>::new();
+        assert!(too_much.try_reserve_exact(65 << 30).is_err());
+    }
+
+    #[test]
+    fn headroom_does_not_overflow() {
+        assert_eq!(with_headroom(u64::MAX), u64::MAX);
+        assert_eq!(with_headroom(8 << 30), (9 << 30) + HEADROOM_BYTES);
+    }
+}
