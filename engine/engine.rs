@@ -13,6 +13,7 @@ use thiserror::Error;
 use crate::batch::Limits;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::config::{ConfigError, ModelConfig};
+use crate::kv_cache::Placement;
 use crate::models::decoder::{Decoder, DeviceKind, Numerics};
 use crate::partition::{Partition, PartitionError, RankShare};
 use crate::precision::Precision;
@@ -109,6 +110,7 @@ impl Engine {
             norm_eps: config.rms_norm_eps,
             dtype: own.precision.dtype(),
             device: own.device,
+            placement: Placement::of(&config, own.device, own.precision.dtype()),
         };
         let model = Decoder::new(&config, share(&partition, own.rank)?, own.weights, numerics)?;
         Ok(Self {

@@ -18,7 +18,8 @@ use offbook_protocol::{Layout, SequenceId};
 
 use crate::batch::{Segment, StepBatch};
 use crate::config::ModelConfig;
-use crate::kv_cache::Caches;
+use crate::host;
+use crate::kv_cache::{Caches, LayerCache, Placement, SequenceCache};
 use crate::models::Fault;
 use crate::models::attention::Attention;
 use crate::models::experts::Experts;
@@ -46,6 +47,8 @@ pub(crate) struct Numerics {
     /// Of activations and caches.
     pub(crate) dtype: Dtype,
     pub(crate) device: DeviceKind,
+    /// Of caches.
+    pub(crate) placement: Placement,
 }
 
 /// Whether the device has kernels for whole blocks, or composes them from plain operations.
@@ -53,6 +56,16 @@ pub(crate) struct Numerics {
 pub(crate) enum DeviceKind {
     Cpu,
     Gpu,
+}
+
+impl Placement {
+    /// Where a model's caches lie on such a device.
+    pub(crate) fn of(config: &ModelConfig, device: DeviceKind, dtype: Dtype) -> Self {
+        match device {
+            DeviceKind::Cpu if host::attends(config.head_dim, dtype) => Self::Blocks,
+            DeviceKind::Cpu | DeviceKind::Gpu => Self::OneBuffer,
+        }
+    }
 }
 
 /// What all layers of one step share.
@@ -131,6 +144,11 @@ impl Decoder {
     /// Layers on this rank.
     pub(crate) fn layers(&self) -> usize {
         self.blocks.len()
+    }
+
+    /// An empty cache for one sequence.
+    pub(crate) fn cache(&self) -> SequenceCache {
+        SequenceCache::new(self.layers(), self.numerics.placement)
     }
 
     /// What the layers of a step share.
@@ -259,15 +277,24 @@ pub(crate) struct Borrowed<'a> {
 
 impl Borrowed<'_> {
     /// The cache of one sequence in this layer.
-    pub(crate) fn of(
-        &mut self,
-        sequence: SequenceId,
-    ) -> Result<&mut crate::kv_cache::LayerCache, Exception> {
+    pub(crate) fn of(&mut self, sequence: SequenceId) -> Result<&mut LayerCache, Exception> {
         self.caches
             .get_mut(&sequence)
             .and_then(|cache| cache.layers.get_mut(self.index))
-            .ok_or_else(|| Exception::custom(format!("sequence {sequence} has no cache")))
+            .ok_or_else(|| no_cache(sequence))
     }
+
+    /// The same, to look at together with others.
+    pub(crate) fn at(&self, sequence: SequenceId) -> Result<&LayerCache, Exception> {
+        self.caches
+            .get(&sequence)
+            .and_then(|cache| cache.layers.get(self.index))
+            .ok_or_else(|| no_cache(sequence))
+    }
+}
+
+fn no_cache(sequence: SequenceId) -> Exception {
+    Exception::custom(format!("sequence {sequence} has no cache"))
 }
 
 impl Rows<'_> {
@@ -309,7 +336,6 @@ mod tests {
     use super::*;
     use crate::batch::{Draw, Input};
     use crate::checkpoint::Checkpoint;
-    use crate::kv_cache::SequenceCache;
     use crate::precision::Precision;
     use crate::trial::random_weights;
 
@@ -331,6 +357,7 @@ mod tests {
             norm_eps: config.rms_norm_eps,
             dtype: Dtype::Float32,
             device,
+            placement: Placement::of(config, device, Dtype::Float32),
         }
     }
 
@@ -380,7 +407,7 @@ mod tests {
             for segment in segments {
                 caches
                     .entry(segment.sequence)
-                    .or_insert_with(|| SequenceCache::new(model.layers()));
+                    .or_insert_with(|| model.cache());
             }
             let rows = model.rows(&batch, &group, Divided::default());
             let key = mlx_rs::random::key(step as u64).unwrap();
