@@ -5,6 +5,7 @@
 
 mod blocks;
 mod buffer;
+mod coding;
 
 use std::collections::HashMap;
 
@@ -17,6 +18,7 @@ use crate::batch::{CacheMove, EntryId, Source};
 
 pub(crate) use self::blocks::Blocks;
 pub(crate) use self::buffer::{Buffer, KeysAndValues};
+pub(crate) use self::coding::Coding;
 
 /// The caches of the sequences that run.
 pub(crate) type Caches = HashMap<SequenceId, SequenceCache>;
@@ -177,7 +179,7 @@ pub(crate) struct Place {
 }
 
 impl LayerCache {
-    /// Writes `rows` (`[n, 2 × kv heads, head_dim]`) to positions `start..start + n`. What was behind them is
+    /// Writes `rows` (`[n, 2 × kv heads, head_dim]`, or as many words where they are coded) to positions `start..start + n`. What was behind them is
     /// not looked at any more.
     pub(crate) fn append(&mut self, rows: &Array, place: Place) -> Result<(), Exception> {
         match self {

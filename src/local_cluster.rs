@@ -74,6 +74,7 @@ impl LocalCluster {
             }
             let mut limits = Limits {
                 context_tokens: options.division.context,
+                kv_bits: options.division.kv_bits,
                 ..Limits::default()
             };
             limits.sequences_max = options.sequences;

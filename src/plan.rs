@@ -5,10 +5,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use offbook_engine::{
-    Candidate, Checkpoint, Collectives, ModelConfig, Partition, PartitionError, PlanReport,
-    Precision, RankPlan,
+    Candidate, Checkpoint, Collectives, KvFormat, ModelConfig, Partition, PartitionError,
+    PlanReport, Precision, RankPlan,
 };
-use offbook_protocol::{FastSynch, Layout, NodeWeight};
+use offbook_protocol::{FastSynch, KvBits, Layout, NodeWeight};
 use serde::Serialize;
 
 use crate::cli::{Division, Parallel, Plan};
@@ -32,7 +32,7 @@ pub(crate) async fn run(options: Plan) -> Result<()> {
     let (divided, advice) = match division.parallel {
         Parallel::Auto => {
             let advice = planner::advise(&model, division, ground).await?;
-            (Divided::by(advice.best()?), Some(advice))
+            (Divided::by(advice.best()?, division), Some(advice))
         }
         Parallel::As(layout) => {
             let advice = match options.measure || division.hardware.is_given() {
@@ -43,7 +43,7 @@ pub(crate) async fn run(options: Plan) -> Result<()> {
         }
     };
     let (config, report) = solve(&model, &divided)?;
-    let layouts = layouts(&config, &divided.weights)?;
+    let layouts = layouts(&config, &divided)?;
     if options.json {
         let mut json = serde_json::to_value(&report)?;
         json["layouts"] = serde_json::to_value(&layouts)?;
@@ -69,6 +69,8 @@ pub(crate) struct Divided {
     pub(crate) layout: Layout,
     /// One per node.
     pub(crate) weights: Vec<NodeWeight>,
+    /// Of their caches.
+    pub(crate) kv_bits: KvBits,
 }
 
 impl Divided {
@@ -78,13 +80,25 @@ impl Divided {
             [] => vec![NodeWeight(1.0); division.nodes as usize],
             given => given.iter().copied().map(NodeWeight).collect(),
         };
-        Self { layout, weights }
+        Self {
+            layout,
+            weights,
+            kv_bits: division.kv_bits,
+        }
     }
 
-    pub(crate) fn by(candidate: &Candidate) -> Self {
+    pub(crate) fn by(candidate: &Candidate, division: &Division) -> Self {
         Self {
             layout: candidate.layout,
             weights: candidate.weights.clone(),
+            kv_bits: division.kv_bits,
+        }
+    }
+
+    fn kv_format(&self) -> KvFormat {
+        KvFormat {
+            precision: PRECISION,
+            bits: self.kv_bits,
         }
     }
 }
@@ -100,16 +114,16 @@ struct LayoutCost {
 }
 
 /// Every layout that can divide the model over these nodes.
-fn layouts(config: &ModelConfig, weights: &[NodeWeight]) -> Result<Vec<LayoutCost>> {
+fn layouts(config: &ModelConfig, divided: &Divided) -> Result<Vec<LayoutCost>> {
     let mut costs = Vec::new();
     for layout in [Layout::Tensor, Layout::Expert, Layout::Pipeline] {
-        let partition = match Partition::solve(config, layout, weights) {
+        let partition = match Partition::solve(config, layout, &divided.weights) {
             Ok(partition) => partition,
             Err(PartitionError::MoreRanksThanLayers { .. }) => continue,
             Err(error) => return Err(error.into()),
         };
         let bytes = PlanReport::estimated_weight_bytes(config, &partition, PRECISION);
-        let report = PlanReport::new(config, &partition, &bytes, PRECISION);
+        let report = PlanReport::new(config, &partition, &bytes, divided.kv_format());
         let most = |bytes: fn(&RankPlan) -> u64| report.ranks.iter().map(bytes).max();
         costs.push(LayoutCost {
             layout,
@@ -165,7 +179,7 @@ fn solve(model: &Path, divided: &Divided) -> Result<(ModelConfig, PlanReport)> {
             PlanReport::estimated_weight_bytes(&config, &partition, precision)
         }
     };
-    let report = PlanReport::new(&config, &partition, &bytes, precision);
+    let report = PlanReport::new(&config, &partition, &bytes, divided.kv_format());
     Ok((config, report))
 }
 

@@ -65,7 +65,7 @@ pub(crate) async fn settle(model: &Path, division: &Division, ground: Ground) ->
             let advice = advise(model, division, ground).await?;
             let best = advice.best()?;
             eprint!("{}", advice.words());
-            Ok(Divided::by(best))
+            Ok(Divided::by(best, division))
         }
     }
 }
@@ -272,6 +272,7 @@ fn workload(config: &ModelConfig, division: &Division) -> offbook_engine::Worklo
         sequences: 1,
         prefill_chunk_tokens: 512,
         precision: PRECISION,
+        kv_bits: division.kv_bits,
     }
 }
 

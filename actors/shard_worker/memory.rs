@@ -108,7 +108,7 @@ fn budgets(spec: &ShardSpec) -> Option<impl Fn(u32) -> Budget + use<>> {
     };
     let weight_bytes = checkpoint.share_bytes(&config, &share, precision);
     let (sequences, chunk) = (spec.sequences_max, spec.prefill_chunk_tokens);
-    let context_max = spec.context_tokens;
+    let (context_max, kv_bits) = (spec.context_tokens, spec.kv_bits);
     Some(move |kv_tokens| {
         let workload = Workload {
             kv_tokens: u64::from(kv_tokens),
@@ -116,6 +116,7 @@ fn budgets(spec: &ShardSpec) -> Option<impl Fn(u32) -> Budget + use<>> {
             sequences: u64::from(sequences),
             prefill_chunk_tokens: u64::from(chunk),
             precision,
+            kv_bits,
         };
         Budget::of(&config, &share, weight_bytes, &workload)
     })
@@ -126,7 +127,7 @@ const SHORT_CONTEXT_TOKENS: u32 = 4096;
 
 #[cfg(test)]
 mod tests {
-    use offbook_protocol::{Epoch, FastSynch, Layout, NodeWeight, Rank, Transport};
+    use offbook_protocol::{Epoch, FastSynch, KvBits, Layout, NodeWeight, Rank, Transport};
 
     use super::*;
 
@@ -144,6 +145,7 @@ mod tests {
             context_tokens,
             sequences_max: 16,
             kv_tokens,
+            kv_bits: KvBits::AsComputed,
             prefix_cache: true,
             micro_batches: None,
             collective_deadline: std::time::Duration::from_secs(1),

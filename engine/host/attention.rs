@@ -14,12 +14,21 @@ use self::kernel::Look;
 use crate::batch::KV_BLOCK_TOKENS;
 use crate::host::processor::LANES;
 use crate::host::{crew, is_on_cpu};
-use crate::kv_cache::Blocks;
+use crate::kv_cache::{Blocks, Coding};
 
 /// Whether [`attend`] is for heads of this width: on another device, and for types other than 32-bit floats,
 /// it is MLX that attends.
 pub(crate) fn attends(width: usize, dtype: Dtype) -> bool {
     is_on_cpu() && dtype == Dtype::Float32 && width.is_multiple_of(LANES)
+}
+
+/// How scores come of what is read.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reading {
+    /// Of the products of queries and keys.
+    pub(crate) scale: f32,
+    /// Of the caches, if they are coded.
+    pub(crate) coding: Option<Coding>,
 }
 
 /// What some rows of a step look at: those of one sequence.
@@ -32,18 +41,18 @@ pub(crate) struct Sight<'a> {
 }
 
 /// `queries` `[rows, heads, head_dim]`, of which each sight has its own, in order → `[rows, heads ×
-/// head_dim]`; heads share keys in groups of neighbours. `scale` is that of the scores.
+/// head_dim]`; heads share keys in groups of neighbours.
 ///
 /// # Errors
 /// When the arrays do not fit each other, or are none that [`attends`] speaks of.
 pub(crate) fn attend(
     queries: &Array,
     sights: &[Sight<'_>],
-    scale: f32,
+    reading: Reading,
 ) -> Result<Array, Exception> {
     let sizes: Option<Vec<RawAttention>> = sights
         .iter()
-        .map(|sight| RawAttention::of(queries, sight, scale))
+        .map(|sight| RawAttention::of(queries, sight, reading))
         .collect();
     let all_rows: usize = sights.iter().map(|sight| sight.rows).sum();
     let fits = all_rows > 0 && all_rows == queries.dim(0) as usize;
@@ -112,6 +121,7 @@ struct RawAttention {
     width: usize,
     block_positions: usize,
     row_words: usize,
+    group_size: usize,
     scale: f32,
 }
 
@@ -121,7 +131,7 @@ unsafe impl Sync for RawAttention {}
 
 impl RawAttention {
     /// The sizes alone, if these fit each other.
-    fn of(queries: &Array, sight: &Sight<'_>, scale: f32) -> Option<Self> {
+    fn of(queries: &Array, sight: &Sight<'_>, reading: Reading) -> Option<Self> {
         let &[_, heads, width] = queries.shape() else {
             return None;
         };
@@ -129,13 +139,17 @@ impl RawAttention {
         let &[pairs, block_positions, row_words] = blocks.first()?.shape() else {
             return None;
         };
+        let (words, dtype) = match reading.coding {
+            Some(coding) => (coding.words(), Dtype::Uint32),
+            None => (width as usize, Dtype::Float32),
+        };
         let alike = |block: &Array| {
-            block.shape() == [pairs, block_positions, row_words] && block.dtype() == Dtype::Float32
+            block.shape() == [pairs, block_positions, row_words] && block.dtype() == dtype
         };
         let fits = attends(width as usize, queries.dtype())
             && blocks.iter().all(alike)
             && block_positions as usize == KV_BLOCK_TOKENS
-            && row_words == width
+            && row_words as usize == words
             && pairs >= 2
             && heads % (pairs / 2) == 0
             && sight.positions <= blocks.len() * KV_BLOCK_TOKENS
@@ -150,8 +164,9 @@ impl RawAttention {
             positions: sight.positions,
             width: width as usize,
             block_positions: KV_BLOCK_TOKENS,
-            row_words: row_words as usize,
-            scale,
+            row_words: words,
+            group_size: reading.coding.map_or(0, Coding::group_size),
+            scale: reading.scale,
         })
     }
 
@@ -214,6 +229,11 @@ mod tests {
 
     use super::*;
     use crate::kv_cache::{LayerCache, Place, Placement, SequenceCache};
+
+    const PLAIN: Reading = Reading {
+        scale: 0.3,
+        coding: None,
+    };
 
     fn normal(shape: &[i32], seed: u64) -> Array {
         let key = random::key(seed).unwrap();
@@ -288,7 +308,7 @@ mod tests {
             .collect();
         let count: usize = sights.iter().map(|sight| sight.rows).sum();
         let queries = normal(&[count as i32, 6, 32], 9);
-        let together = attend(&queries, &sights, 0.3).unwrap();
+        let together = attend(&queries, &sights, PLAIN).unwrap();
         assert_eq!(together.shape(), [count as i32, 6 * 32]);
         let mut first = 0;
         for (sight, past) in sights.iter().zip(&pasts) {
@@ -310,9 +330,9 @@ mod tests {
         let pasts = [Past::new(700, 4, 700), Past::new(900, 4, 900)];
         let sights = [pasts[0].seen_by(3), pasts[1].seen_by(1)];
         let queries = normal(&[4, 6, 32], 5);
-        let together = bits(&attend(&queries, &sights, 0.3).unwrap());
+        let together = bits(&attend(&queries, &sights, PLAIN).unwrap());
         let last = queries.try_index(3..).unwrap();
-        let alone = bits(&attend(&last, &sights[1..], 0.3).unwrap());
+        let alone = bits(&attend(&last, &sights[1..], PLAIN).unwrap());
         assert_eq!(alone, together[3 * 6 * 32..]);
     }
 
@@ -321,7 +341,7 @@ mod tests {
         let queries = normal(&[1, 6, 32], 5);
         let of = |step| {
             let past = Past::new(600, 4, step);
-            bits(&attend(&queries, &[past.seen_by(1)], 0.3).unwrap())
+            bits(&attend(&queries, &[past.seen_by(1)], PLAIN).unwrap())
         };
         let at_once = of(600);
         for step in [1, 100, 256] {
@@ -329,11 +349,47 @@ mod tests {
         }
     }
 
+    /// Blocks of codes, and what they stand for.
+    fn coded(width: i32, positions: i32, seed: u64) -> (Coding, Past) {
+        let coding = Coding::of(width as usize, Dtype::Float32).unwrap();
+        let packed = coding.pack(&normal(&[positions, 6, width], seed)).unwrap();
+        let mut blocks = SequenceCache::new(1, Placement::Blocks).layers.remove(0);
+        let place = Place {
+            start: 0,
+            reserve: 0,
+        };
+        blocks.append(&packed, place).unwrap();
+        let rows = coding.unpack(&packed).unwrap();
+        (coding, Past { rows, blocks })
+    }
+
+    #[test]
+    fn codes_are_read_as_what_they_stand_for_in_any_company() {
+        for width in [32, 64, 96, 128] {
+            let (coding, past) = coded(width, 600, 3);
+            let (_, other) = coded(width, 40, 4);
+            let reading = Reading {
+                coding: Some(coding),
+                ..PLAIN
+            };
+            let queries = normal(&[9, 6, width], 5);
+            let sights = [past.seen_by(5), other.seen_by(4)];
+            let together = attend(&queries, &sights, reading).unwrap();
+            let own = queries.try_index(..5).unwrap();
+            let theirs = by_mlx(&own, &past.rows, 0.3);
+            let ours = together.try_index(..5).unwrap();
+            assert!(ours.all_close(theirs, 1e-4, 1e-4, None).unwrap(), "{width}");
+            let last = queries.try_index(8..).unwrap();
+            let alone = attend(&last, &[other.seen_by(1)], reading).unwrap();
+            assert_eq!(bits(&alone), bits(&together.try_index(8..).unwrap()));
+        }
+    }
+
     #[test]
     fn what_does_not_fit_is_refused() {
         let past = Past::new(10, 1, 10);
         let queries = normal(&[3, 6, 32], 2);
-        let refused = |sight| attend(&queries, &[sight], 0.3).is_err();
+        let refused = |sight| attend(&queries, &[sight], PLAIN).is_err();
         assert!(refused(past.seen_by(2)), "a row of nobody");
         assert!(!refused(past.seen_by(3)));
         let further = Sight {

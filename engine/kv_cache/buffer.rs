@@ -1,12 +1,14 @@
 //! A layer's cache as one buffer, as MLX's attention kernels want it. It has the positions that the batch has
 //! granted, so that what is counted is what there is; a growth copies it.
 
+use std::ops::Range;
+
 use mlx_rs::error::Exception;
 use mlx_rs::ops::indexing::{TryIndexMutOp, TryIndexOp};
 use mlx_rs::ops::{concatenate, zeros_dtype};
 use mlx_rs::{Array, Dtype};
 
-use super::Place;
+use super::{Coding, Place};
 
 #[derive(Debug, Default)]
 pub(crate) struct Buffer {
@@ -43,17 +45,28 @@ impl Buffer {
         Ok(())
     }
 
-    /// What is at the first `positions`.
+    /// What is at the first `positions`, unpacked where rows are coded.
     ///
     /// # Errors
     /// When nothing was written.
-    pub(crate) fn past(&self, positions: usize) -> Result<KeysAndValues, Exception> {
+    pub(crate) fn past(
+        &self,
+        positions: usize,
+        coding: Option<Coding>,
+    ) -> Result<KeysAndValues, Exception> {
         let pairs = self.pairs.as_ref();
         let pairs = pairs.ok_or_else(|| Exception::custom("a cache is read before it has rows"))?;
         let (heads, end) = (pairs.dim(0), positions as i32);
+        let part = |heads: Range<i32>| {
+            let part = pairs.try_index((heads, ..end, ..))?;
+            match coding {
+                Some(coding) => coding.unpack(&part),
+                None => Ok(part),
+            }
+        };
         Ok(KeysAndValues {
-            keys: pairs.try_index((..heads / 2, ..end, ..))?,
-            values: pairs.try_index((heads / 2.., ..end, ..))?,
+            keys: part(0..heads / 2)?,
+            values: part(heads / 2..heads)?,
         })
     }
 
@@ -110,7 +123,7 @@ mod tests {
         cache.append(&rows(56, 2.0), place(200, 256)).unwrap();
         cache.append(&rows(1, 3.0), place(256, 512)).unwrap();
         assert_eq!(cache.capacity(), 512);
-        let seen = cache.past(257).unwrap();
+        let seen = cache.past(257, None).unwrap();
         assert_eq!(seen.keys.shape(), [2, 257, 8]);
         let column = column(&seen.values);
         assert_eq!((column[0], column[199]), (1.0, 1.0));
@@ -124,10 +137,10 @@ mod tests {
         cache.append(&rows(300, 1.0), place(0, 512)).unwrap();
         let mut copy = cache.copy(260, 512).unwrap();
         copy.append(&rows(2, 2.0), place(260, 512)).unwrap();
-        let seen = copy.past(262).unwrap();
+        let seen = copy.past(262, None).unwrap();
         assert_eq!(column(&seen.keys)[258..], [1.0, 1.0, 2.0, 2.0]);
         cache.append(&rows(1, 3.0), place(300, 512)).unwrap();
-        let seen = cache.past(301).unwrap();
+        let seen = cache.past(301, None).unwrap();
         assert_eq!(column(&seen.values)[259..][..3], [1.0; 3]);
 
         let nothing = Buffer::default().copy(5, 256).unwrap();
@@ -135,6 +148,9 @@ mod tests {
         let mut cache = cache.copy(256, 256).unwrap();
         assert_eq!(cache.capacity(), 256);
         cache.append(&rows(1, 4.0), place(255, 256)).unwrap();
-        assert_eq!(column(&cache.past(256).unwrap().keys)[254..], [1.0, 4.0]);
+        assert_eq!(
+            column(&cache.past(256, None).unwrap().keys)[254..],
+            [1.0, 4.0]
+        );
     }
 }

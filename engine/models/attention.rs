@@ -12,8 +12,8 @@ use mlx_rs::{Array, Dtype};
 
 use crate::batch::Segment;
 use crate::config::{ModelConfig, QkNorm};
-use crate::host::{self, Sight};
-use crate::kv_cache::{KeysAndValues, LayerCache, Place, Placement};
+use crate::host::{self, Reading, Sight};
+use crate::kv_cache::{Coding, KeysAndValues, LayerCache, Place, Placement};
 use crate::models::Fault;
 use crate::models::decoder::{Borrowed, DeviceKind, Numerics, Rows};
 use crate::models::linear::{Fused, arrays, fuse, project};
@@ -42,6 +42,7 @@ struct Heads {
     query: i32,
     kv: i32,
     width: i32,
+    coding: Option<Coding>,
 }
 
 /// What [`QkNorm`] says, with what it takes beside the gains.
@@ -74,7 +75,7 @@ struct Prepared {
     queries: Array,
     /// By which their products with keys have still to be multiplied.
     scale: f32,
-    /// `[rows, 2 × kv heads, head_dim]`: keys, then values.
+    /// `[rows, 2 × kv heads, head_dim]`, or words of codes in place of channels: keys, then values.
     pairs: Array,
 }
 
@@ -107,7 +108,11 @@ impl Attention {
         let Some(heads) = &self.heads else {
             return self.nothing(x, rows);
         };
-        let prepared = heads.prepare(x, rows, rotary, self.numerics)?;
+        let mut prepared = heads.prepare(x, rows, rotary, self.numerics)?;
+        let coding = self.numerics.coding;
+        if let Some(coding) = coding {
+            prepared.pairs = coding.pack(&prepared.pairs)?;
+        }
         for (segment, range) in rows.segments.iter().zip(&rows.ranges) {
             let place = Place {
                 start: segment.start,
@@ -117,7 +122,7 @@ impl Attention {
             caches.of(segment.sequence)?.append(&pairs, place)?;
         }
         let attended = match self.numerics.placement {
-            Placement::Blocks => prepared.attend_together(rows, caches)?,
+            Placement::Blocks => prepared.attend_together(rows, caches, coding)?,
             Placement::OneBuffer => heads.attend_one_by_one(&prepared, rows, caches)?,
         };
         let part = project(&heads.output, &attended)?;
@@ -198,6 +203,7 @@ impl Heads {
             query,
             kv,
             width,
+            coding: numerics.coding,
         })
     }
 
@@ -296,7 +302,7 @@ impl Heads {
             let LayerCache::OneBuffer(cache) = caches.of(segment.sequence)? else {
                 return Err(misplaced());
             };
-            let past = cache.past(segment.start + segment.rows())?;
+            let past = cache.past(segment.start + segment.rows(), self.coding)?;
             let queries = rows.slice(&prepared.queries, range)?;
             parts.push(self.attend(&queries, prepared.scale, &past)?);
         }
@@ -328,7 +334,12 @@ impl Heads {
 
 impl Prepared {
     /// Causal attention of all segments, by our own kernel: `[rows, query heads × head_dim]`.
-    fn attend_together(&self, rows: &Rows<'_>, caches: &Borrowed<'_>) -> Result<Array, Exception> {
+    fn attend_together(
+        &self,
+        rows: &Rows<'_>,
+        caches: &Borrowed<'_>,
+        coding: Option<Coding>,
+    ) -> Result<Array, Exception> {
         let sight = |segment: &Segment| match caches.at(segment.sequence)? {
             LayerCache::Blocks(past) => Ok(Sight {
                 rows: segment.rows(),
@@ -338,7 +349,11 @@ impl Prepared {
             LayerCache::OneBuffer(_) => Err(misplaced()),
         };
         let sights: Vec<Sight<'_>> = rows.segments.iter().map(sight).collect::<Result<_, _>>()?;
-        host::attend(&self.queries, &sights, self.scale)
+        let reading = Reading {
+            scale: self.scale,
+            coding,
+        };
+        host::attend(&self.queries, &sights, reading)
     }
 }
 

@@ -54,6 +54,7 @@ typedef struct offbook_attention {
   size_t width;
   size_t block_positions;
   size_t row_words;
+  size_t group_size; // of codes of 8 bits; 0 where a row is floats
   float scale;
 } offbook_attention;
 

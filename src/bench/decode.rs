@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use offbook_protocol::{Layout, Transport};
+use offbook_protocol::{KvBits, Layout, Transport};
 use serde_json::{Value, json};
 
 use crate::cli::{BenchDecode, Division, Hardware, LocalOptions, Parallel};
@@ -74,6 +74,7 @@ async fn one_cluster(options: &BenchDecode, model: &Path, nodes: u32) -> Result<
             parallel: Parallel::As(Layout::Tensor),
             weights: Vec::new(),
             context: 0,
+            kv_bits: KvBits::AsComputed,
             hardware: Hardware::default(),
         },
         transport: options.transport,
