@@ -298,4 +298,21 @@ mod tests {
         assert_eq!(bytes(12_300), "12.3 kB");
         assert_eq!(bytes(154_500_000_000), "154 GB");
     }
+
+    #[test]
+    fn codes_of_eight_bits_are_counted_as_what_they_take() {
+        let config = ModelConfig::minimax_m2_5(2).unwrap();
+        let of = |kv_bits| {
+            let divided = Divided {
+                layout: Layout::Tensor,
+                weights: vec![NodeWeight(1.0); 2],
+                kv_bits,
+            };
+            layouts(&config, &divided).unwrap()[0].kv_bytes_per_token_max
+        };
+        // Keys and values of four heads in two layers; codes have two groups' scales and biases.
+        let rows = 2 * 4 * 2;
+        assert_eq!(of(KvBits::AsComputed), rows * 128 * 4);
+        assert_eq!(of(KvBits::Eight), rows * (128 + 2 * 2 * 4));
+    }
 }
