@@ -18,8 +18,8 @@ use actix::{
     ResponseFuture, WrapFuture,
 };
 use offbook_protocol::{
-    ClusterReport, Epoch, FastSynch, GroupMember, GroupSpec, Layout, LoadProgress, NodeReport,
-    NodeWeight, Rank, RequestFailure, ShardReport, ShardSpec, ShardSteps, Transport,
+    ClusterReport, Epoch, FastSynch, GroupMember, GroupSpec, KvBits, Layout, LoadProgress,
+    NodeReport, NodeWeight, Rank, RequestFailure, ShardReport, ShardSpec, ShardSteps, Transport,
 };
 use offbook_runtime::{ActorPath, AskError, LostReason, ProcessName, RemoteMessage, System};
 use serde::{Deserialize, Serialize};
@@ -50,6 +50,8 @@ pub struct ClusterSettings {
     pub sequences_max: u32,
     /// Positions that the caches of all sequences hold together; `None` for as many as they may need.
     pub kv_tokens: Option<u32>,
+    /// In how many bits these caches keep keys and values.
+    pub kv_bits: KvBits,
     /// Whether what a request has computed is kept for those that begin with the same tokens.
     pub prefix_cache: bool,
     /// See [`ShardSpec::micro_batches`].
@@ -171,6 +173,7 @@ impl Membership {
             context_tokens: settings.context_tokens,
             sequences_max: settings.sequences_max,
             kv_tokens: settings.kv_tokens,
+            kv_bits: settings.kv_bits,
             prefix_cache: settings.prefix_cache,
             micro_batches: settings.micro_batches,
             collective_deadline: settings.collective_deadline,

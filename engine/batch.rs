@@ -248,7 +248,7 @@ impl Batch {
             if !sequence.needs_block() {
                 place += 1;
             } else if self.free() >= KV_BLOCK_TOKENS {
-                self.running[place].reserved += KV_BLOCK_TOKENS;
+                self.running[place].reserved += self.growth(place);
                 self.prefixes.make_room(self.free());
             } else if let Some(mut youngest) = self.running.pop() {
                 self.prefixes.retain(youngest.leave());
@@ -257,6 +257,21 @@ impl Batch {
                 self.waiting.push_front(youngest);
             }
         }
+    }
+
+    /// Positions that a sequence's cache is granted when it is full: half as much again, because where it is
+    /// one buffer a growth copies it. But no more than it can ever need, and beyond one block only while
+    /// nobody waits, and at most a quarter of what nobody holds.
+    fn growth(&self, place: usize) -> usize {
+        let sequence = &self.running[place];
+        let unheld = self.free().saturating_sub(self.prefixes.retained());
+        let spare = match self.waiting.is_empty() {
+            true => unheld / SPARE_DIVISOR / KV_BLOCK_TOKENS * KV_BLOCK_TOKENS,
+            false => 0,
+        };
+        let needed = sequence.reserved_max().saturating_sub(sequence.reserved);
+        let wished = blocks(sequence.reserved / 2).min(needed);
+        wished.min(spare).max(KV_BLOCK_TOKENS)
     }
 
     /// Lets those begin that fit, each in the lane that has the fewest. Nobody overtakes who waits longer, so that everybody's turn comes.
@@ -435,14 +450,17 @@ pub enum BatchError {
     Duplicate { sequence: SequenceId },
 }
 
-/// How many positions a cache grows by, and what it reserves beyond the prompt when it begins. A
-/// growth copies the buffer, so it should be rare; an unused block of MiniMax-M2.5 costs 65 MB over
-/// all layers in 16 bits.
+/// How many positions a cache grows by at the least, and what it reserves beyond the prompt when it begins.
+/// Where a cache is one buffer a growth copies it, so it should be rare; an unused block of MiniMax-M2.5
+/// costs 65 MB over all layers in 16 bits.
 pub const KV_BLOCK_TOKENS: usize = 256;
 
 /// How much longer than configured a chunk may become where there is memory for it: from there on a longer
 /// one is hardly quicker, and whoever comes waits for it.
 pub const CHUNK_GROWTH_MAX: usize = 4;
+
+/// What is granted ahead of need leaves most of the room to those who come.
+const SPARE_DIVISOR: usize = 4;
 
 /// Steps of one lane of several whose tokens are on their way: while one is read, the next one runs. More
 /// would only delay what ends and joins.

@@ -1,12 +1,12 @@
 //! Whether a share fits its node, asked before a byte is loaded. Pure.
 
-use offbook_protocol::Rank;
+use offbook_protocol::{KvBits, Rank};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::config::ModelConfig;
 use crate::partition::RankShare;
-use crate::precision::Precision;
+use crate::precision::{KvFormat, Precision};
 
 /// What the shards are asked to hold beside their weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,8 +22,20 @@ pub struct Workload {
     /// Positions that a sequence has, at the most, when the time of its token is estimated. It takes no
     /// memory: the budget is for the whole context.
     pub cached_tokens: u64,
-    /// Of activations and of the KV cache.
+    /// Of activations, and of what the KV cache holds before it is coded.
     pub precision: Precision,
+    /// Of the KV cache.
+    pub kv_bits: KvBits,
+}
+
+impl Workload {
+    /// How keys and values are kept.
+    pub fn kv_format(&self) -> KvFormat {
+        KvFormat {
+            precision: self.precision,
+            bits: self.kv_bits,
+        }
+    }
 }
 
 /// Bytes that one rank needs.
@@ -43,7 +55,7 @@ impl Budget {
         weight_bytes: u64,
         workload: &Workload,
     ) -> Self {
-        let kv_bytes_per_token = share.kv_bytes_per_token(config, workload.precision);
+        let kv_bytes_per_token = share.kv_bytes_per_token(config, workload.kv_format());
         Self {
             weight_bytes,
             kv_bytes: kv_bytes_per_token.saturating_mul(workload.kv_tokens),
@@ -107,12 +119,21 @@ fn activation_bytes(config: &ModelConfig, share: &RankShare, workload: &Workload
         Precision::Float32 => queries * workload.context_tokens * 4,
         Precision::BFloat16 | Precision::Float16 => 0,
     };
+    // Our own kernel reads codes where they lie; MLX's wants one sequence's unpacked.
+    let unpacked = match (workload.kv_bits, workload.precision) {
+        (KvBits::Eight, Precision::BFloat16 | Precision::Float16) => {
+            let values = 2 * keys * head_dim * (width + 1);
+            values.saturating_mul(workload.context_tokens)
+        }
+        (KvBits::AsComputed, _) | (KvBits::Eight, Precision::Float32) => 0,
+    };
     // gate, up and their product, and what each chosen expert returns.
     let columns = share.expert_columns.len() as u64;
     let chosen = config.experts_per_token as u64 * (3 * columns + 2 * hidden) * width;
     let dense = (3 * share.mlp_columns.len() as u64 + hidden) * width;
     let residual = 4 * hidden * width;
     let layer = tokens.saturating_mul(residual + chosen.max(dense).max(heads + scores));
+    let layer = layer.saturating_add(unpacked);
     // The logits, their log-probabilities and their order, in f32.
     let logits = workload.sequences * config.vocabulary_size as u64 * 4 * 3;
     layer.saturating_add(logits).saturating_mul(2)
@@ -142,6 +163,7 @@ mod tests {
             prefill_chunk_tokens: 64,
             cached_tokens: 500,
             precision,
+            kv_bits: KvBits::AsComputed,
         }
     }
 
@@ -160,6 +182,27 @@ mod tests {
             ..whole
         };
         assert_eq!(of(&headless, Precision::BFloat16), 0);
+    }
+
+    #[test]
+    fn eight_bits_take_half_or_less() {
+        let config = ModelConfig::minimax_m2_5(2).unwrap();
+        let whole = RankShare::whole(&config);
+        let of = |precision, kv_bits| {
+            let workload = Workload {
+                kv_bits,
+                ..workload(precision)
+            };
+            Budget::of(&config, &whole, 0, &workload).kv_bytes
+        };
+        let rows = 1000 * 2 * 2 * 8;
+        // 128 codes, and in two groups a scale and a bias of 32 bits.
+        let eight = of(Precision::Float32, KvBits::Eight);
+        assert_eq!(eight, rows * (128 + 2 * 2 * 4));
+        assert!(eight * 3 < of(Precision::Float32, KvBits::AsComputed));
+        let eight = of(Precision::BFloat16, KvBits::Eight);
+        assert_eq!(eight, rows * (128 + 2 * 2 * 2));
+        assert_eq!(of(Precision::BFloat16, KvBits::AsComputed), rows * 256);
     }
 
     #[test]

@@ -6,13 +6,14 @@
 //! [`step_loop::run`]: crate::step_loop::run
 
 use mlx_rs::error::Exception;
-use mlx_rs::{Device, DeviceType};
-use offbook_protocol::{Layout, LoadProgress, Rank, ShardSpec};
+use mlx_rs::{Device, DeviceType, Dtype};
+use offbook_protocol::{KvBits, Layout, LoadProgress, Rank, ShardSpec};
 use thiserror::Error;
 
 use crate::batch::Limits;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::config::{ConfigError, ModelConfig};
+use crate::kv_cache::{Coding, Placement};
 use crate::models::decoder::{Decoder, DeviceKind, Numerics};
 use crate::partition::{Partition, PartitionError, RankShare};
 use crate::precision::Precision;
@@ -36,6 +37,10 @@ impl Engine {
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, EngineError> {
         let config = ModelConfig::open(&spec.model)?;
+        let head_dim = config.head_dim;
+        if spec.kv_bits == KvBits::Eight && Coding::of(head_dim, Dtype::Float32).is_none() {
+            return Err(EngineError::KvBits { head_dim });
+        }
         let partition = Partition::solve(&config, spec.layout, &spec.weights)?;
         let share = share(&partition, spec.rank)?.clone();
         let checkpoint = Checkpoint::open(&spec.model)?;
@@ -67,6 +72,7 @@ impl Engine {
             rank: spec.rank,
             weights,
             precision,
+            kv_bits: spec.kv_bits,
             device,
         };
         Self::of(config, partition, share, limits)
@@ -85,6 +91,7 @@ impl Engine {
             rank: spec.rank,
             weights: random_weights(&spec.config, own, precision, seed)?,
             precision,
+            kv_bits: KvBits::AsComputed,
             device,
         };
         let limits = Limits {
@@ -109,6 +116,11 @@ impl Engine {
             norm_eps: config.rms_norm_eps,
             dtype: own.precision.dtype(),
             device: own.device,
+            placement: Placement::of(&config, own.device, own.precision.dtype()),
+            coding: match own.kv_bits {
+                KvBits::Eight => Coding::of(config.head_dim, own.precision.dtype()),
+                KvBits::AsComputed => None,
+            },
         };
         let model = Decoder::new(&config, share(&partition, own.rank)?, own.weights, numerics)?;
         Ok(Self {
@@ -154,6 +166,7 @@ struct Share {
     rank: Rank,
     weights: ShardWeights,
     precision: Precision,
+    kv_bits: KvBits,
     device: DeviceKind,
 }
 
@@ -179,6 +192,11 @@ pub enum EngineError {
     Config(#[from] ConfigError),
     #[error(transparent)]
     Partition(#[from] PartitionError),
+    #[error(
+        "keys and values cannot be kept in 8 bits: heads are {head_dim} channels wide, which is no \
+         multiple of 32"
+    )]
+    KvBits { head_dim: usize },
     #[error("rank {rank} is outside a group of {ranks}")]
     NoSuchRank { rank: Rank, ranks: usize },
     #[error(transparent)]

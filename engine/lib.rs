@@ -39,7 +39,7 @@ pub use host::CPU_THREADS;
 pub use partition::{Collectives, Partition, PartitionError, PlanReport, RankPlan, RankShare};
 pub use plan_inbox::{PlanGap, PlanInbox};
 pub use planner::{Basis, Candidate, Estimate, Machine, Misfit, Network, candidates};
-pub use precision::Precision;
+pub use precision::{KvFormat, Precision};
 pub use step_log::StepTiming;
 pub use step_loop::{
     Command, EndReason, LoopEnd, LoopOptions, Report, StepError, run as run_steps,

@@ -160,7 +160,7 @@ impl Estimate {
         let cached = workload.context_tokens.min(workload.cached_tokens);
         let reading = |(share, machine): (&RankShare, &Machine)| {
             let bytes = share.weight_bytes_per_token(config, precision)
-                + share.kv_bytes_per_token(config, precision) * cached;
+                + share.kv_bytes_per_token(config, workload.kv_format()) * cached;
             bytes as f64 / machine.bytes_per_second
         };
         let readings: Vec<f64> = partition.shares.iter().zip(machines).map(reading).collect();
@@ -251,6 +251,8 @@ const ALIKE: f64 = 0.05;
 
 #[cfg(test)]
 mod tests {
+    use offbook_protocol::KvBits;
+
     use super::*;
 
     const GB: u64 = 1_000_000_000;
@@ -267,6 +269,7 @@ mod tests {
             prefill_chunk_tokens: 512,
             cached_tokens: 4096,
             precision: Precision::BFloat16,
+            kv_bits: KvBits::AsComputed,
         }
     }
 

@@ -1,6 +1,7 @@
-//! The float types that a shard computes in.
+//! The float types that a shard computes in, and what keys and values take of them.
 
 use mlx_rs::Dtype;
+use offbook_protocol::KvBits;
 use serde::{Deserialize, Serialize};
 
 /// Type of activations, of unpacked weights, of scales and biases, or of the KV cache.
@@ -28,5 +29,44 @@ impl Precision {
             Self::BFloat16 => Dtype::Bfloat16,
             Self::Float16 => Dtype::Float16,
         }
+    }
+}
+
+/// How keys and values are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvFormat {
+    /// In which they are computed.
+    pub precision: Precision,
+    pub bits: KvBits,
+}
+
+impl KvFormat {
+    /// Bytes of one head's key, or value, at one position.
+    pub fn bytes(self, head_dim: usize) -> u64 {
+        let channels = head_dim as u64;
+        match self.bits {
+            KvBits::AsComputed => channels * self.precision.bytes(),
+            KvBits::Eight => {
+                let groups = head_dim.div_ceil(kv_group_size(head_dim)) as u64;
+                // A scale and a bias of each.
+                channels + groups * 2 * self.precision.bytes()
+            }
+        }
+    }
+}
+
+impl From<Precision> for KvFormat {
+    fn from(precision: Precision) -> Self {
+        let bits = KvBits::AsComputed;
+        Self { precision, bits }
+    }
+}
+
+/// Channels of a head that share a scale and a bias where keys and values are codes: MLX knows groups of 32
+/// and 64.
+pub(crate) fn kv_group_size(head_dim: usize) -> usize {
+    match head_dim.is_multiple_of(64) {
+        true => 64,
+        false => 32,
     }
 }

@@ -23,7 +23,7 @@ use offbook_protocol::{Layout, SequenceId};
 
 use crate::batch::{Batch, CacheMove, Chunks, Draw, Input, StepBatch};
 use crate::engine::Engine;
-use crate::kv_cache::{Caches, KeptCaches, SequenceCache};
+use crate::kv_cache::{Caches, KeptCaches};
 use crate::models::Fault;
 use crate::models::decoder::{DeviceKind, Divided, Rows};
 use crate::reshaping::Reshaping;
@@ -148,11 +148,10 @@ impl<'a> Stepper<'a> {
         batch: &StepBatch,
         orders: Orders<'_>,
     ) -> Result<Submitted, Fault> {
-        let layers = self.engine.model.layers();
         for segment in &batch.segments {
             self.caches
                 .entry(segment.sequence)
-                .or_insert_with(|| SequenceCache::new(layers));
+                .or_insert_with(|| self.engine.model.cache());
         }
         self.steps += 1;
         let waited = self.in_flight.waited;

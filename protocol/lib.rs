@@ -9,6 +9,7 @@ mod ids;
 mod sampling;
 mod plan;
 mod outcome;
+mod kv_bits;
 mod shard;
 mod request;
 mod cluster;
@@ -16,6 +17,7 @@ mod steps;
 
 pub use cluster::{ClusterReport, NodeReport, Phase, ShardReport};
 pub use ids::{Epoch, PlanNumber, Rank, SequenceId, Step};
+pub use kv_bits::{KvBits, UnknownKvBits};
 pub use outcome::{Candidate, FinishReason, SampledToken, StepOutcome};
 pub use plan::{Join, Plan};
 pub use request::{ClientId, Rejection, Request, RequestEvent, RequestFailure};

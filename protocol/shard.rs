@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::{Epoch, Rank};
+use crate::{Epoch, KvBits, Rank};
 
 /// What one shard loads. Every rank of an epoch is given the same, but for its rank.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -34,6 +34,8 @@ pub struct ShardSpec {
     /// Positions that the caches of all sequences hold together, the same on every rank. `None`: as
     /// many as `sequences_max` sequences of the full context need.
     pub kv_tokens: Option<u32>,
+    /// In how many bits these caches keep keys and values.
+    pub kv_bits: KvBits,
     /// Whether what a sequence has computed is kept for those that begin with the same tokens.
     pub prefix_cache: bool,
     /// In the pipeline layout: how many groups of sequences are on their way through the stages, each in
@@ -217,6 +219,7 @@ mod tests {
             context_tokens: 196_608,
             sequences_max: 16,
             kv_tokens,
+            kv_bits: KvBits::AsComputed,
             prefix_cache,
             micro_batches: None,
             collective_deadline: Duration::from_secs(1),

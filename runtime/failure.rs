@@ -157,7 +157,8 @@ impl AskError {
             | Self::DeadlinePassed { .. }
             | Self::ReplyNotUnderstood { .. }
             | Self::ReplyNotSendable { .. }
-            | Self::Closed { .. } => false,
+            | Self::Closed { .. }
+            | Self::Panicked { .. } => false,
         }
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use offbook_actors::WindowSettings;
-use offbook_protocol::{FastSynch, Layout, Transport};
+use offbook_protocol::{FastSynch, KvBits, Layout, Transport};
 use serde::{Deserialize, Serialize};
 
 use crate::bench::ranks::Collectives;
@@ -99,6 +99,10 @@ pub(crate) struct Division {
         hide_default_value = true
     )]
     pub(crate) context: u32,
+    /// In how many bits caches keep keys and values: 8, which takes a half to a quarter of the memory and
+    /// changes answers a little, or 0 for the type that they are computed in
+    #[arg(long, value_name = "8|0", default_value_t = KvBits::AsComputed, hide_default_value = true)]
+    pub(crate) kv_bits: KvBits,
     #[command(flatten)]
     pub(crate) hardware: Hardware,
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use offbook_actors::{ClusterSettings, SchedulerLimits, ShardKeeping, StallLimits, WindowSettings};
 use offbook_engine::batch::KV_BLOCK_TOKENS;
-use offbook_protocol::{FastSynch, Layout, NodeWeight, Transport};
+use offbook_protocol::{FastSynch, KvBits, Layout, NodeWeight, Transport};
 use offbook_runtime::supervise::RestartPolicy;
 use offbook_runtime::{Identity, NodeKey, Patience, ProcessName, Trust, TrustedNode};
 use serde::{Deserialize, Serialize};
@@ -98,6 +98,8 @@ pub(crate) struct Limits {
     /// Positions that the caches of all sequences hold together on each node, of which only whole
     /// blocks of 256 count; 0 takes as many as `sequences_max` sequences of the full context need.
     pub(crate) kv_tokens: u32,
+    /// In how many bits caches keep keys and values: 8, or 0 for the type that they are computed in.
+    pub(crate) kv_bits: KvBits,
     /// Whether what a request has computed is kept for those that begin with the same tokens, in room
     /// of `kv_tokens` that nobody needs; where that is 0, in no more than 16384 positions.
     pub(crate) prefix_cache: bool,
@@ -148,6 +150,7 @@ impl Default for Limits {
             context_tokens: 0,
             sequences_max: 16,
             kv_tokens: 0,
+            kv_bits: KvBits::AsComputed,
             prefix_cache: true,
             micro_batches: 0,
             queue_max: 64,
@@ -381,6 +384,7 @@ impl ClusterFile {
             context_tokens: self.context_tokens(model_context),
             sequences_max: self.limits.sequences_max,
             kv_tokens: (self.limits.kv_tokens > 0).then_some(self.limits.kv_tokens),
+            kv_bits: self.limits.kv_bits,
             prefix_cache: self.limits.prefix_cache,
             micro_batches: NonZeroU32::new(self.limits.micro_batches),
             collective_deadline: Duration::from_secs_f64(self.limits.collective_deadline_seconds),
@@ -645,6 +649,7 @@ mod tests {
             ("cluster = ", "colour = 1\ncluster = ", "colour"),
             ("sequences_max = 16", "sequences_max = 0", "sequences_max"),
             ("kv_tokens = 0", "kv_tokens = 255", "kv_tokens"),
+            ("kv_bits = 0", "kv_bits = 4", "kept in 8 bits"),
             ("weight = 1.0", "weight = -1.0", "weight"),
             (
                 "weight = 1.0",

@@ -17,7 +17,7 @@ use offbook_runtime::supervise::{ChildSpec, ChildState, Supervisor};
 use tempfile::TempDir;
 use tokio::task::JoinSet;
 
-use crate::cli::LocalOptions;
+use crate::cli::{Division, LocalOptions};
 use crate::cluster_file::{ClusterFile, found};
 use crate::plan::Divided;
 use crate::planner::{self, Assumed, Ground};
@@ -64,7 +64,11 @@ impl LocalCluster {
             memory_limit: options.memory_limit,
         };
         let assumed = Assumed::by(&settings.limits);
-        let divided = planner::settle(&model, &options.division, ground, assumed).await?;
+        let division = Division {
+            kv_bits: settings.limits.kv_bits,
+            ..options.division.clone()
+        };
+        let divided = planner::settle(&model, &division, ground, assumed).await?;
         let http = reserve_tcp(http)?;
         let names = (1..=options.division.nodes).map(|n| format!("node-{n}"));
         let nodes = names

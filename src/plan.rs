@@ -5,10 +5,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use offbook_engine::{
-    Candidate, Checkpoint, Collectives, ModelConfig, Partition, PartitionError, PlanReport,
-    Precision, RankPlan,
+    Candidate, Checkpoint, Collectives, KvFormat, ModelConfig, Partition, PartitionError,
+    PlanReport, Precision, RankPlan,
 };
-use offbook_protocol::{FastSynch, Layout, NodeWeight};
+use offbook_protocol::{FastSynch, KvBits, Layout, NodeWeight};
 use serde::Serialize;
 
 use crate::cli::{Division, Parallel, Plan};
@@ -38,7 +38,7 @@ pub(crate) async fn run(options: Plan) -> Result<()> {
     let (divided, advice) = match division.parallel {
         Some(Parallel::Auto) => {
             let advice = planner::advise(&model, division, ground, assumed).await?;
-            (Divided::by(advice.best()?), Some(advice))
+            (Divided::by(advice.best()?, division), Some(advice))
         }
         said => {
             let layout = match said {
@@ -53,7 +53,7 @@ pub(crate) async fn run(options: Plan) -> Result<()> {
         }
     };
     let (config, report) = solve(&model, &divided)?;
-    let layouts = layouts(&config, &divided.weights)?;
+    let layouts = layouts(&config, &divided)?;
     if options.json {
         let mut json = serde_json::to_value(&report)?;
         json["layouts"] = serde_json::to_value(&layouts)?;
@@ -79,6 +79,8 @@ pub(crate) struct Divided {
     pub(crate) layout: Layout,
     /// One per node.
     pub(crate) weights: Vec<NodeWeight>,
+    /// Of their caches.
+    pub(crate) kv_bits: KvBits,
 }
 
 impl Divided {
@@ -88,13 +90,25 @@ impl Divided {
             [] => vec![NodeWeight(1.0); division.nodes as usize],
             given => given.iter().copied().map(NodeWeight).collect(),
         };
-        Self { layout, weights }
+        Self {
+            layout,
+            weights,
+            kv_bits: division.kv_bits,
+        }
     }
 
-    pub(crate) fn by(candidate: &Candidate) -> Self {
+    pub(crate) fn by(candidate: &Candidate, division: &Division) -> Self {
         Self {
             layout: candidate.layout,
             weights: candidate.weights.clone(),
+            kv_bits: division.kv_bits,
+        }
+    }
+
+    fn kv_format(&self) -> KvFormat {
+        KvFormat {
+            precision: PRECISION,
+            bits: self.kv_bits,
         }
     }
 }
@@ -110,16 +124,16 @@ struct LayoutCost {
 }
 
 /// Every layout that can divide the model over these nodes.
-fn layouts(config: &ModelConfig, weights: &[NodeWeight]) -> Result<Vec<LayoutCost>> {
+fn layouts(config: &ModelConfig, divided: &Divided) -> Result<Vec<LayoutCost>> {
     let mut costs = Vec::new();
     for layout in [Layout::Tensor, Layout::Expert, Layout::Pipeline] {
-        let partition = match Partition::solve(config, layout, weights) {
+        let partition = match Partition::solve(config, layout, &divided.weights) {
             Ok(partition) => partition,
             Err(PartitionError::MoreRanksThanLayers { .. }) => continue,
             Err(error) => return Err(error.into()),
         };
         let bytes = PlanReport::estimated_weight_bytes(config, &partition, PRECISION);
-        let report = PlanReport::new(config, &partition, &bytes, PRECISION);
+        let report = PlanReport::new(config, &partition, &bytes, divided.kv_format());
         let most = |bytes: fn(&RankPlan) -> u64| report.ranks.iter().map(bytes).max();
         costs.push(LayoutCost {
             layout,
@@ -175,7 +189,7 @@ fn solve(model: &Path, divided: &Divided) -> Result<(ModelConfig, PlanReport)> {
             PlanReport::estimated_weight_bytes(&config, &partition, precision)
         }
     };
-    let report = PlanReport::new(&config, &partition, &bytes, precision);
+    let report = PlanReport::new(&config, &partition, &bytes, divided.kv_format());
     Ok((config, report))
 }
 
@@ -293,5 +307,22 @@ mod tests {
         assert_eq!(bytes(999), "999 B");
         assert_eq!(bytes(12_300), "12.3 kB");
         assert_eq!(bytes(154_500_000_000), "154 GB");
+    }
+
+    #[test]
+    fn codes_of_eight_bits_are_counted_as_what_they_take() {
+        let config = ModelConfig::minimax_m2_5(2).unwrap();
+        let of = |kv_bits| {
+            let divided = Divided {
+                layout: Layout::Tensor,
+                weights: vec![NodeWeight(1.0); 2],
+                kv_bits,
+            };
+            layouts(&config, &divided).unwrap()[0].kv_bytes_per_token_max
+        };
+        // Keys and values of four heads in two layers; codes have two groups' scales and biases.
+        let rows = 2 * 4 * 2;
+        assert_eq!(of(KvBits::AsComputed), rows * 128 * 4);
+        assert_eq!(of(KvBits::Eight), rows * (128 + 2 * 2 * 4));
     }
 }

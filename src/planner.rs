@@ -98,7 +98,7 @@ pub(crate) async fn settle(
             let advice = advise(model, division, ground, assumed).await?;
             let best = advice.best()?;
             eprint!("{}", advice.words());
-            Ok(Divided::by(best))
+            Ok(Divided::by(best, division))
         }
     }
 }
@@ -351,6 +351,7 @@ fn workload(
         prefill_chunk_tokens: assumed.prefill_chunk_tokens.into(),
         cached_tokens: assumed.cached_tokens.into(),
         precision: PRECISION,
+        kv_bits: division.kv_bits,
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
+use offbook_protocol::KvBits;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
@@ -31,6 +32,9 @@ impl Settings {
         let limits = &mut settings.limits;
         if options.division.context > 0 {
             limits.context_tokens = options.division.context;
+        }
+        if options.division.kv_bits != KvBits::AsComputed {
+            limits.kv_bits = options.division.kv_bits;
         }
         let seconds = |time: std::time::Duration| time.as_secs_f64();
         put(&mut limits.sequences_max, options.sequences);

@@ -113,7 +113,7 @@ fn budgets(spec: &ShardSpec) -> Option<impl Fn(u32) -> Budget + use<>> {
     };
     let weight_bytes = checkpoint.share_bytes(&config, &share, precision);
     let (sequences, chunk) = (spec.sequences_max, spec.prefill_chunk_tokens);
-    let context_max = spec.context_tokens;
+    let (context_max, kv_bits) = (spec.context_tokens, spec.kv_bits);
     Some(move |kv_tokens| {
         let workload = Workload {
             kv_tokens: u64::from(kv_tokens),
@@ -122,6 +122,7 @@ fn budgets(spec: &ShardSpec) -> Option<impl Fn(u32) -> Budget + use<>> {
             prefill_chunk_tokens: u64::from(chunk),
             cached_tokens: u64::from(context_max),
             precision,
+            kv_bits,
         };
         Budget::of(&config, &share, weight_bytes, &workload)
     })
@@ -132,7 +133,7 @@ const SHORT_CONTEXT_TOKENS: u32 = 4096;
 
 #[cfg(test)]
 mod tests {
-    use offbook_protocol::{Epoch, FastSynch, Layout, NodeWeight, Rank, Transport};
+    use offbook_protocol::{Epoch, FastSynch, KvBits, Layout, NodeWeight, Rank, Transport};
 
     use super::*;
 
@@ -150,6 +151,7 @@ mod tests {
             context_tokens,
             sequences_max: 16,
             kv_tokens,
+            kv_bits: KvBits::AsComputed,
             prefix_cache: true,
             micro_batches: None,
             collective_deadline: std::time::Duration::from_secs(1),

@@ -85,7 +85,7 @@ fn with_a_good_key_and_no_greeting() {
             }
             // Less than the silence after which a connection ends by itself.
             let until = Instant::now() + Duration::from_secs(5);
-            while Instant::now() < until && callers.iter().any(|caller| stands(caller)) {
+            while Instant::now() < until && callers.iter().any(stands) {
                 callers.iter_mut().for_each(Caller::turn);
             }
             callers

@@ -97,6 +97,11 @@ impl Sequence {
         blocks(self.prompt.len() + self.draws_max.min(KV_BLOCK_TOKENS) - 1)
     }
 
+    /// Positions that it can ever need, whole blocks.
+    pub(super) fn reserved_max(&self) -> usize {
+        blocks(self.prompt.len() + self.draws_max - 1)
+    }
+
     /// Gives up the cache. What is known is prefilled later, what is on its way drawn again.
     pub(super) fn preempt(&mut self) {
         self.stale += self.drawn - self.seen.len();

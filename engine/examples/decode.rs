@@ -10,8 +10,8 @@ use offbook_engine::{
     Command, Engine, LoopOptions, Report, StepError, StepTiming, Window, step_loop,
 };
 use offbook_protocol::{
-    Epoch, FastSynch, Join, Layout, NodeWeight, Plan, PlanNumber, Rank, Sampling, SequenceId,
-    ShardSpec, StepOutcome, Transport,
+    Epoch, FastSynch, Join, KvBits, Layout, NodeWeight, Plan, PlanNumber, Rank, Sampling,
+    SequenceId, ShardSpec, StepOutcome, Transport,
 };
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -67,6 +67,7 @@ fn spec(model: PathBuf, context_tokens: u32) -> ShardSpec {
         context_tokens: context_tokens + 1,
         sequences_max: 64,
         kv_tokens: None,
+        kv_bits: KvBits::AsComputed,
         // Every prompt is to be read.
         prefix_cache: false,
         micro_batches: None,

@@ -1,6 +1,8 @@
-//! Causal attention of all sequences of a step over their caches, straight from where these lie: nothing is
-//! copied, repeated for the heads of a group, or computed for what a query does not see.
+//! Causal attention of all sequences of a step over their caches, straight from the blocks where these lie:
+//! nothing is copied, repeated for the heads of a group, or computed for what a query does not see.
 #![allow(unsafe_code)]
+
+mod kernel;
 
 use std::ffi::c_void;
 use std::slice;
@@ -8,83 +10,81 @@ use std::slice;
 use mlx_rs::error::Exception;
 use mlx_rs::{Array, Dtype, Stream};
 
-#[cfg(target_arch = "x86_64")]
-use crate::host::processor::X86V3;
-use crate::host::processor::{LANES, Plain, Processor};
+use self::kernel::Look;
+use crate::batch::KV_BLOCK_TOKENS;
+use crate::host::processor::LANES;
 use crate::host::{crew, is_on_cpu};
-use crate::kv_cache::KeysAndValues;
+use crate::kv_cache::{Blocks, Coding};
+
+/// Whether [`attend`] is for heads of this width: on another device, and for types other than 32-bit floats,
+/// it is MLX that attends.
+pub(crate) fn attends(width: usize, dtype: Dtype) -> bool {
+    is_on_cpu() && dtype == Dtype::Float32 && width.is_multiple_of(LANES)
+}
+
+/// How scores come of what is read.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reading {
+    /// Of the products of queries and keys.
+    pub(crate) scale: f32,
+    /// Of the caches, if they are coded.
+    pub(crate) coding: Option<Coding>,
+}
 
 /// What some rows of a step look at: those of one sequence.
 #[derive(Debug)]
-pub(crate) struct Sight {
+pub(crate) struct Sight<'a> {
     /// How many there are. The last sees all positions of `past`, each before it one less.
     pub(crate) rows: usize,
-    pub(crate) past: KeysAndValues,
+    pub(crate) positions: usize,
+    pub(crate) past: &'a Blocks,
 }
 
 /// `queries` `[rows, heads, head_dim]`, of which each sight has its own, in order → `[rows, heads ×
-/// head_dim]`; heads share keys in groups of neighbours. `scale` is that of the scores. `None` where MLX is to
-/// do it: on another device, and for types other than 32-bit floats.
+/// head_dim]`; heads share keys in groups of neighbours.
+///
+/// # Errors
+/// When the arrays do not fit each other, or are none that [`attends`] speaks of.
 pub(crate) fn attend(
     queries: &Array,
-    sights: &[Sight],
-    scale: f32,
-) -> Result<Option<Array>, Exception> {
-    let &[rows, heads, width] = queries.shape() else {
-        return Ok(None);
-    };
-    let is_float = |array: &Array| array.dtype() == Dtype::Float32;
-    let sized = |sight: &Sight| {
-        let KeysAndValues { keys, values } = &sight.past;
-        let &[kv_heads, positions, key_width] = keys.shape() else {
-            return None;
-        };
-        let fits = is_float(keys)
-            && is_float(values)
-            && values.shape() == keys.shape()
-            && key_width == width
-            && kv_heads > 0
-            && heads % kv_heads == 0
-            && (1..=positions as usize).contains(&sight.rows);
-        fits.then(|| RawAttention {
-            rows: sight.rows,
-            heads: heads as usize,
-            kv_heads: kv_heads as usize,
-            positions: positions as usize,
-            width: width as usize,
-            scale,
-            ..RawAttention::default()
-        })
-    };
-    let sizes: Option<Vec<RawAttention>> = sights.iter().map(sized).collect();
-    let all_rows: usize = sights.iter().map(|sight| sight.rows).sum();
-    let fits = is_on_cpu()
-        && is_float(queries)
-        && (width as usize).is_multiple_of(LANES)
-        && all_rows == rows as usize;
-    let Some(sizes) = sizes.filter(|_| fits) else {
-        return Ok(None);
-    };
-    let pasts = sights
+    sights: &[Sight<'_>],
+    reading: Reading,
+) -> Result<Array, Exception> {
+    let sizes: Option<Vec<RawAttention>> = sights
         .iter()
-        .flat_map(|sight| [&sight.past.keys, &sight.past.values]);
-    let pasts: Vec<*const c_void> = pasts.map(|array| array.as_ptr().ctx.cast_const()).collect();
+        .map(|sight| RawAttention::of(queries, sight, reading))
+        .collect();
+    let all_rows: usize = sights.iter().map(|sight| sight.rows).sum();
+    let fits = all_rows > 0 && all_rows == queries.dim(0) as usize;
+    let Some(sizes) = sizes.filter(|_| fits) else {
+        return Err(Exception::custom(
+            "queries and caches do not fit each other",
+        ));
+    };
+    let blocks = sights.iter().zip(&sizes).flat_map(|(sight, size)| {
+        let seen = size.positions.div_ceil(size.block_positions);
+        &sight.past.arrays()[..seen]
+    });
+    let blocks: Vec<*const c_void> = blocks
+        .map(|array| array.as_ptr().ctx.cast_const())
+        .collect();
     let stream = Stream::thread_local_or_default();
-    // SAFETY: all handles are alive during the call, the shim shares what it keeps; there are two of them for
-    // each of the sizes, which are those of the arrays; and what comes back is an array of ours alone.
+    // SAFETY: all handles are alive during the call, the shim shares what it keeps; there are as many blocks
+    // as the positions of the sizes take, which are those of the arrays; and what comes back is an array of
+    // ours alone.
     unsafe {
         let ctx = offbook_attention_new(
             sizes.as_ptr(),
             sizes.len(),
             run,
             queries.as_ptr().ctx.cast_const(),
-            pasts.as_ptr(),
+            blocks.as_ptr(),
             stream.as_ptr().ctx.cast_const(),
         );
         if ctx.is_null() {
             return Err(Exception::custom("no memory for attention"));
         }
-        Ok(Some(Array::from_ptr(mlx_sys::mlx_array { ctx })))
+        Ok(Array::from_ptr(mlx_sys::mlx_array { ctx }))
     }
 }
 
@@ -101,83 +101,7 @@ extern "C" fn run(sequences: *const RawAttention, count: usize) {
         _ => hands * PIECES_PER_HAND,
     };
     let size = looks.len().div_ceil(pieces).max(1);
-    crew::share(looks.chunks_mut(size).collect(), some);
-}
-
-/// What one head of one row does.
-struct Look<'a> {
-    of: &'a RawAttention,
-    row: usize,
-    head: usize,
-    query: &'a [[f32; LANES]],
-    out: &'a mut [[f32; LANES]],
-}
-
-impl Look<'_> {
-    /// As many as it sees.
-    #[inline(always)]
-    fn positions(&self) -> usize {
-        self.of.positions - self.of.rows + self.row + 1
-    }
-}
-
-fn some(looks: &mut [Look<'_>]) {
-    #[cfg(target_arch = "x86_64")]
-    if X86V3::is_here() {
-        // SAFETY: the processor has what the function is compiled for.
-        return unsafe { attend_x86_64_v3(looks) };
-    }
-    attend_with::<Plain>(looks);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,bmi2")]
-fn attend_x86_64_v3(looks: &mut [Look<'_>]) {
-    attend_with::<X86V3>(looks);
-}
-
-#[inline(always)]
-fn attend_with<P: Processor>(looks: &mut [Look<'_>]) {
-    let mut weights = Vec::new();
-    for look in looks {
-        let attention = look.of;
-        let kv_head = look.head / (attention.heads / attention.kv_heads);
-        weights.resize(look.positions(), 0.0);
-        let mut largest = f32::NEG_INFINITY;
-        for (position, weight) in weights.iter_mut().enumerate() {
-            *weight = attention.scale * dot::<P>(look.query, attention.key(kv_head, position));
-            largest = largest.max(*weight);
-        }
-        let mut sum = 0.0;
-        for weight in weights.iter_mut() {
-            *weight = (*weight - largest).exp();
-            sum += *weight;
-        }
-        for out in look.out.iter_mut() {
-            *out = [0.0; LANES];
-        }
-        for (position, weight) in weights.iter().enumerate() {
-            add::<P>(*weight / sum, attention.value(kv_head, position), look.out);
-        }
-    }
-}
-
-#[inline(always)]
-fn dot<P: Processor>(a: &[[f32; LANES]], b: &[[f32; LANES]]) -> f32 {
-    let mut sum = P::splat(0.0);
-    for (a, b) in a.iter().zip(b) {
-        sum = P::multiply_add(P::load(a), P::load(b), sum);
-    }
-    P::sum(sum)
-}
-
-/// `sum += weight · values`.
-#[inline(always)]
-fn add<P: Processor>(weight: f32, values: &[[f32; LANES]], sum: &mut [[f32; LANES]]) {
-    let weight = P::splat(weight);
-    for (sum, values) in sum.iter_mut().zip(values) {
-        P::store(P::multiply_add(weight, P::load(values), P::load(sum)), sum);
-    }
+    crew::share(looks.chunks_mut(size).collect(), kernel::attend);
 }
 
 /// More than one, so that a thread that is held up is not waited for; rows late in a prompt see more than
@@ -188,18 +112,16 @@ const PIECES_PER_HAND: usize = 4;
 #[repr(C)]
 struct RawAttention {
     queries: *const f32,
-    keys: *const f32,
-    values: *const f32,
+    blocks: *const *const u32,
     out: *mut f32,
-    key_head_stride: usize,
-    key_stride: usize,
-    value_head_stride: usize,
-    value_stride: usize,
     rows: usize,
     heads: usize,
     kv_heads: usize,
     positions: usize,
     width: usize,
+    block_positions: usize,
+    row_words: usize,
+    group_size: usize,
     scale: f32,
 }
 
@@ -208,6 +130,46 @@ struct RawAttention {
 unsafe impl Sync for RawAttention {}
 
 impl RawAttention {
+    /// The sizes alone, if these fit each other.
+    fn of(queries: &Array, sight: &Sight<'_>, reading: Reading) -> Option<Self> {
+        let &[_, heads, width] = queries.shape() else {
+            return None;
+        };
+        let blocks = sight.past.arrays();
+        let &[pairs, block_positions, row_words] = blocks.first()?.shape() else {
+            return None;
+        };
+        let (words, dtype) = match reading.coding {
+            Some(coding) => (coding.words(), Dtype::Uint32),
+            None => (width as usize, Dtype::Float32),
+        };
+        let alike = |block: &Array| {
+            block.shape() == [pairs, block_positions, row_words] && block.dtype() == dtype
+        };
+        let fits = attends(width as usize, queries.dtype())
+            && blocks.iter().all(alike)
+            && block_positions as usize == KV_BLOCK_TOKENS
+            && row_words as usize == words
+            && pairs >= 2
+            && heads % (pairs / 2) == 0
+            && sight.positions <= blocks.len() * KV_BLOCK_TOKENS
+            && (1..=sight.positions).contains(&sight.rows);
+        fits.then(|| Self {
+            queries: std::ptr::null(),
+            blocks: std::ptr::null(),
+            out: std::ptr::null_mut(),
+            rows: sight.rows,
+            heads: heads as usize,
+            kv_heads: pairs as usize / 2,
+            positions: sight.positions,
+            width: width as usize,
+            block_positions: KV_BLOCK_TOKENS,
+            row_words: words,
+            group_size: reading.coding.map_or(0, Coding::group_size),
+            scale: reading.scale,
+        })
+    }
+
     /// All that is to be done, by head: those that read the same keys come one after the other.
     fn looks(&self) -> impl Iterator<Item = Look<'_>> {
         let length = self.rows * self.heads * self.width;
@@ -235,40 +197,14 @@ impl RawAttention {
         looks.into_iter()
     }
 
+    /// The rows of one head in one block, keys' heads before values', from the first position on.
     #[inline(always)]
-    fn key(&self, head: usize, position: usize) -> &[[f32; LANES]] {
-        let offset = head * self.key_head_stride + position * self.key_stride;
+    fn rows_of(&self, head: usize, block: usize, positions: usize) -> &[u32] {
+        let offset = head * self.block_positions * self.row_words;
         // SAFETY: only asked for heads and positions that there are; see `run`.
-        let key = unsafe { slice::from_raw_parts(self.keys.add(offset), self.width) };
-        key.as_chunks().0
-    }
-
-    #[inline(always)]
-    fn value(&self, head: usize, position: usize) -> &[[f32; LANES]] {
-        let offset = head * self.value_head_stride + position * self.value_stride;
-        // SAFETY: as for `key`.
-        let value = unsafe { slice::from_raw_parts(self.values.add(offset), self.width) };
-        value.as_chunks().0
-    }
-}
-
-impl Default for RawAttention {
-    fn default() -> Self {
-        Self {
-            queries: std::ptr::null(),
-            keys: std::ptr::null(),
-            values: std::ptr::null(),
-            out: std::ptr::null_mut(),
-            key_head_stride: 0,
-            key_stride: 0,
-            value_head_stride: 0,
-            value_stride: 0,
-            rows: 0,
-            heads: 0,
-            kv_heads: 0,
-            positions: 0,
-            width: 0,
-            scale: 0.0,
+        unsafe {
+            let block = *self.blocks.add(block);
+            slice::from_raw_parts(block.add(offset), positions * self.row_words)
         }
     }
 }
@@ -280,7 +216,7 @@ unsafe extern "C" {
         count: usize,
         attend: extern "C" fn(*const RawAttention, usize),
         queries: *const c_void,
-        pasts: *const *const c_void,
+        blocks: *const *const c_void,
         stream: *const c_void,
     ) -> *mut c_void;
 }
@@ -292,19 +228,26 @@ mod tests {
     use mlx_rs::random;
 
     use super::*;
+    use crate::kv_cache::{LayerCache, Place, Placement, SequenceCache};
+
+    const PLAIN: Reading = Reading {
+        scale: 0.3,
+        coding: None,
+    };
 
     fn normal(shape: &[i32], seed: u64) -> Array {
         let key = random::key(seed).unwrap();
         random::normal::<f32>(shape, None, None, Some(&key)).unwrap()
     }
 
-    /// `[rows, heads × width]`, by MLX's own kernel.
-    fn by_mlx(queries: &Array, past: &KeysAndValues, scale: f32) -> Array {
+    /// `[rows, heads × width]`, by MLX's own kernel. `rows` is `[positions, 2 × kv heads, width]`.
+    fn by_mlx(queries: &Array, rows: &Array, scale: f32) -> Array {
+        let (by_head, half) = (rows.transpose_axes(&[1, 0, 2]).unwrap(), rows.dim(1) / 2);
         let batched = queries.transpose_axes(&[1, 0, 2]).unwrap();
         let attended = scaled_dot_product_attention(
             batched.expand_dims(0).unwrap(),
-            past.keys.expand_dims(0).unwrap(),
-            past.values.expand_dims(0).unwrap(),
+            by_head.try_index(..half).unwrap().expand_dims(0).unwrap(),
+            by_head.try_index(half..).unwrap().expand_dims(0).unwrap(),
             scale,
             Some(ScaledDotProductAttentionMask::Causal),
             None,
@@ -314,36 +257,64 @@ mod tests {
         attended.reshape(&[queries.dim(0), -1]).unwrap()
     }
 
-    /// From the middle of a larger buffer.
-    fn past(positions: i32, seed: u64) -> KeysAndValues {
-        let buffer = normal(&[6, 2000, 32], seed);
-        KeysAndValues {
-            keys: buffer.try_index((..3, ..positions, ..)).unwrap(),
-            values: buffer.try_index((3.., ..positions, ..)).unwrap(),
+    /// One sequence's keys and values, as rows and in blocks that were filled in steps of so many.
+    struct Past {
+        rows: Array,
+        blocks: LayerCache,
+    }
+
+    impl Past {
+        fn new(positions: i32, seed: u64, step: usize) -> Self {
+            let rows = normal(&[positions, 6, 32], seed);
+            let mut blocks = SequenceCache::new(1, Placement::Blocks).layers.remove(0);
+            for start in (0..positions as usize).step_by(step) {
+                let end = (start + step).min(positions as usize) as i32;
+                let some = rows.try_index(start as i32..end).unwrap();
+                blocks.append(&some, Place { start, reserve: 0 }).unwrap();
+            }
+            Self { rows, blocks }
         }
+
+        fn seen_by(&self, rows: usize) -> Sight<'_> {
+            let LayerCache::Blocks(past) = &self.blocks else {
+                unreachable!()
+            };
+            let positions = self.rows.dim(0) as usize;
+            Sight {
+                rows,
+                positions,
+                past,
+            }
+        }
+    }
+
+    fn bits(array: &Array) -> Vec<u32> {
+        let array = array.contiguous().unwrap();
+        let values = array.try_as_slice::<f32>().unwrap();
+        values.iter().map(|value| value.to_bits()).collect()
     }
 
     #[test]
     fn each_sequence_gets_what_mlx_gives_it_alone() {
         // The last one alone is worth more than one thread.
-        let lengths = [(1, 37), (37, 37), (5, 40), (1, 1), (300, 1800)];
-        let sights = lengths
-            .iter()
-            .zip(1..)
-            .map(|(&(rows, positions), seed)| Sight {
-                rows,
-                past: past(positions, seed),
-            });
-        let sights: Vec<Sight> = sights.collect();
+        let lengths = [(1, 37), (37, 37), (5, 300), (1, 1), (2, 512), (300, 1800)];
+        let pasts = (1..)
+            .zip(&lengths)
+            .map(|(seed, &(_, positions))| Past::new(positions, seed, 130));
+        let pasts: Vec<Past> = pasts.collect();
+        let sights = pasts.iter().zip(&lengths);
+        let sights: Vec<Sight> = sights
+            .map(|(past, &(rows, _))| past.seen_by(rows))
+            .collect();
         let count: usize = sights.iter().map(|sight| sight.rows).sum();
         let queries = normal(&[count as i32, 6, 32], 9);
-        let together = attend(&queries, &sights, 0.3).unwrap().unwrap();
+        let together = attend(&queries, &sights, PLAIN).unwrap();
         assert_eq!(together.shape(), [count as i32, 6 * 32]);
         let mut first = 0;
-        for sight in &sights {
+        for (sight, past) in sights.iter().zip(&pasts) {
             let end = first + sight.rows as i32;
             let own = queries.try_index(first..end).unwrap();
-            let theirs = by_mlx(&own, &sight.past, 0.3);
+            let theirs = by_mlx(&own, &past.rows, 0.3);
             let ours = together.try_index(first..end).unwrap();
             let rows = sight.rows;
             assert!(
@@ -356,32 +327,75 @@ mod tests {
 
     #[test]
     fn a_row_is_the_same_in_any_company() {
-        let sights = [(3, 700), (1, 900)].map(|(rows, positions)| Sight {
-            rows,
-            past: past(positions, 4),
-        });
+        let pasts = [Past::new(700, 4, 700), Past::new(900, 4, 900)];
+        let sights = [pasts[0].seen_by(3), pasts[1].seen_by(1)];
         let queries = normal(&[4, 6, 32], 5);
-        let bits = |array: Array| -> Vec<u32> {
-            let array = array.contiguous().unwrap();
-            let values = array.try_as_slice::<f32>().unwrap();
-            values.iter().map(|value| value.to_bits()).collect()
-        };
-        let together = bits(attend(&queries, &sights, 0.3).unwrap().unwrap());
+        let together = bits(&attend(&queries, &sights, PLAIN).unwrap());
         let last = queries.try_index(3..).unwrap();
-        let alone = bits(attend(&last, &sights[1..], 0.3).unwrap().unwrap());
+        let alone = bits(&attend(&last, &sights[1..], PLAIN).unwrap());
         assert_eq!(alone, together[3 * 6 * 32..]);
     }
 
     #[test]
-    fn what_does_not_fit_is_left_to_mlx() {
-        let sight = Sight {
-            rows: 2,
-            past: past(10, 1),
+    fn however_a_cache_was_filled_a_row_is_the_same() {
+        let queries = normal(&[1, 6, 32], 5);
+        let of = |step| {
+            let past = Past::new(600, 4, step);
+            bits(&attend(&queries, &[past.seen_by(1)], PLAIN).unwrap())
         };
+        let at_once = of(600);
+        for step in [1, 100, 256] {
+            assert_eq!(of(step), at_once, "{step} at a time");
+        }
+    }
+
+    /// Blocks of codes, and what they stand for.
+    fn coded(width: i32, positions: i32, seed: u64) -> (Coding, Past) {
+        let coding = Coding::of(width as usize, Dtype::Float32).unwrap();
+        let packed = coding.pack(&normal(&[positions, 6, width], seed)).unwrap();
+        let mut blocks = SequenceCache::new(1, Placement::Blocks).layers.remove(0);
+        let place = Place {
+            start: 0,
+            reserve: 0,
+        };
+        blocks.append(&packed, place).unwrap();
+        let rows = coding.unpack(&packed).unwrap();
+        (coding, Past { rows, blocks })
+    }
+
+    #[test]
+    fn codes_are_read_as_what_they_stand_for_in_any_company() {
+        for width in [32, 64, 96, 128] {
+            let (coding, past) = coded(width, 600, 3);
+            let (_, other) = coded(width, 40, 4);
+            let reading = Reading {
+                coding: Some(coding),
+                ..PLAIN
+            };
+            let queries = normal(&[9, 6, width], 5);
+            let sights = [past.seen_by(5), other.seen_by(4)];
+            let together = attend(&queries, &sights, reading).unwrap();
+            let own = queries.try_index(..5).unwrap();
+            let theirs = by_mlx(&own, &past.rows, 0.3);
+            let ours = together.try_index(..5).unwrap();
+            assert!(ours.all_close(theirs, 1e-4, 1e-4, None).unwrap(), "{width}");
+            let last = queries.try_index(8..).unwrap();
+            let alone = attend(&last, &[other.seen_by(1)], reading).unwrap();
+            assert_eq!(bits(&alone), bits(&together.try_index(8..).unwrap()));
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let past = Past::new(10, 1, 10);
         let queries = normal(&[3, 6, 32], 2);
-        assert!(
-            attend(&queries, &[sight], 0.3).unwrap().is_none(),
-            "a row of nobody"
-        );
+        let refused = |sight| attend(&queries, &[sight], PLAIN).is_err();
+        assert!(refused(past.seen_by(2)), "a row of nobody");
+        assert!(!refused(past.seen_by(3)));
+        let further = Sight {
+            positions: 257,
+            ..past.seen_by(3)
+        };
+        assert!(refused(further), "positions that there are not");
     }
 }

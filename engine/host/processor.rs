@@ -18,6 +18,9 @@ pub(super) trait Processor {
     /// As many codes as lanes, the first in the lowest bits.
     fn spread(codes: u64, bits: u32) -> Self::Vector;
 
+    /// As many codes of 8 bits as lanes, the first in the lowest bits.
+    fn widen(codes: [u32; 2]) -> Self::Vector;
+
     /// All lanes, always in the same order.
     #[inline(always)]
     fn sum(vector: Self::Vector) -> f32 {
@@ -62,6 +65,11 @@ impl Processor for Plain {
     fn spread(codes: u64, bits: u32) -> Self::Vector {
         let mask = (1 << bits) - 1;
         std::array::from_fn(|lane| ((codes >> (lane as u32 * bits)) & mask) as f32)
+    }
+
+    #[inline(always)]
+    fn widen(codes: [u32; 2]) -> Self::Vector {
+        std::array::from_fn(|lane| ((codes[lane / 4] >> (lane % 4 * 8)) & 0xff) as f32)
     }
 }
 
@@ -114,6 +122,16 @@ impl Processor for X86V3 {
         unsafe {
             let bytes = x86::_pdep_u64(codes, mask).cast_signed();
             x86::_mm256_cvtepi32_ps(x86::_mm256_cvtepu8_epi32(x86::_mm_cvtsi64_si128(bytes)))
+        }
+    }
+
+    #[inline(always)]
+    fn widen(codes: [u32; 2]) -> Self::Vector {
+        let bytes = u64::from(codes[0]) | (u64::from(codes[1]) << 32);
+        // SAFETY: see the type.
+        unsafe {
+            let bytes = x86::_mm_cvtsi64_si128(bytes.cast_signed());
+            x86::_mm256_cvtepi32_ps(x86::_mm256_cvtepu8_epi32(bytes))
         }
     }
 }

@@ -10,9 +10,10 @@ use mlx_rs::ops::indexing::{TryIndexOp, take_axis};
 use mlx_rs::ops::{broadcast_to, concatenate, matmul, rsqrt};
 use mlx_rs::{Array, Dtype};
 
+use crate::batch::Segment;
 use crate::config::{ModelConfig, QkNorm};
-use crate::host::{self, Sight};
-use crate::kv_cache::{KeysAndValues, Place};
+use crate::host::{self, Reading, Sight};
+use crate::kv_cache::{Coding, KeysAndValues, LayerCache, Place, Placement};
 use crate::models::Fault;
 use crate::models::decoder::{Borrowed, DeviceKind, Numerics, Rows};
 use crate::models::fused::{self, NormOfTwo};
@@ -42,6 +43,7 @@ struct Heads {
     query: i32,
     kv: i32,
     width: i32,
+    coding: Option<Coding>,
 }
 
 /// What [`QkNorm`] says, with what it takes beside the gains.
@@ -76,7 +78,7 @@ struct Prepared {
     queries: Array,
     /// By which their products with keys have still to be multiplied.
     scale: f32,
-    /// `[rows, 2 × kv heads, head_dim]`: keys, then values.
+    /// `[rows, 2 × kv heads, head_dim]`, or words of codes in place of channels: keys, then values.
     pairs: Array,
 }
 
@@ -109,23 +111,22 @@ impl Attention {
         let Some(heads) = &self.heads else {
             return self.nothing(x, rows);
         };
-        let prepared = heads.prepare(x, rows, rotary, self.numerics)?;
-        let mut sights = Vec::with_capacity(rows.segments.len());
+        let mut prepared = heads.prepare(x, rows, rotary, self.numerics)?;
+        let coding = self.numerics.coding;
+        if let Some(coding) = coding {
+            prepared.pairs = coding.pack(&prepared.pairs)?;
+        }
         for (segment, range) in rows.segments.iter().zip(&rows.ranges) {
             let place = Place {
                 start: segment.start,
                 reserve: segment.reserve,
             };
             let pairs = rows.slice(&prepared.pairs, range)?;
-            let past = caches.of(segment.sequence)?.append(&pairs, place)?;
-            sights.push(Sight {
-                rows: range.len(),
-                past,
-            });
+            caches.of(segment.sequence)?.append(&pairs, place)?;
         }
-        let attended = match host::attend(&prepared.queries, &sights, prepared.scale)? {
-            Some(attended) => attended,
-            None => heads.attend_one_by_one(&prepared, &sights, rows)?,
+        let attended = match self.numerics.placement {
+            Placement::Blocks => prepared.attend_together(rows, caches, coding)?,
+            Placement::OneBuffer => heads.attend_one_by_one(&prepared, rows, caches)?,
         };
         let part = project(&heads.output, &attended)?;
         rows.whole_of_heads(part)
@@ -205,6 +206,7 @@ impl Heads {
             query,
             kv,
             width,
+            coding: numerics.coding,
         })
     }
 
@@ -323,19 +325,22 @@ impl Heads {
         rows.whole_of_heads(matmul(&squares, &norm.mean)?)
     }
 
-    /// Causal attention of all segments: `[rows, query heads × head_dim]`.
+    /// Causal attention of all segments, by MLX: `[rows, query heads × head_dim]`.
     fn attend_one_by_one(
         &self,
         prepared: &Prepared,
-        sights: &[Sight],
         rows: &Rows<'_>,
+        caches: &mut Borrowed<'_>,
     ) -> Result<Array, Exception> {
-        let one = |(sight, range): (&Sight, _)| {
+        let mut parts = Vec::with_capacity(rows.segments.len());
+        for (segment, range) in rows.segments.iter().zip(&rows.ranges) {
+            let LayerCache::OneBuffer(cache) = caches.of(segment.sequence)? else {
+                return Err(misplaced());
+            };
+            let past = cache.past(segment.start + segment.rows(), self.coding)?;
             let queries = rows.slice(&prepared.queries, range)?;
-            self.attend(&queries, prepared.scale, &sight.past)
-        };
-        let parts = sights.iter().zip(&rows.ranges).map(one);
-        let mut parts: Vec<Array> = parts.collect::<Result<_, _>>()?;
+            parts.push(self.attend(&queries, prepared.scale, &past)?);
+        }
         match parts.len() {
             1 => Ok(parts.remove(0)),
             _ => concatenate(&parts, 0),
@@ -360,6 +365,35 @@ impl Heads {
             .transpose_axes(&[1, 0, 2])?
             .reshape(&flat)
     }
+}
+
+impl Prepared {
+    /// Causal attention of all segments, by our own kernel: `[rows, query heads × head_dim]`.
+    fn attend_together(
+        &self,
+        rows: &Rows<'_>,
+        caches: &Borrowed<'_>,
+        coding: Option<Coding>,
+    ) -> Result<Array, Exception> {
+        let sight = |segment: &Segment| match caches.at(segment.sequence)? {
+            LayerCache::Blocks(past) => Ok(Sight {
+                rows: segment.rows(),
+                positions: segment.start + segment.rows(),
+                past,
+            }),
+            LayerCache::OneBuffer(_) => Err(misplaced()),
+        };
+        let sights: Vec<Sight<'_>> = rows.segments.iter().map(sight).collect::<Result<_, _>>()?;
+        let reading = Reading {
+            scale: self.scale,
+            coding,
+        };
+        host::attend(&self.queries, &sights, reading)
+    }
+}
+
+fn misplaced() -> Exception {
+    Exception::custom("a cache does not lie where this device looks for it")
 }
 
 impl WholeNorm {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Partition, RankShare, ShareSlices};
 use crate::config::{ModelConfig, QkNorm};
-use crate::precision::Precision;
+use crate::precision::{KvFormat, Precision};
 
 /// A partition with its numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -54,13 +54,14 @@ pub struct Collectives {
 
 impl PlanReport {
     /// `weight_bytes` has one entry per rank: from the checkpoint where there is one, else from
-    /// [`PlanReport::estimated_weight_bytes`].
+    /// [`PlanReport::estimated_weight_bytes`]. A [`Precision`] is a format of caches as well.
     pub fn new(
         config: &ModelConfig,
         partition: &Partition,
         weight_bytes: &[u64],
-        precision: Precision,
+        format: impl Into<KvFormat>,
     ) -> Self {
+        let format = format.into();
         let line = |(rank, (share, weight_bytes)): (usize, (&RankShare, &u64))| RankPlan {
             rank: Rank(rank as u32),
             layers: share.layers.clone(),
@@ -70,7 +71,7 @@ impl PlanReport {
             mlp_columns: share.mlp_columns.clone(),
             vocabulary_rows: share.vocabulary_rows.clone(),
             weight_bytes: *weight_bytes,
-            kv_bytes_per_token: share.kv_bytes_per_token(config, precision),
+            kv_bytes_per_token: share.kv_bytes_per_token(config, format),
         };
         let ranks: Vec<RankPlan> = (partition.shares.iter().zip(weight_bytes).enumerate())
             .map(line)
@@ -81,7 +82,7 @@ impl PlanReport {
             weight_bytes: ranks.iter().map(|rank| rank.weight_bytes).sum(),
             kv_bytes_per_token: ranks.iter().map(|rank| rank.kv_bytes_per_token).sum(),
             ranks,
-            collectives: Collectives::of(config, partition, precision),
+            collectives: Collectives::of(config, partition, format.precision),
         }
     }
 
@@ -99,9 +100,9 @@ impl PlanReport {
 
 impl RankShare {
     /// Bytes that one position of one sequence takes in this rank's KV cache.
-    pub fn kv_bytes_per_token(&self, config: &ModelConfig, precision: Precision) -> u64 {
-        let values = 2 * self.layers.len() * self.kv_heads.len() * config.head_dim;
-        values as u64 * precision.bytes()
+    pub fn kv_bytes_per_token(&self, config: &ModelConfig, format: impl Into<KvFormat>) -> u64 {
+        let rows = 2 * self.layers.len() * self.kv_heads.len();
+        rows as u64 * format.into().bytes(config.head_dim)
     }
 }
 

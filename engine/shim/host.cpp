@@ -51,6 +51,10 @@ class Product final : public mx::UnaryPrimitive {
   offbook_multiply multiply_;
 };
 
+size_t block_count(const offbook_attention& sequence) {
+  return (sequence.positions + sequence.block_positions - 1) / sequence.block_positions;
+}
+
 class Attention final : public mx::UnaryPrimitive {
  public:
   Attention(mx::Stream stream, std::vector<offbook_attention> sequences, offbook_attend attend)
@@ -59,35 +63,35 @@ class Attention final : public mx::UnaryPrimitive {
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     out.set_data(mx::allocator::malloc(out.nbytes()));
     auto sequences = sequences_;
+    std::vector<const uint32_t*> blocks;
+    for (size_t i = 1; i < inputs.size(); ++i) {
+      if (!inputs[i].flags().row_contiguous) {
+        throw std::runtime_error("[offbook] the rows of a cache must lie in order");
+      }
+      blocks.push_back(inputs[i].data<uint32_t>());
+    }
     auto* queries = inputs[0].data<float>();
     auto* place = out.data<float>();
-    for (size_t i = 0; i < sequences.size(); ++i) {
-      auto& sequence = sequences[i];
-      auto& keys = inputs[1 + 2 * i];
-      auto& values = inputs[2 + 2 * i];
-      if (keys.strides(2) != 1 || values.strides(2) != 1) {
-        throw std::runtime_error("[offbook] keys and values must lie in order along their width");
-      }
+    auto* first = blocks.data();
+    for (auto& sequence : sequences) {
       sequence.queries = queries;
-      sequence.keys = keys.data<float>();
-      sequence.values = values.data<float>();
+      sequence.blocks = first;
       sequence.out = place;
-      sequence.key_head_stride = keys.strides(0);
-      sequence.key_stride = keys.strides(1);
-      sequence.value_head_stride = values.strides(0);
-      sequence.value_stride = values.strides(1);
       auto size = sequence.rows * sequence.heads * sequence.width;
       queries += size;
       place += size;
+      first += block_count(sequence);
     }
     auto& encoder = mx::cpu::get_command_encoder(stream());
     for (auto& input : inputs) {
       encoder.set_input_array(input);
     }
     encoder.set_output_array(out);
-    encoder.dispatch([sequences = std::move(sequences), attend = attend_]() {
-      attend(sequences.data(), sequences.size());
-    });
+    // To move a vector leaves its elements where they are.
+    encoder.dispatch(
+        [sequences = std::move(sequences), blocks = std::move(blocks), attend = attend_]() {
+          attend(sequences.data(), sequences.size());
+        });
   }
   void eval_gpu(const std::vector<mx::array>&, mx::array&) override {
     throw std::runtime_error("[offbook] this attention is for the CPU");
@@ -108,7 +112,7 @@ extern "C" void* offbook_attention_new(
     size_t count,
     offbook_attend attend,
     const void* queries,
-    const void* const* pasts,
+    const void* const* blocks,
     const void* stream) {
   try {
     auto& on = *static_cast<const mx::Stream*>(stream);
@@ -117,8 +121,9 @@ extern "C" void* offbook_attention_new(
     size_t rows = 0;
     for (size_t i = 0; i < count; ++i) {
       rows += sequences[i].rows;
-      arrays.push_back(*static_cast<const mx::array*>(pasts[2 * i]));
-      arrays.push_back(*static_cast<const mx::array*>(pasts[2 * i + 1]));
+      for (auto left = block_count(sequences[i]); left > 0; --left) {
+        arrays.push_back(*static_cast<const mx::array*>(*blocks++));
+      }
     }
     auto width = sequences[0].heads * sequences[0].width;
     mx::Shape shape{static_cast<int>(rows), static_cast<int>(width)};

@@ -40,36 +40,35 @@ void* offbook_product_new(
     size_t dimensions,
     const void* stream);
 
-// Causal attention of one sequence's `rows` queries, the last of which sees all `positions`. Strides are in floats,
-// those of the innermost axis are 1. The same layout stands in attention.rs.
+// Causal attention of one sequence's `rows` queries, the last of which sees all `positions`. They lie in
+// blocks, each [2 * kv_heads, block_positions, row_words] words of 32 bits, in order along its last axes: all
+// heads' keys, then all heads' values. The same layout stands in attention.rs.
 typedef struct offbook_attention {
   const float* queries; // [rows, heads, width]
-  const float* keys; // [kv_heads, positions, width]
-  const float* values; // [kv_heads, positions, width]
+  const uint32_t* const* blocks; // as many as the positions take
   float* out; // [rows, heads, width]
-  size_t key_head_stride;
-  size_t key_stride;
-  size_t value_head_stride;
-  size_t value_stride;
   size_t rows;
   size_t heads;
   size_t kv_heads;
   size_t positions;
   size_t width;
+  size_t block_positions;
+  size_t row_words;
+  size_t group_size; // of codes of 8 bits; 0 where a row is floats
   float scale;
 } offbook_attention;
 
 typedef void (*offbook_attend)(const offbook_attention* sequences, size_t count);
 
 // An mlx::core::array [all rows, heads * width] of 32-bit floats that `attend` fills on `stream`, a CPU
-// stream. `queries` has the rows of all sequences one after the other; `pasts` are keys and values of each, two
-// times `count` arrays of the shapes above. Null when there is no memory. Never throws.
+// stream. `queries` has the rows of all sequences one after the other; `blocks` are the arrays of all of them,
+// in the same order. Null when there is no memory. Never throws.
 void* offbook_attention_new(
     const offbook_attention* sequences,
     size_t count,
     offbook_attend attend,
     const void* queries,
-    const void* const* pasts,
+    const void* const* blocks,
     const void* stream);
 
 #ifdef __cplusplus

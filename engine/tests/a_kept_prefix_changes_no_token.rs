@@ -33,6 +33,27 @@ fn over_the_ranks_of_every_layout() {
     }
 }
 
+/// Heads of this model are of a width whose caches lie in blocks, which sequences share; those of the other
+/// one lie in buffers.
+#[test]
+fn in_blocks_that_are_shared() {
+    if be_a_rank() {
+        return;
+    }
+    let keeping = Cluster::of(&Fixture::open("qwen3-f32").model);
+    let forgetful = Cluster {
+        prefix_cache: false,
+        ..keeping.clone()
+    };
+    let first = forgetful.serve(vec![ask(1, &text(300, 1), 24)]);
+    let conversation = || conversation(&tokens(&first[&SequenceId(1)]));
+    let expected = forgetful.play(conversation());
+    check(&keeping.play(conversation()), &expected);
+    let apart = keeping.over(Layout::Tensor, &[1.0, 1.0]);
+    let drawn = play_apart(&apart, conversation(), "in_blocks_that_are_shared");
+    check(&drawn, &expected);
+}
+
 fn check(drawn: &Drawn, expected: &Drawn) {
     let answers = |drawn: &Drawn| -> Vec<Vec<u32>> { drawn.values().map(|d| tokens(d)).collect() };
     assert_eq!(answers(drawn), answers(expected));

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use offbook_protocol::{Layout, Transport};
+use offbook_protocol::{KvBits, Layout, Transport};
 use serde_json::{Value, json};
 
 use crate::cli::{BenchDecode, Division, Hardware, LocalOptions, Parallel};
@@ -92,6 +92,7 @@ async fn one_cluster(
             parallel: Some(Parallel::As(layout)),
             weights: Vec::new(),
             context: 0,
+            kv_bits: KvBits::AsComputed,
             hardware: Hardware::default(),
         },
         transport: options.transport,

@@ -18,8 +18,8 @@ use offbook_engine::{
     Command, EndReason, Engine, LoopOptions, Report, StepError, StepTiming, Window, step_loop,
 };
 use offbook_protocol::{
-    Epoch, Join, Layout, NodeWeight, Plan, PlanNumber, Rank, SampledToken, Sampling, SequenceId,
-    ShardSpec, StepOutcome, Transport,
+    Epoch, Join, KvBits, Layout, NodeWeight, Plan, PlanNumber, Rank, SampledToken, Sampling,
+    SequenceId, ShardSpec, StepOutcome, Transport,
 };
 use serde::{Deserialize, Serialize};
 
@@ -39,6 +39,7 @@ pub(crate) struct Cluster {
     pub(crate) window: u32,
     /// Positions of all caches; `None` for as many as are ever needed.
     pub(crate) kv_tokens: Option<u32>,
+    pub(crate) kv_bits: KvBits,
     pub(crate) prefix_cache: bool,
     pub(crate) micro_batches: Option<NonZeroU32>,
     /// What joins the ranks, where they are processes: the name of a [`Carrier`].
@@ -55,6 +56,7 @@ impl Cluster {
             prefill_chunk_tokens: 512,
             window: 100,
             kv_tokens: None,
+            kv_bits: KvBits::AsComputed,
             prefix_cache: true,
             micro_batches: None,
             carrier: Carrier::Quic.name(),
@@ -99,7 +101,7 @@ impl Cluster {
         Engine::load(&self.spec(rank), &mut |_| ()).unwrap()
     }
 
-    fn spec(&self, rank: usize) -> ShardSpec {
+    pub(crate) fn spec(&self, rank: usize) -> ShardSpec {
         ShardSpec {
             epoch: EPOCH,
             rank: Rank(rank as u32),
@@ -112,6 +114,7 @@ impl Cluster {
             context_tokens: 1024,
             sequences_max: 16,
             kv_tokens: self.kv_tokens,
+            kv_bits: self.kv_bits,
             prefix_cache: self.prefix_cache,
             micro_batches: self.micro_batches,
             collective_deadline: DEADLINE,
