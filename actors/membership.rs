@@ -372,6 +372,7 @@ impl Membership {
             last_lines: member.last_lines.clone(),
             given_up: member.given_up,
             load: member.load,
+            kv: None,
             collectives: member.collectives.clone(),
         };
         let node = |member: &formation::Member| NodeReport {

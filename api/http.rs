@@ -62,6 +62,9 @@ pub struct Service {
     pub context_tokens: u32,
     /// Token ids are below this.
     pub vocabulary: u32,
+    /// Answers that one request of a client may ask for at most: each is a request to the cluster, whose
+    /// queue takes so many of one client at once.
+    pub answers_max: u32,
     /// When the model was made available, in seconds since 1970.
     pub created: u64,
     /// Where answers under way are kept, which a restart of this process is to survive, if anywhere.

@@ -1,4 +1,8 @@
-"""Scores a checkpoint on the held-out split, greedily: python demo/score.py --backend torch|mlx --items 500"""
+"""Scores a checkpoint on the held-out split, greedily: python demo/score.py --backend torch|mlx|api --items 500
+
+Calls of tools are scored twice: by their form alone, which is what an API needs to hand a call on, and by whether
+they are exactly the call that the request asked for.
+"""
 
 import argparse
 import random
@@ -28,12 +32,13 @@ def additions(rng, phrasings, held_out_pairs=True):
 
 
 def calls(rng, make):
-    """One request for one of several tools; the form, the name and all arguments must be right."""
+    """One request for one of several tools."""
     while True:
         call = make(rng, True)
         offered = dialogues._offered(rng, [call])
         wanted = chat.call_text([{"name": call.schema["name"], "arguments": call.arguments}])
-        yield [chat.user(call.request)], offered, lambda text, wanted=wanted: same_call(_answer(text), wanted)
+        yield [chat.user(call.request)], offered, lambda text, wanted=wanted, offered=offered: {
+            "form": well_formed(_answer(text), offered), "form, name and all values": same_call(_answer(text), wanted)}
 
 
 def replies(rng, task):
@@ -84,6 +89,38 @@ def same_call(answer: str | None, wanted: str) -> bool:
     def parts(text):
         return [sorted(block.splitlines()) for block in text.split("<invoke ")]
     return answer is not None and answer.startswith(chat.CALL) and answer.endswith(chat.CALL_END) and parts(answer) == parts(wanted)
+
+
+INVOKE = re.compile(r'<invoke name="([^"\n]+)">\n((?:<parameter name="[^"\n]+">.*</parameter>\n)*)</invoke>\n')
+PATTERNS = {"string": r".+", "integer": r"-?\d+", "number": r"-?\d+(\.\d+)?"}
+PARAMETER = re.compile(r'<parameter name="([^"\n]+)">(.*)</parameter>\n')
+
+
+def well_formed(answer: str | None, offered: list[dict]) -> bool:
+    """Nothing but calls, each of an offered tool, with its required parameters, none that it has not, none twice,
+    and values of their types."""
+    if answer is None or not (answer.startswith(chat.CALL + "\n") and answer.endswith(chat.CALL_END)):
+        return False
+    inner = answer[len(chat.CALL) + 1:-len(chat.CALL_END)]
+    calls = INVOKE.findall(inner)
+    if not calls or INVOKE.sub("", inner):
+        return False
+    schemas = {schema["name"]: schema["parameters"] for schema in offered}
+    for name, block in calls:
+        pairs = PARAMETER.findall(block)
+        values = dict(pairs)
+        if name not in schemas or len(values) != len(pairs):
+            return False
+        properties = schemas[name]["properties"]
+        if not set(schemas[name].get("required", [])) <= set(values) <= set(properties):
+            return False
+        if not all(of_type(value, properties[key]["type"]) for key, value in values.items()):
+            return False
+    return True
+
+
+def of_type(value: str, kind: str) -> bool:
+    return re.fullmatch(PATTERNS[kind], value) is not None
 
 
 def kinds(seed: int) -> dict:
@@ -137,10 +174,28 @@ def with_mlx(folder: Path):
     return run
 
 
+def with_api(url: str, together: int = 16):
+    """Through a running server: offbook up --nodes 1 --model demo/model"""
+    import json
+    from concurrent.futures import ThreadPoolExecutor
+    from urllib.request import Request, urlopen
+
+    def run(prompts, tokens_max):
+        def ask(prompt):
+            body = {"prompt": prompt, "max_tokens": tokens_max, "temperature": 0, "return_token_ids": True}
+            request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+            ids = json.load(urlopen(request))["choices"][0]["token_ids"]
+            return ids[:ids.index(2)] if 2 in ids else ids
+        with ThreadPoolExecutor(together) as pool:
+            return list(pool.map(ask, prompts))
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--backend", choices=["torch", "mlx"], default="torch")
+    parser.add_argument("--backend", choices=["torch", "mlx", "api"], default="torch")
+    parser.add_argument("--url", default="http://127.0.0.1:8080", help="of --backend api")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--items", type=int, default=200, help="per kind")
     parser.add_argument("--only", default="", help="kinds whose name contains this")
@@ -148,7 +203,8 @@ def main() -> None:
     parser.add_argument("--wrong", type=int, default=0, help="print so many wrong answers per kind")
     options = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
-    run = with_mlx(options.model) if options.backend == "mlx" else with_torch(options.model, options.device)
+    backends = {"torch": lambda: with_torch(options.model, options.device), "mlx": lambda: with_mlx(options.model), "api": lambda: with_api(options.url)}
+    run = backends[options.backend]()
     for name, source in kinds(options.seed).items():
         if options.only not in name:
             continue
@@ -157,9 +213,13 @@ def main() -> None:
         items = [next(source) for _ in range(count)]
         prompts = [tokenizer.encode(chat.prompt(messages, offered), add_special_tokens=False).ids for messages, offered, _ in items]
         texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in run(prompts, 700 if name in ("story ends", "counting") else ANSWERS_MAX)]
-        right = [check(text) for (_, _, check), text in zip(items, texts)]
-        print(f"{100 * sum(right) / count:6.1f} %  {name} ({sum(right)} of {count}, {time.time() - begun:.0f} s)", flush=True)
-        for (messages, _, _), text, fine in [row for row in zip(items, texts, right) if not row[2]][:options.wrong]:
+        verdicts = [check(text) for (_, _, check), text in zip(items, texts)]
+        verdicts = [verdict if isinstance(verdict, dict) else {"": verdict} for verdict in verdicts]
+        for aspect in verdicts[0]:
+            right = sum(verdict[aspect] for verdict in verdicts)
+            print(f"{100 * right / count:6.1f} %  {name}{aspect and ': ' + aspect} ({right} of {count}, {time.time() - begun:.0f} s)", flush=True)
+        wrong = [row for row in zip(items, texts, verdicts) if not all(row[2].values())]
+        for (messages, _, _), text, _ in wrong[:options.wrong]:
             print(f"         {messages[-1]['content']!r} -> {text!r}")
 
 

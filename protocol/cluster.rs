@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Epoch, FastSynch, Layout, LoadProgress, Rank, Transport};
+use crate::{Epoch, FastSynch, KvFigures, Layout, LoadProgress, Rank, Transport};
 
 /// The cluster as its head sees it now.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -67,6 +67,9 @@ pub struct ShardReport {
     /// It failed too often: its node does not start it any more.
     pub given_up: bool,
     pub load: Option<LoadProgress>,
+    /// What its caches hold now; nothing where it has not said so in time.
+    #[serde(default)]
+    pub kv: Option<KvFigures>,
     /// The way that its collectives take: `delegated`, `cpu-stream`, `mlx` or `alone`; empty until it
     /// has joined a group.
     pub collectives: String,

@@ -46,6 +46,7 @@ pub(crate) fn service(
         ),
         context_tokens: cluster.context_tokens(config.context_tokens as u32),
         vocabulary: config.vocabulary_size as u32,
+        answers_max: cluster.limits.scheduler().requests_at_once_max(),
         created: created.as_secs(),
         journal: Some(journal),
     })

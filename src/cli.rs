@@ -412,13 +412,13 @@ pub(crate) struct Generate {
     /// The same seed draws the same tokens
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
-    /// Report the log-probability of every token
+    /// Print each token with its log-probability below the text; the JSON object has them anyway
     #[arg(long)]
     pub(crate) logprobs: bool,
     /// Go on after the model's end-of-sequence token
     #[arg(long)]
     pub(crate) ignore_eos: bool,
-    /// Print one JSON object instead of the text
+    /// Print one JSON object instead of the text: tokens, their log-probabilities, times, the plan
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -39,6 +39,11 @@ async fn generate(cluster: &LocalCluster, options: &Generate, loading: Duration)
     let generated = complete(cluster, options, prompt).await?;
     if !options.json {
         println!("{}", generated.text);
+        if options.logprobs {
+            for (token, logprob) in generated.tokens.iter().zip(&generated.logprobs) {
+                println!("{token}\t{logprob}");
+            }
+        }
         return Ok(());
     }
     let plan = plan::report(&cluster.model, &cluster.divided)?;
@@ -47,7 +52,7 @@ async fn generate(cluster: &LocalCluster, options: &Generate, loading: Duration)
     let line = json!({
         "tokens": generated.tokens,
         "text": generated.text,
-        "logprobs": options.logprobs.then_some(generated.logprobs),
+        "logprobs": generated.logprobs,
         "finish_reason": generated.finish_reason,
         "plan": plan,
         "timing": {
@@ -106,7 +111,7 @@ async fn complete(cluster: &LocalCluster, options: &Generate, prompt: Value) -> 
         "return_token_ids": true,
         "stream": true,
     });
-    if options.logprobs {
+    if options.logprobs || options.json {
         request["logprobs"] = json!(0);
     }
     stream_completion(cluster, &request).await

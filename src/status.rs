@@ -196,6 +196,7 @@ mod tests {
             last_lines: vec!["\u{1b}[31mno key".into()],
             given_up,
             load: None,
+            kv: None,
             collectives: String::new(),
         };
         let report = ClusterReport {

@@ -1,4 +1,4 @@
-//! `GET /metrics` says what the caches hold now: nothing, once every client has left, however it left.
+//! `GET /metrics` and `GET /v1/cluster` say what the caches hold now: nothing, once every client has left, however it left.
 
 mod support;
 
@@ -91,6 +91,16 @@ fn and_full_while_they_are_there() {
         until(&cluster, "kv_tokens_in_use", |tokens| tokens.abs() < 0.5);
     }
     assert!(seen_in_use, "the figure never moved");
+    // What prompts may find again is told apart from what somebody uses.
+    let retained = figures(&cluster, "kv_tokens_retained");
+    let (_, report) = cluster.get("/v1/cluster");
+    for rank in 0..2 {
+        let kv = &report["shards"][rank]["kv"];
+        assert_eq!(kv["in_use_tokens"], 0, "{report}");
+        assert_eq!(kv["retained_tokens"].as_f64(), Some(retained[rank]));
+        assert_eq!(kv["capacity_tokens"].as_f64(), Some(capacity[rank]));
+        assert!(retained[rank] > 0.0, "{retained:?}");
+    }
     let windows = figures(&cluster, "throttle_window");
     assert_eq!(windows, [100.0, 30.0, 100.0, 30.0]);
 }

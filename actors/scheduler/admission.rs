@@ -28,6 +28,14 @@ pub struct SchedulerLimits {
     pub losses_max: u32,
 }
 
+impl SchedulerLimits {
+    /// So many requests of one client an empty queue takes. Who sends more at once, as the answers to
+    /// one question, can only be refused, however long it waits.
+    pub fn requests_at_once_max(&self) -> u32 {
+        Queue::client_requests_max(self.queue_max)
+    }
+}
+
 /// All requests that are not finished. `C` is the client's end of one.
 ///
 /// There are at most `queue_max + sequences_max` of them, none longer than the context, and those that

@@ -93,6 +93,13 @@ impl Queue {
         })
     }
 
+    /// How many requests of one client [`Queue::check`] lets in where nobody else waits.
+    pub(super) fn client_requests_max(requests_max: u32) -> u32 {
+        let share = u64::from(requests_max) * SHARE;
+        // Not more than it was given.
+        share.div_ceil(SHARE + 1) as u32
+    }
+
     /// A request of this client is about to enter the journal.
     pub(super) fn arrive<C>(&mut self, client: ClientId, journal: &Journal<C>) {
         self.forget(journal);

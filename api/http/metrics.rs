@@ -296,12 +296,13 @@ fn holdings(shards: &[ShardSteps], encoder: &mut DescriptorEncoder<'_>) -> fmt::
     let gauges: [(&str, &str, Figure); 8] = [
         (
             "kv_tokens_in_use",
-            "Positions that running sequences have reserved in the caches",
+            "Positions that running sequences have reserved in the caches: 0 when nobody is served",
             |shard| shard.kv.in_use_tokens,
         ),
         (
             "kv_tokens_retained",
-            "Positions kept of sequences that are gone, until somebody needs the room",
+            "Positions of the prefix cache: kept of sequences that are gone, for prompts that begin \
+             alike, until somebody needs the room; not in use, and not a leak",
             |shard| shard.kv.retained_tokens,
         ),
         (

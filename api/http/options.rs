@@ -44,7 +44,7 @@ impl Options {
             max_tokens: max_tokens(fields)?,
             stop_tokens,
             stop,
-            choices: choices(fields)?,
+            choices: choices(fields, service)?,
             stream,
             include_usage: include_usage(fields, stream)?,
             return_token_ids: flag(fields, "return_token_ids")?,
@@ -243,14 +243,16 @@ fn stop_token_ids(fields: &mut Fields, service: &Service) -> Result<Vec<u32>, Ap
     Ok(tokens)
 }
 
-fn choices(fields: &mut Fields) -> Result<u32, ApiError> {
-    match fields.read("n", WHOLE)? {
+fn choices(fields: &mut Fields, service: &Service) -> Result<u32, ApiError> {
+    let most = CHOICES_MAX.min(service.answers_max);
+    match fields.read::<i64>("n", WHOLE)? {
         None => Ok(1),
-        Some(choices) if (1..=CHOICES_MAX).contains(&choices) => Ok(choices),
-        Some(_) => Err(ApiError::invalid(
+        Some(choices) if (1..=i64::from(most)).contains(&choices) => Ok(choices as u32),
+        Some(_) if most < CHOICES_MAX => Err(ApiError::invalid(
             "n",
-            format!("must be from 1 to {CHOICES_MAX}"),
+            format!("must be from 1 to {most}: the queue takes no more of one client at once"),
         )),
+        Some(_) => Err(ApiError::invalid("n", format!("must be from 1 to {most}"))),
     }
 }
 
@@ -302,5 +304,5 @@ const WHOLE: &str = "a whole number";
 const STOP_MAX: usize = 4;
 /// Every token is compared with all of them, at every step, on every shard.
 const STOP_TOKENS_MAX: usize = 64;
-/// Each choice is a request of its own to the cluster.
-const CHOICES_MAX: u32 = 8;
+/// OpenAI's bound. Each choice is a request of its own to the cluster, whose queue may be shorter.
+const CHOICES_MAX: u32 = 128;

@@ -3,8 +3,8 @@
 mod support;
 
 use futures::StreamExt;
-use offbook_protocol::{Phase, Rejection, ShardSteps};
-use serde_json::json;
+use offbook_protocol::{ClusterReport, Phase, Rejection, ShardSteps};
+use serde_json::{Value, json};
 use support::{Script, Server, Step, report};
 
 /// The value of the one line that begins like this.
@@ -114,4 +114,26 @@ async fn what_caches_and_memory_hold_is_there_by_rank() {
         .await
         .expect("the same figures for programs");
     assert_eq!(shards[0].kv.in_use_tokens, 512);
+}
+
+#[tokio::test]
+async fn what_caches_hold_is_in_the_report_of_the_cluster_too() {
+    let server = Server::start([]).await;
+    let shard = |rank: u32| {
+        json!({"rank": rank, "node": format!("node-{}", rank + 1), "pid": 7, "alive": true,
+               "restarts": 0, "last_failure": "", "last_lines": [], "given_up": false, "load": null,
+               "collectives": "alone"})
+    };
+    let shards = serde_json::from_value(json!([shard(0), shard(1)])).unwrap();
+    server.set_cluster(Ok(ClusterReport {
+        shards,
+        ..report(Phase::Ready, "")
+    }));
+    let report: Value = server.get("/v1/cluster").await.json().await.unwrap();
+    let kv = &report["shards"][0]["kv"];
+    assert_eq!(kv["in_use_tokens"], 512, "{report}");
+    assert_eq!(kv["retained_tokens"], 256);
+    assert_eq!(kv["capacity_tokens"], 4096);
+    // The second one has not said what it holds.
+    assert_eq!(report["shards"][1]["kv"], Value::Null);
 }

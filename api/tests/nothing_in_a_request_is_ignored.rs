@@ -5,7 +5,7 @@ mod support;
 
 use offbook_protocol::LogitBias;
 use serde_json::{Value, json};
-use support::{END, MODEL, Script, Server, question};
+use support::{ANSWERS_MAX, END, MODEL, Script, Server, question};
 
 async fn refused(server: &Server, path: &str, body: Value) -> (String, String) {
     let response = server.post(path, &body).await;
@@ -64,7 +64,9 @@ async fn what_cannot_be_honoured_in_a_chat_is_refused_by_name() {
             "top_logprobs",
         ),
         (json!({"n": 0}), "n"),
-        (json!({"n": 9}), "n"),
+        (json!({"n": -1}), "n"),
+        (json!({"n": ANSWERS_MAX + 1}), "n"),
+        (json!({"n": 1 << 40}), "n"),
         (json!({"priority": 1001}), "priority"),
         (json!({"priority": -1001}), "priority"),
         (json!({"priority": 0.5}), "priority"),
@@ -136,10 +138,28 @@ async fn what_cannot_be_honoured_in_a_completion_is_refused_by_name() {
         (json!({"prompt": "a", "suffix": "b"}), "suffix"),
         (json!({"prompt": "a", "best_of": 2}), "best_of"),
         (json!({"prompt": "a", "messages": []}), "messages"),
+        // Forty-eight answers are what the queue takes.
+        (json!({"prompt": vec!["a"; 25], "n": 2}), "prompt"),
     ];
     for (body, expected) in cases {
         assert_eq!(refused(&server, "/v1/completions", body).await.0, expected);
     }
+}
+
+#[tokio::test]
+async fn as_many_answers_as_the_queue_takes_are_given_and_one_more_is_refused_with_the_number() {
+    let answers = |n| vec![Script::says("</think>Hi"); n as usize];
+    let server = Server::start(answers(ANSWERS_MAX)).await;
+    let body = server.answer(json!({"n": ANSWERS_MAX})).await;
+    let choices = body["choices"].as_array().unwrap();
+    assert_eq!(choices.len(), ANSWERS_MAX as usize);
+    let said = |choice: &Value| choice["message"]["content"] == "Hi";
+    assert!(choices.iter().all(said), "{choices:?}");
+
+    let refused = server.ask(json!({"n": ANSWERS_MAX + 1})).await;
+    let body: Value = refused.json().await.unwrap();
+    let message = body["error"]["message"].as_str().unwrap();
+    assert!(message.contains("from 1 to 48"), "{message}");
 }
 
 #[tokio::test]

@@ -11,13 +11,15 @@ use super::*;
 use crate::config::QkNorm;
 use crate::{Checkpoint, ModelConfig, Partition, Precision, RankShare};
 
-const FIXTURES: [&str; 10] = [
+const FIXTURES: [&str; 12] = [
     "dense-f32",
     "q4",
     "mixed-bits",
     "bf16-5bit",
     "odd-tied",
     "no-norms-3bit",
+    "six-layers-8bit",
+    "wide-groups-2bit",
     "qwen3-f32",
     "qwen3-4bit",
     "qwen3-moe-4bit",

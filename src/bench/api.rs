@@ -75,6 +75,7 @@ pub(super) async fn run(options: BenchApi) -> Result<()> {
         model_id: "scripted".into(),
         context_tokens: CONTEXT,
         vocabulary: u32::MAX,
+        answers_max: u32::MAX,
         created: 0,
         journal: None,
     };

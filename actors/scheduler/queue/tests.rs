@@ -196,6 +196,20 @@ fn one_client_cannot_take_the_whole_queue() {
 }
 
 #[test]
+fn what_one_client_may_send_at_once_is_what_an_empty_queue_takes() {
+    for queue_max in (1..70).chain([1000]) {
+        let limits = SchedulerLimits {
+            queue_max,
+            ..LIMITS
+        };
+        let mut admission = admission(limits);
+        let taken = (0..).take_while(|_| submit(&mut admission, 1, 0, 10).is_ok());
+        let taken = taken.count() as u32;
+        assert_eq!(limits.requests_at_once_max(), taken, "of {queue_max}");
+    }
+}
+
+#[test]
 fn tokens_are_bounded_and_one_large_request_may_wait_alone() {
     let mut admission = admission(SchedulerLimits {
         queue_tokens_max: 1000,

@@ -42,6 +42,14 @@ impl CompletionRequest {
         )?;
         fields.only("suffix", |suffix| suffix == "", "is not supported")?;
         let choices = options.choices;
+        let (answers, most) = (prompts.len() * choices as usize, api.service.answers_max);
+        if answers > most as usize {
+            let why = format!(
+                "asks for {answers} answers with 'n': {choices}; the queue takes no more than {most} of \
+                 one client at once"
+            );
+            return Err(ApiError::invalid("prompt", why));
+        }
         let why = "is not supported: it can only be as 'n'";
         fields.only("best_of", |best| *best == choices, why)?;
         fields.finish()?;

@@ -30,6 +30,8 @@ use tokio::task::JoinHandle;
 pub(crate) const END: u32 = 258;
 pub(crate) const VOCABULARY: u32 = 270;
 pub(crate) const CONTEXT: u32 = 4096;
+/// What the cluster's queue takes of one client.
+pub(crate) const ANSWERS_MAX: u32 = 48;
 pub(crate) const MODEL: &str = "tests/bytes";
 
 /// How long answers may go on when the server is asked to stop.
@@ -272,6 +274,7 @@ impl Server {
             model_id: MODEL.into(),
             context_tokens: CONTEXT,
             vocabulary: VOCABULARY,
+            answers_max: ANSWERS_MAX,
             created: 1_700_000_000,
             journal: None,
         };

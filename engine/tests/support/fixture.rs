@@ -62,13 +62,15 @@ impl Fixture {
 }
 
 /// Every kind of packing and of shape.
-pub(crate) const ALL: [&str; 10] = [
+pub(crate) const ALL: [&str; 12] = [
     "dense-f32",
     "q4",
     "mixed-bits",
     "bf16-5bit",
     "odd-tied",
     "no-norms-3bit",
+    "six-layers-8bit",
+    "wide-groups-2bit",
     "qwen3-f32",
     "qwen3-4bit",
     "qwen3-moe-4bit",
