@@ -190,6 +190,7 @@ mod tests {
             given_up: false,
             load: None,
             collectives: String::new(),
+            kv: None,
         };
         ClusterReport {
             api: String::new(),
