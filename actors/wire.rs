@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use offbook_protocol::{
     Candidate, ClientId, Epoch, FastSynch, FinishReason, GroupMember, GroupSpec, Histogram, Join,
-    KvFigures, Layout, LoadProgress, LogitBias, MemoryFigures, NodeWeight, Plan, PlanNumber, Rank,
-    Rejection, Request, RequestEvent, RequestFailure, SampledToken, Sampling, SequenceId,
-    ShardSpec, ShardSteps, Step, StepHistograms, StepOutcome, ThrottleFigures, Transport,
+    KvBits, KvFigures, Layout, LoadProgress, LogitBias, MemoryFigures, NodeWeight, Plan,
+    PlanNumber, Rank, Rejection, Request, RequestEvent, RequestFailure, SampledToken, Sampling,
+    SequenceId, ShardSpec, ShardSteps, Step, StepHistograms, StepOutcome, ThrottleFigures,
+    Transport,
 };
 use offbook_runtime::fuzzing::{decoded, encoded};
 use offbook_runtime::{RemoteMessage, StreamMessage};
@@ -75,6 +76,7 @@ fn of_nodes() -> Vec<Sample> {
             last_lines: vec!["out of memory".into(), "ä".into()],
             ended_pid: Some(4710),
             given_up: true,
+            failed: true,
         }),
         message(&RegisterShard {
             node: "node-1".into(),
@@ -120,6 +122,7 @@ fn of_shards() -> Vec<Sample> {
         context_tokens: 196_608,
         sequences_max: 16,
         kv_tokens: Some(65_536),
+        kv_bits: KvBits::Eight,
         prefix_cache: true,
         micro_batches: NonZeroU32::new(2),
         collective_deadline: Duration::from_millis(2500),
@@ -202,6 +205,7 @@ fn of_requests() -> Vec<Sample> {
         prompt: vec![1, 2, 300],
         sampling: sampling(),
         max_tokens: 100,
+        max_tokens_by_default: true,
         stop_tokens: vec![2, 70_000],
         priority: -5,
         client: ClientId(u64::MAX),
@@ -236,6 +240,7 @@ fn of_requests() -> Vec<Sample> {
             "submit too-long",
             Rejection::TooLong {
                 prompt_tokens: 9000,
+                completion_tokens: Some(100),
                 context_tokens: 4096,
             },
         ),
@@ -327,6 +332,7 @@ fn steps() -> ShardSteps {
         throttle: ThrottleFigures {
             prefill_window: 30,
             decode_window: 100,
+            chunk_permille: 1500,
             shrinks: 1,
             cache_clears: 2,
         },

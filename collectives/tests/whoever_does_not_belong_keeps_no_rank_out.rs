@@ -1,6 +1,8 @@
 //! Noise, handshakes that are begun and not continued, and connections with a good key that never greet:
 //! the ranks meet all the same, and go on while it lasts.
 
+#[path = "support/hostile.rs"]
+mod hostile;
 mod support;
 
 use std::{
@@ -18,11 +20,8 @@ use offbook_collectives::{
     Transport, Wait,
 };
 
-use support::{
-    Identity, PATIENCE, endpoint,
-    hostile::{Caller, pester},
-    on_threads,
-};
+use hostile::{Caller, pester};
+use support::{Identity, PATIENCE, endpoint, on_threads};
 
 const SIZE: usize = 3;
 

@@ -13,21 +13,21 @@ use quinn_proto::{
     crypto::rustls::QuicClientConfig,
 };
 
-use super::Identity;
+use super::support::Identity;
 
 /// One connection of a caller, driven by hand.
-pub struct Caller {
+pub(crate) struct Caller {
     socket: UdpSocket,
     to: SocketAddr,
     endpoint: Endpoint,
     handle: ConnectionHandle,
     connection: Connection,
-    pub connected: bool,
-    pub ended: bool,
+    pub(crate) connected: bool,
+    pub(crate) ended: bool,
 }
 
 impl Caller {
-    pub fn new(identity: &Identity, to: SocketAddr) -> Self {
+    pub(crate) fn new(identity: &Identity, to: SocketAddr) -> Self {
         let crypto = QuicClientConfig::try_from(identity.tls().client).unwrap();
         let reset = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &[7; 64]);
         let config = Arc::new(EndpointConfig::new(Arc::new(reset)));
@@ -51,7 +51,7 @@ impl Caller {
     }
 
     /// What is due to be sent.
-    pub fn packets(&mut self) -> Vec<Vec<u8>> {
+    pub(crate) fn packets(&mut self) -> Vec<Vec<u8>> {
         let mut packets = Vec::new();
         let mut packet = Vec::new();
         while let Some(transmit) = self
@@ -65,7 +65,7 @@ impl Caller {
     }
 
     /// Sends, receives, and looks at the clock, once.
-    pub fn turn(&mut self) {
+    pub(crate) fn turn(&mut self) {
         for packet in self.packets() {
             let _ = self.socket.send_to(&packet, self.to);
         }
@@ -102,7 +102,7 @@ impl Caller {
 
 /// First packets of so many connections, each from a socket of its own that never reads, and as much
 /// noise between them.
-pub fn pester(identity: &Identity, to: &[SocketAddr], rounds: usize) -> Vec<UdpSocket> {
+pub(crate) fn pester(identity: &Identity, to: &[SocketAddr], rounds: usize) -> Vec<UdpSocket> {
     let mut sockets = Vec::new();
     let mut state = 7u64;
     for round in 0..rounds {

@@ -2,8 +2,6 @@
 #![allow(dead_code, reason = "each test uses the part that it needs")]
 #![allow(unreachable_pub, reason = "a module of each test, not of a library")]
 
-pub mod hostile;
-
 use std::{
     io::{BufRead, BufReader, Write},
     net::{SocketAddr, TcpListener},
