@@ -28,6 +28,11 @@ SHAPE = dict(
 POSITIONS = 128
 
 
+def without_global_scale(function):
+    """mlx-lm says `global_scale=None` to MLX 0.32.2 too, which has no such argument and means the same."""
+    return lambda *args, global_scale=None, **more: function(*args, **more)
+
+
 def draw(name, array):
     """Numbers that keep activations finite: the speed of a step does not depend on what they mean."""
     if array.dtype == mx.uint32:
@@ -57,6 +62,9 @@ def fill(model):
 
 
 def main(layers, batch, steps):
+    if mx.__version__ == "0.32.2":
+        for name in ("gather_qmm", "quantized_matmul"):
+            setattr(mx, name, without_global_scale(getattr(mx, name)))
     model = minimax.Model(minimax.ModelArgs.from_dict(SHAPE | dict(num_hidden_layers=layers)))
     fill(model)
     cache = make_prompt_cache(model)
