@@ -88,10 +88,15 @@ fn a_shard_whose_step_does_not_end() {
     let request = long_completion(400);
     let undisturbed = nodes.stream("/v1/completions", &request).rest();
     let mut stream = nodes.stream("/v1/completions", &request);
+    // Alone, an answer could be complete before the signal comes.
+    let others: Vec<_> = (0..6)
+        .map(|_| nodes.stream("/v1/completions", &request))
+        .collect();
     let mut tokens = stream.tokens(5);
     send_signal(shard_pid(&ready, 1), "STOP");
     tokens.extend(stream.rest());
     assert_eq!(tokens, undisturbed);
+    drop(others);
     let after = nodes.wait_for("the report", |report| report["shards"][0]["restarts"] == 1);
     let cause = after["shards"][0]["last_failure"]
         .as_str()
