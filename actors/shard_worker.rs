@@ -304,7 +304,7 @@ pub struct LoadShard(pub ShardSpec);
 
 impl RemoteMessage for LoadShard {
     const NAME: &'static str = "load-shard";
-    const VERSION: u16 = 2;
+    const VERSION: u16 = 3;
     type Reply = Result<Loaded, LoadRefusal>;
 }
 

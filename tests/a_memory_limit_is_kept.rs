@@ -32,7 +32,8 @@ fn the_rank_with_the_least_memory_decides_for_all_caches() {
     let model = fixture("dense-f32").display().to_string();
     let capacities = |limit: &[&str]| {
         let arguments = ["--nodes", "2", "--weights", "3,1", "--model", &model];
-        let cluster = Cluster::up(&[&arguments[..], limit].concat());
+        let tensor = ["--parallel", "tensor"];
+        let cluster = Cluster::up(&[&arguments[..], &tensor[..], limit].concat());
         let (status, shards) = cluster.get("/v1/cluster/shards");
         assert_eq!(status, 200);
         let of = |rank: usize, kind: &str, figure: &str| {

@@ -61,7 +61,7 @@ fn for_what_it_is_told_to_plan_for() {
     // What fits one sequence and a short chunk does not fit many and a long one.
     let memory = [
         "--memory",
-        "60MB",
+        "90MB",
         "--sequences",
         "4096",
         "--prefill-chunk",
