@@ -5,7 +5,9 @@
 //! actor. [`lifeline`] is what a child process calls first, so that it never outlives its parent.
 //!
 //! ```no_run
-//! # use actix::prelude::*; use offbook_runtime::supervise::*; use std::time::Duration;
+//! # use std::time::Duration;
+//! # use actix::{Actor, Context, Handler, Message};
+//! use offbook_runtime::supervise::{ActorSpec, RestartPolicy, Supervisor};
 //! # #[derive(Message)] #[rtype(result = "u64")] struct Add(u64);
 //! # #[derive(Default)] struct Counter(u64);
 //! # impl Actor for Counter { type Context = Context<Self>; }
