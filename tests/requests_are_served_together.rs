@@ -38,9 +38,19 @@ fn and_each_answer_is_what_it_would_be_alone() {
 
 #[test]
 fn and_what_is_too_much_is_refused_at_once_until_somebody_leaves() {
-    // It would be replaced while it stands still.
-    let patient = "limits.frozen_grace_seconds=60";
-    let cluster = Cluster::up(&["--nodes", "1", "--sequences", "1", "--set", patient]);
+    // Nobody is to notice that it stands still.
+    let [most, least] = ["limits.silence_seconds=60", "limits.silence_min_seconds=60"];
+    let one = [
+        "--nodes",
+        "1",
+        "--sequences",
+        "1",
+        "--set",
+        most,
+        "--set",
+        least,
+    ];
+    let cluster = Cluster::up(&one);
     let running = cluster.stream("/v1/completions", &long_completion(1900));
     // The shard stands still, so that nothing finishes while the queue of 64 fills behind it. One
     // client may hold three quarters of it.
