@@ -28,7 +28,7 @@ pub(super) async fn run(options: BenchStep) -> Result<()> {
         options.parallel != Layout::Pipeline || workload == Workload::Model,
         "--parallel pipeline is for --workload model"
     );
-    let modes = modes(&options);
+    let mut modes = modes(&options);
     let alone = modes
         .iter()
         .any(|mode| mode.collectives != Collectives::None && mode.wire != Wire::Echo);
@@ -43,7 +43,6 @@ pub(super) async fn run(options: BenchStep) -> Result<()> {
     if !options.json {
         print_head(&options, workload);
     }
-    let mut modes = modes;
     loop {
         let result = measure(&options, workload, &modes).await;
         let Some(RunFailed(failures)) = result.as_ref().err().and_then(|why| why.downcast_ref())

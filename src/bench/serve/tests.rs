@@ -1,3 +1,5 @@
+//! The load generator against a server of a few lines, which answers as a test tells it.
+
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
