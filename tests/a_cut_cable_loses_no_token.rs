@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use support::cables::{Network, Way};
-use support::{Events, Nodes, long_completion, send_signal};
+use support::{Events, Nodes, long_completion, loss_is_seen, send_signal};
 
 #[test]
 fn whichever_way_is_cut() {
@@ -88,8 +88,8 @@ fn at_whichever_moment() {
     let report = nodes.wait_for("all nodes", all_serve);
     let pid = report["shards"][2]["pid"].as_u64().expect("a pid");
     send_signal(pid as u32, "KILL");
-    nodes.wait_for("its share to be read again", |report| {
-        report["phase"] != "ready"
+    nodes.wait_for("its share to be read again", |now| {
+        loss_is_seen(&report, now)
     });
     cut_all(CUT);
     // Longer than a silence that is a loss.

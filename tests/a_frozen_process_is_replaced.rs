@@ -6,7 +6,7 @@ mod support;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use support::{Cluster, Nodes, is_alive, long_completion, send_signal};
+use support::{Cluster, Nodes, is_alive, long_completion, loss_is_seen, send_signal};
 
 #[test]
 fn a_shard_of_whichever_rank() {
@@ -20,7 +20,7 @@ fn a_shard_of_whichever_rank() {
         let mut tokens = stream.tokens(5);
         send_signal(frozen, "STOP");
         let since = Instant::now();
-        cluster.wait_for("the loss to be seen", |report| report["phase"] != "ready");
+        cluster.wait_for("the loss to be seen", |now| loss_is_seen(&before, now));
         let seen = since.elapsed();
         tokens.extend(stream.rest());
         println!(
@@ -45,11 +45,12 @@ fn a_shard_that_is_only_late_keeps_its_process() {
     let cluster = Cluster::up(&["--nodes", "2"]);
     let request = sampled(600);
     let undisturbed = cluster.stream("/v1/completions", &request).rest();
-    let pid = cluster.shard_pid(1);
+    let before = cluster.get("/v1/cluster").1;
+    let pid = shard_pid(&before, 1);
     let mut stream = cluster.stream("/v1/completions", &request);
     let mut tokens = stream.tokens(5);
     send_signal(pid, "STOP");
-    cluster.wait_for("the loss to be seen", |report| report["phase"] != "ready");
+    cluster.wait_for("the loss to be seen", |now| loss_is_seen(&before, now));
     send_signal(pid, "CONT");
     tokens.extend(stream.rest());
     assert_eq!(tokens, undisturbed);

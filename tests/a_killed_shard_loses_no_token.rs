@@ -4,7 +4,7 @@
 mod support;
 
 use serde_json::{Value, json};
-use support::{Cluster, is_alive, send_signal, token_ids};
+use support::{Cluster, is_alive, loss_is_seen, send_signal, token_ids};
 
 #[test]
 fn whichever_rank_it_is_in_the_tensor_layout() {
@@ -68,7 +68,7 @@ fn of_any_of_the_answers_under_way() {
                 report["phase"] == "ready" && report["requests_running"].as_u64() >= Some(4)
             });
             send_signal(shard_pid(&report, rank), "KILL");
-            cluster.wait_for("the loss to be seen", |now| now["epoch"] != report["epoch"]);
+            cluster.wait_for("the loss to be seen", |now| loss_is_seen(&report, now));
         }
         let answers = asked.into_iter().map(|thread| thread.join());
         answers
@@ -117,7 +117,7 @@ fn nor_when_the_next_one_follows_before_the_first_is_back() {
     tokens.extend(stream.tokens(5));
     let report = cluster.wait_for("the group", |report| report["phase"] == "ready");
     send_signal(shard_pid(&report, 2), "KILL");
-    cluster.wait_for("the loss to be seen", |report| report["phase"] != "ready");
+    cluster.wait_for("the loss to be seen", |now| loss_is_seen(&report, now));
     send_signal(shard_pid(&report, 0), "KILL");
     tokens.extend(stream.rest());
     assert_eq!(tokens, undisturbed);
@@ -136,7 +136,7 @@ fn of_an_answer_that_is_sent_as_a_whole() {
         let running = |report: &Value| report["requests_running"] == 1;
         let report = cluster.wait_for("the request to run", running);
         send_signal(shard_pid(&report, 1), "KILL");
-        cluster.wait_for("the loss to be seen", |report| report["phase"] != "ready");
+        cluster.wait_for("the loss to be seen", |now| loss_is_seen(&report, now));
         asked.join().expect("it is answered")
     });
     assert_eq!(status, 200, "{disturbed}");

@@ -376,6 +376,11 @@ fn wait_for(
     }
 }
 
+/// Whether the group of `before` is done with: the next may be ready before anybody asks.
+pub fn loss_is_seen(before: &Value, now: &Value) -> bool {
+    now["phase"] != "ready" || now["epoch"] != before["epoch"]
+}
+
 /// The events of a stream.
 pub struct Events {
     lines: BufReader<Box<dyn Read + Send>>,
