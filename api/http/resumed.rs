@@ -175,9 +175,9 @@ fn events(told: watch::Receiver<Told>, headers: &HeaderMap) -> Result<Response, 
         // The sender ends with the stream.
         let seen = told.wait_for(|told| told.ended || told.events.len() > number);
         let text = seen.await.ok()?.events.get(number)?.to_string();
-        Some((Said::Data(text).event(number), (told, number + 1)))
+        Some((Said::Data(text).line(number), (told, number + 1)))
     });
-    Ok(sse::events(rest))
+    Ok(sse::lines(rest))
 }
 
 const LAST_EVENT_ID: &str = "last-event-id";

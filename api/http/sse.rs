@@ -4,9 +4,10 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::time::Duration;
 
-use axum::http::HeaderName;
-use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::body::Body;
+use axum::http::{HeaderName, header};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
 use serde_json::Value;
 
@@ -30,34 +31,46 @@ pub(super) fn respond(choices: Choices, chunks: impl Chunks) -> Response {
     let said = stream::unfold((script, 0), |(mut script, number)| async move {
         let said = script.next().await?;
         let next = number + usize::from(matches!(said, Said::Data(_)));
-        Some((said.event(number), (script, next)))
+        Some((said.line(number), (script, next)))
     });
-    events(said)
+    lines(said)
 }
 
-/// A response of events as they come.
-pub(super) fn events(events: impl Stream<Item = Event> + Send + 'static) -> Response {
-    let keep_alive = KeepAlive::new().interval(KEEP_ALIVE);
-    // Proxies that collect a response before they pass it on are asked not to.
-    let unbuffered = [(HeaderName::from_static("x-accel-buffering"), "no")];
-    let events = events.map(Ok::<_, Infallible>);
-    (unbuffered, Sse::new(events).keep_alive(keep_alive)).into_response()
+/// A response of what is said, as it comes, with a comment whenever that takes long.
+pub(super) fn lines(said: impl Stream<Item = Bytes> + Send + 'static) -> Response {
+    let kept_alive = stream::unfold(Box::pin(said), |mut said| async move {
+        let line = match tokio::time::timeout(KEEP_ALIVE, said.next()).await {
+            Ok(line) => line?,
+            Err(_) => Bytes::from_static(STILL_HERE),
+        };
+        Some((line, said))
+    });
+    let headers = [
+        (header::CONTENT_TYPE, "text/event-stream"),
+        (header::CACHE_CONTROL, "no-cache"),
+        // Proxies that collect a response before they pass it on are asked not to.
+        (HeaderName::from_static("x-accel-buffering"), "no"),
+    ];
+    let body = Body::from_stream(kept_alive.map(Ok::<_, Infallible>));
+    (headers, body).into_response()
 }
 
 /// One thing that a client is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Said {
+    /// One line.
     Data(String),
     /// Every client of such streams passes it over.
     Comment(&'static str),
 }
 
 impl Said {
-    /// Events are numbered from 0, so that a client can say which one it had last.
-    pub(super) fn event(&self, number: usize) -> Event {
+    /// Events are numbered from 0, so that a client can say which one it had last. No empty line follows a
+    /// comment: some clients take one for the end of an event without data, once events have numbers.
+    pub(super) fn line(&self, number: usize) -> Bytes {
         match self {
-            Self::Data(text) => Event::default().id(number.to_string()).data(text),
-            Self::Comment(text) => Event::default().comment(text),
+            Self::Data(text) => format!("id: {number}\ndata: {text}\n\n").into(),
+            Self::Comment(text) => format!(": {text}\n").into(),
         }
     }
 
@@ -134,5 +147,6 @@ const STILL_PAUSED: &str = "the answer is still paused";
 /// Often enough that a person who watches the stream sees that it lives.
 const PAUSED_KEEP_ALIVE: Duration = Duration::from_secs(3);
 const DONE: &str = "[DONE]";
+const STILL_HERE: &[u8] = b":\n";
 /// Shorter than any proxy's patience, and than the time to the first token of a long prompt.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);

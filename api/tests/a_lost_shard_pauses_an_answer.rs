@@ -23,8 +23,15 @@ fn paused(before: &str, seconds: u64, after: &str) -> Script {
     Script::Answer(steps.into_iter().flatten().collect())
 }
 
-/// The comments of a stream's body, and its events.
+/// The comments of a stream's body, and its events. Clients that take every empty line for the end of an
+/// event, once one had a number, must not find one without data.
 fn read(body: &str) -> (Vec<&str>, Vec<Value>) {
+    for event in body.trim_end().split("\n\n") {
+        assert!(
+            event.lines().any(|line| line.starts_with("data: ")),
+            "{event:?}"
+        );
+    }
     let comments = body.lines().filter_map(|line| line.strip_prefix(": "));
     let data = body.lines().filter_map(|line| line.strip_prefix("data: "));
     let events = data.map(|data| serde_json::from_str(data).unwrap_or_else(|_| json!(data)));

@@ -20,6 +20,7 @@ async fn a_stream_without_tokens_is_kept_alive() {
     let asked = tokio::time::Instant::now();
     let comment = stream.next().await.unwrap().unwrap();
     assert!(comment.starts_with(b":"), "{comment:?}");
+    assert!(!comment.ends_with(b"\n\n"), "an event without data");
     assert!(asked.elapsed().as_secs_f64() < 11.0);
 }
 
