@@ -58,10 +58,10 @@ pub(super) enum ApiError {
     Internal { why: String },
 }
 
-/// Prompt and answer do not fit the context.
+/// Prompt and answer do not fit the context. Clients know the case by the first words, which are OpenAI's.
 #[derive(Clone, Debug, Error)]
 #[error(
-    "the model's context holds {context} tokens, but {prompt} are in the prompt{}",
+    "This model's maximum context length is {context} tokens, but {prompt} are in the prompt{}",
     match completion {
         Some(tokens) => format!(" and {tokens} were asked for: lower max_tokens or leave it out, or shorten \
                                  the prompt"),

@@ -177,7 +177,7 @@ async fn a_prompt_that_does_not_fit_is_refused_with_numbers() {
     let message = body["error"]["message"].as_str().unwrap();
     assert_eq!(
         message,
-        "the model's context holds 4096 tokens, but 4096 are in the prompt: shorten the prompt"
+        "This model's maximum context length is 4096 tokens, but 4096 are in the prompt: shorten the prompt"
     );
     let body: Value = server
         .ask(json!({"max_tokens": 4096}))
