@@ -8,7 +8,7 @@
 mod header;
 mod slice;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
@@ -111,6 +111,36 @@ impl Checkpoint {
         }
     }
 
+    /// An error if there are tensors that the model has no place for: then it is not the model that
+    /// `config.json` says, and computing on without them would give wrong answers.
+    pub fn expect_nothing_else(&self, config: &ModelConfig) -> Result<(), CheckpointError> {
+        let whole = ShareSlices::of(config, &RankShare::whole(config));
+        let known: HashSet<String> = whole.tensors().collect();
+        let idle = |name: &str| {
+            name.ends_with(".rotary_emb.inv_freq")
+                || config.tied_embeddings && name.starts_with("lm_head.")
+        };
+        let surplus = self.tensors.iter();
+        let mut surplus: Vec<_> = surplus
+            .filter(|(name, _)| !known.contains(*name) && !idle(name))
+            .collect();
+        surplus.sort_by_key(|(name, _)| *name);
+        match surplus.first() {
+            None => Ok(()),
+            Some((tensor, (file, _))) => Err(CheckpointError::Surplus {
+                tensor: (*tensor).clone(),
+                file: self.files[*file].path.clone(),
+                others: surplus.len() - 1,
+            }),
+        }
+    }
+
+    /// Whether a tensor holds packed words.
+    pub(crate) fn is_of_words(&self, tensor: &str) -> bool {
+        let entry = self.tensors.get(tensor);
+        entry.is_some_and(|(_, entry)| entry.stored == StoredType::Word32)
+    }
+
     /// Whether a module is packed: whether it has scales.
     pub fn is_packed(&self, module: &str) -> bool {
         self.tensors.contains_key(&format!("{module}.scales"))
@@ -163,9 +193,9 @@ impl Checkpoint {
         ranges: &[Range<usize>],
     ) -> Result<Array, CheckpointError> {
         let (file, entry) = self.find(tensor)?;
-        let slice = self.slice(tensor, ranges)?;
         match entry.stored {
             StoredType::Word32 => {
+                let slice = self.slice(tensor, ranges)?;
                 let words = read_values(&file.file, &slice, u32::from_le_bytes);
                 Ok(Array::from_slice(
                     &self.named(tensor, words)?,
@@ -198,6 +228,9 @@ impl Checkpoint {
         (to, array): FloatKind<T>,
     ) -> Result<Array, CheckpointError> {
         let (file, entry) = self.find(tensor)?;
+        if entry.stored.bytes() == 0 || entry.stored == StoredType::Word32 {
+            return Err(self.wrong_type(tensor, "F32, F16 or BF16"));
+        }
         let (file, slice) = (&file.file, self.slice(tensor, ranges)?);
         let values = match entry.stored {
             StoredType::Float32 => read_values(file, &slice, |b| to(f32::from_le_bytes(b))),
@@ -244,6 +277,12 @@ impl Checkpoint {
             file,
             source,
         })
+    }
+
+    /// As if the tensor had not been there.
+    #[cfg(test)]
+    pub(crate) fn forget(&mut self, tensor: &str) {
+        self.tensors.remove(tensor);
     }
 
     fn wrong_type(&self, tensor: &str, expected: &'static str) -> CheckpointError {
@@ -311,6 +350,15 @@ pub enum CheckpointError {
     NotConverted { tensor: String },
     #[error("the checkpoint of {} lacks {tensor}", file.display())]
     Missing { tensor: String, file: PathBuf },
+    #[error(
+        "{tensor} in {}{} no place in the model that config.json describes: is config.json of this \
+         checkpoint?", file.display(), and_others(*others)
+    )]
+    Surplus {
+        tensor: String,
+        file: PathBuf,
+        others: usize,
+    },
     #[error("{tensor} in {} has shape {found:?}, which should be {expected:?}", file.display())]
     Shape {
         tensor: String,
@@ -338,6 +386,13 @@ pub enum CheckpointError {
         file: PathBuf,
         source: std::io::Error,
     },
+}
+
+fn and_others(others: usize) -> String {
+    match others {
+        0 => " has".to_owned(),
+        _ => format!(", and {others} more, have"),
+    }
 }
 
 /// Indices have about 100 bytes per tensor; the largest models have some 100,000 tensors.

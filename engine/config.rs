@@ -422,6 +422,12 @@ mod tests {
         assert!(error(&with("quantization", mxfp4)).contains("'quantization.mode' = mxfp4"));
         let odd = json!({"group_size": 48, "bits": 4});
         assert!(error(&with("quantization", odd)).contains("quantization.group_size"));
+        for neither in [json!("no"), json!(4)] {
+            let module = "model.layers.0.self_attn.q_proj";
+            let one = json!({"group_size": 64, "bits": 4, module: neither});
+            let refused = error(&with("quantization", one));
+            assert!(refused.contains(module), "{refused}");
+        }
         let mut fp8 = without("quantization");
         fp8["quantization_config"] =
             json!({"quant_method": "fp8", "weight_block_size": [128, 128]});

@@ -160,6 +160,20 @@ fn errors_name_the_tensor_and_the_file() {
 }
 
 #[test]
+fn a_type_that_no_model_has_is_named() {
+    let header = json!({"t": {"dtype": "I32", "shape": [4], "data_offsets": [0, 16]}});
+    let directory = directory(&file(&header, &[0; 16]));
+    let checkpoint = Checkpoint::open(directory.path()).unwrap();
+    for error in [
+        checkpoint.read_floats("t", &[0..4], Precision::Float32),
+        checkpoint.read_words("t", &[0..4]),
+    ] {
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("has type I32, which should be"), "{error}");
+    }
+}
+
+#[test]
 fn truncated_files_are_named() {
     let header = json!({"t": {"dtype": "U32", "shape": [4], "data_offsets": [0, 16]}});
     let whole = file(&header, &[0; 16]);

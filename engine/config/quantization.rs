@@ -71,7 +71,12 @@ impl Quantization {
                     let packing = keys.map(|keys| packing(&keys, Some(default))).transpose()?;
                     overrides.insert(module.clone(), packing)
                 }
-                _ => continue,
+                // A setting of all modules, or of whoever made the checkpoint.
+                _ if !module.contains('.') && module != "lm_head" => continue,
+                _ => {
+                    keys.optional_object(module)?;
+                    continue;
+                }
             };
         }
         Ok(Some(Self { default, overrides }))

@@ -108,6 +108,28 @@ impl ShareSlices {
         }
     }
 
+    /// The names of the tensors that belong to it, packed or not.
+    pub fn tensors(&self) -> impl Iterator<Item = String> + '_ {
+        let layers = || self.layers.iter();
+        let attention = || layers().filter_map(|layer| layer.attention.as_ref());
+        let columns = || layers().filter_map(|layer| layer.feed_forward.columns());
+        let routers = layers().filter_map(|layer| layer.feed_forward.router());
+        let matrices = (self.embedding.iter().chain(&self.head))
+            .chain(attention().flat_map(|a| [&a.q, &a.k, &a.v, &a.o]))
+            .chain(columns().flat_map(|c| [&c.gate, &c.up, &c.down]))
+            .chain(routers.clone().map(|(router, _)| router));
+        let vectors = (self.final_norm.iter())
+            .chain(layers().flat_map(|layer| [&layer.input_norm, &layer.post_attention_norm]))
+            .chain(attention().flat_map(|a| a.q_norm.iter().chain(&a.k_norm)))
+            .chain(routers.filter_map(|(_, bias)| bias));
+        let parts = |matrix: &MatrixSlice| {
+            let module = matrix.module.clone();
+            ["weight", "scales", "biases"].map(|part| format!("{module}.{part}"))
+        };
+        let vectors = vectors.map(|vector| vector.tensor.clone());
+        matrices.flat_map(parts).chain(vectors)
+    }
+
     /// Bytes that the share takes in memory. `packing` tells how a module is packed;
     /// `float_bytes` is the size of the values of unpacked weights, scales and biases.
     pub fn bytes(&self, packing: impl Fn(&str) -> Option<Packing>, float_bytes: u64) -> u64 {
@@ -191,6 +213,18 @@ impl FeedForwardSlices {
                 }),
                 experts: columns,
             },
+        }
+    }
+
+    /// The router of a mixture, with its bias.
+    fn router(&self) -> Option<(&MatrixSlice, Option<&VectorSlice>)> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Experts {
+                router,
+                router_bias,
+                ..
+            } => Some((router, router_bias.as_ref())),
         }
     }
 

@@ -26,6 +26,7 @@ impl ShardWeights {
         precision: Precision,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, LoadError> {
+        checkpoint.expect_nothing_else(config)?;
         let slices = ShareSlices::of(config, share);
         let bytes_total = checkpoint.share_bytes(config, share, precision);
         progress(0, bytes_total);
@@ -169,6 +170,9 @@ impl Reader<'_> {
             self.packed(slice, to)
         } else {
             let weight = format!("{}.weight", slice.module);
+            if self.checkpoint.is_of_words(&weight) {
+                return self.packed(slice, to);
+            }
             let [rows, columns] = slice.shape;
             self.checkpoint
                 .expect_shape(&weight, &slice.stacked([rows, columns]))?;

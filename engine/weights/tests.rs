@@ -313,4 +313,37 @@ fn disagreements_of_config_and_checkpoint_are_named() {
     let mut config = model.config.clone();
     config.layers += 1;
     assert!(error(&config).contains("lacks model.layers.2.input_layernorm.weight"));
+    config.layers = 1;
+    let surplus = error(&config);
+    assert!(
+        surplus.starts_with("model.layers.1.")
+            && surplus.contains("more, have no place in the model"),
+        "{surplus}"
+    );
+}
+
+#[test]
+fn nothing_of_a_whole_checkpoint_is_left_over() {
+    for fixture in FIXTURES {
+        let Model {
+            checkpoint, config, ..
+        } = model(fixture);
+        checkpoint.expect_nothing_else(&config).unwrap();
+    }
+}
+
+#[test]
+fn a_packed_weight_without_its_scales_is_named() {
+    let mut model = model("q4");
+    model
+        .checkpoint
+        .forget("model.layers.0.self_attn.k_proj.scales");
+    let whole = RankShare::whole(&model.config);
+    let (config, precision) = (&model.config, Precision::Float32);
+    let error = ShardWeights::load(&model.checkpoint, config, &whole, precision, &mut |_, _| {});
+    let error = error.unwrap_err().to_string();
+    assert!(
+        error.contains("lacks model.layers.0.self_attn.k_proj.scales"),
+        "{error}"
+    );
 }
