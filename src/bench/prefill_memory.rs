@@ -59,7 +59,9 @@ pub(super) async fn run(options: BenchPrefillMemory) -> Result<()> {
             gpus: None,
         };
         let wire = Wire::from(Transport::SharedMemory);
-        let mut ranks = Ranks::start(1, &[(wire, None)], Job::PrefillMemory(job), limits)?;
+        let ranks = Ranks::start(1, &[(wire, None)], Job::PrefillMemory(job), limits)?;
+        // It says nothing before all is measured.
+        let mut ranks = ranks.bear(options.prompt * SLOWEST_TOKEN);
         let ran = ranks
             .run(Wanted::Done, |_, event| {
                 if let Event::PrefillMemory(figures) = event {
@@ -277,5 +279,7 @@ fn forget_resident_peak() {
 
 /// One rank alone has no operation to wait for.
 const RANK_DEADLINE: Duration = Duration::from_secs(5);
+/// Of a long prompt, on a machine with other things to do.
+const SLOWEST_TOKEN: Duration = Duration::from_millis(100);
 /// Every run has the same weights.
 const SEED: u64 = 1;

@@ -198,6 +198,7 @@ pub(crate) struct Ranks {
     children: Vec<Child>,
     heard: mpsc::Receiver<(usize, Heard)>,
     deadline: Duration,
+    silence_max: Duration,
     /// Their keys and assignment; removed at the end.
     _scratch: TempDir,
 }
@@ -249,8 +250,17 @@ impl Ranks {
             children,
             heard,
             deadline: limits.deadline,
+            silence_max: SILENCE_MAX,
             _scratch: scratch,
         })
+    }
+
+    /// Lets the ranks measure for so much longer before they say anything.
+    pub(crate) fn bear(self, silence: Duration) -> Self {
+        Self {
+            silence_max: self.silence_max + silence,
+            ..self
+        }
     }
 
     /// Waits until every rank has said `wanted`, and hands every event to `see`.
@@ -263,7 +273,7 @@ impl Ranks {
         wanted: Wanted,
         mut see: impl FnMut(usize, &Event),
     ) -> Result<()> {
-        let mut watch = Watch::new(self.children.len(), self.deadline);
+        let mut watch = Watch::new(self.children.len(), self.deadline, self.silence_max);
         let mut ready = 0;
         while !watch.is_settled() {
             let limit = watch.patience(Instant::now());
@@ -335,16 +345,18 @@ struct Watch {
     settled: Vec<bool>,
     failures: Vec<Failure>,
     deadline: Duration,
+    silence_max: Duration,
     /// When nothing more is waited for.
     ends: Option<Instant>,
 }
 
 impl Watch {
-    fn new(ranks: usize, deadline: Duration) -> Self {
+    fn new(ranks: usize, deadline: Duration, silence_max: Duration) -> Self {
         Self {
             settled: vec![false; ranks],
             failures: Vec::new(),
             deadline,
+            silence_max,
             ends: None,
         }
     }
@@ -357,7 +369,7 @@ impl Watch {
     /// failed, the others fail within their deadline.
     fn patience(&self, now: Instant) -> Duration {
         let ends = self.ends.map(|ends| ends.saturating_duration_since(now));
-        ends.unwrap_or(SILENCE_MAX)
+        ends.unwrap_or(self.silence_max)
     }
 
     fn note_event(&mut self, rank: usize, event: Event, wanted: Wanted) {
@@ -562,7 +574,7 @@ mod tests {
 
     #[test]
     fn nobody_waits_for_a_rank_that_the_others_have_named() {
-        let mut watch = Watch::new(3, DEADLINE);
+        let mut watch = Watch::new(3, DEADLINE, SILENCE_MAX);
         for rank in [0, 1] {
             assert!(!watch.is_settled());
             watch.note_event(
@@ -577,7 +589,7 @@ mod tests {
 
     #[test]
     fn a_silent_rank_is_named_to_those_who_could_not_tell() {
-        let mut watch = Watch::new(2, DEADLINE);
+        let mut watch = Watch::new(2, DEADLINE, SILENCE_MAX);
         assert_eq!(watch.patience(Instant::now()), SILENCE_MAX);
         watch.note_event(0, failed("waited in vain", None, DEADLINE), Wanted::Done);
         assert!(watch.patience(Instant::now()) <= GRACE);
@@ -588,7 +600,7 @@ mod tests {
 
     #[test]
     fn after_an_early_end_the_others_have_their_deadline() {
-        let mut watch = Watch::new(2, DEADLINE);
+        let mut watch = Watch::new(2, DEADLINE, SILENCE_MAX);
         watch.note_end(1, None);
         let patience = watch.patience(Instant::now());
         assert!(patience > DEADLINE && patience <= DEADLINE + GRACE);
