@@ -237,6 +237,28 @@ LISTED = ["{k} {v}", "{k} {v}", "the {k} {v}", "{k} = {v}", "{k}={v}", "{k}: {v}
           "{k} being {v}", "a {k} of {v}", "{k} should be {v}", "{k} is {v}", "the {k} is {v}", "{k} to {v}", "{k} -> {v}", "{k} ({v})"]
 LISTED_HELD_OUT = ["{k} equal to {v}", "{v} for the {k}", "the {k} set to {v}"]
 
+# Words that may stand before a value without saying anything of it: nobody can list them all, so values must be
+# told by what they are. None of them is in a phrase that is kept for the held-out split.
+CONNECTORS = """across|against|along with|alongside|amid|and the|as|as well as|attached to|based on|before|behind|below|beneath|beside|between|beyond|bound for|bringing|
+carrying|close to|coming from|concerning|containing|covering|dated|despite|directed at|due|during|expecting|featuring|following|given|given to|having|held by|holding|
+including|inside|instead of|involving|joined by|just|kept at|kept in|labelled|like|limited to|listed as|made of|marked|matching|meant for|measuring|minus|moving to|namely|
+nearly|numbered|off|onto|opposite|outside|over|owned by|past|per|placed in|plus|precisely|priced at|ranked|reaching|regarding|related to|roughly|sent to|shown as|since|
+sized|somewhere in|thanks to|through|throughout|toward|upon|valued at|versus|wearing|while|within|without|written in|yielding""".replace("\n", "").split("|")
+STATED = """are|at|becoming|changed to|chosen as|comes to|corresponding to|fixed at|given as|given by|going to|has to be|having|holding|is now|like|made|matching|must be|namely|
+put at|raised to|reading|reads|shall be|should read|stands at|that is|turned to|which is|will be|with value|with the value|would be|:=|=>|~|/""".replace("\n", "").split("|")
+TELLERS = "State Recall Print Quote Bring Reveal Note Explain Determine Discover Identify Name Describe Confirm Collect Return Retrieve Compute Pull Announce".split()
+
+
+def _connector(rng, words=CONNECTORS):
+    return made_up(rng, 2) if rng.random() < 0.06 else rng.choice(words)
+
+
+def _stated(rng):
+    """A way of spelling out a key and its value that may be new."""
+    words = _connector(rng, STATED)
+    return rng.choice(["{k} " + words + " {v}"] * 4 + ["the {k} " + words + " {v}", "the {k} " + words + " {v}", "{v} " + words + " {k}", "{v} in the {k} field", "{v} at {k}",
+                                                       "{v} goes into {k}", "for {k} take {v}", "let {k} be {v}", "my {k} " + words + " {v}"])
+
 
 def invented(rng: random.Random, held_out: bool = False) -> Call:
     """A tool that nobody has seen: a verb and a noun, or nonsense, with up to four parameters."""
@@ -273,7 +295,10 @@ def _asked(rng, verb, noun, name, held_out):
     """A question for a property of one thing."""
     kind = rng.choice(["city", "person", "code", "ticker", "word", "large", "file", "title", "noun"])
     value = KINDS[kind][1](rng)
-    question = rng.choice(QUESTIONS[-3:] if held_out else QUESTIONS[:-3]).format(n=noun, v=f"the {value}" if kind == "noun" else value)
+    question = rng.choice(QUESTIONS[-3:] if held_out else QUESTIONS[:-3])
+    if not held_out and rng.random() < 0.2:
+        question = rng.choice(TELLERS) + rng.choice([" the {n} of {v}.", " the {n} for {v}.", " the {n} {v}.", " {n} {v}.", f" the {{n}} {_connector(rng)} {{v}}."])
+    question = question.format(n=noun, v=f"the {value}" if kind == "noun" else value)
     return [(_key(rng, kind), kind, value)], question if rng.random() < 0.8 else question[0].lower() + question[1:].rstrip("?.")
 
 
@@ -296,7 +321,10 @@ def _natural(rng, verb, noun, name, held_out):
         if key in [k for k, _, _ in chosen]:
             continue
         chosen.append((key, kind, value))
-        pieces.append((phrases[-1] if held_out and len(phrases) > 4 else rng.choice(phrases[:-1])).format(v=value, k=key.replace("_", " ")))
+        phrase = phrases[-1] if held_out and len(phrases) > 4 else rng.choice(phrases[:-1])
+        if not held_out and rng.random() < 0.35:
+            phrase = _connector(rng) + (" {v} {k}" if kind == "counted" else rng.choice([" {v}", " {v}", " {v}", " the {v}", ' "{v}"' if KINDS[kind][0] == "string" else " {v}"]))
+        pieces.append(phrase.format(v=value, k=key.replace("_", " ")))
     order = list(range(len(pieces)))
     if rng.random() < 0.4:
         rng.shuffle(order)
@@ -312,6 +340,8 @@ def _listed(rng, verb, noun, name, held_out):
     values = {_key(rng, kind): (kind, KINDS[kind][1](rng)) for kind in kinds}
     chosen = [(key, kind, value) for key, (kind, value) in values.items()]
     join = rng.choice(LISTED_HELD_OUT if held_out else LISTED)
+    if not held_out and rng.random() < 0.4:
+        join = _stated(rng)
     pieces = [join.format(k=key.replace("_", " ") if rng.random() < 0.9 else key, v=f'"{value}"' if isinstance(value, str) and rng.random() < 0.2 else value) for key, _, value in chosen]
     if rng.random() < 0.25:
         rng.shuffle(pieces)
