@@ -22,7 +22,7 @@ use crate::cluster_file::{ClusterFile, found};
 use crate::plan::Divided;
 use crate::planner::{self, Assumed, Ground};
 use crate::settings::{self, Settings};
-use crate::{demo_model, fast_synch};
+use crate::{data_dir, demo_model, fast_synch};
 
 /// A running cluster. Its processes end with this value, and with this process.
 pub(crate) struct LocalCluster {
@@ -33,6 +33,7 @@ pub(crate) struct LocalCluster {
     drain: Duration,
     /// Ends with this value.
     _tending: JoinSet<()>,
+    _owned: data_dir::Owned,
     /// Removed at the end, unless the user named a folder.
     _scratch: Option<TempDir>,
     pub(crate) model: PathBuf,
@@ -49,6 +50,7 @@ impl LocalCluster {
         check_weights(&options.division.weights, options.division.nodes)?;
         let fast_synch = fast_synch::chosen(options.fast_synch, FastSynch::default())?;
         let (folder, scratch) = data_folder(options.data_dir.as_deref())?;
+        let owned = data_dir::own(&folder).await?;
         let model = match &options.division.model {
             Some(model) => model
                 .canonicalize()
@@ -132,6 +134,7 @@ impl LocalCluster {
             head,
             drain: written.drain(),
             _tending: tending,
+            _owned: owned,
             _scratch: scratch,
             model,
             divided,

@@ -8,6 +8,7 @@ mod throttle;
 mod settings;
 mod byte_size;
 mod demo_model;
+mod data_dir;
 mod local_cluster;
 mod up;
 mod node;

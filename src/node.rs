@@ -25,6 +25,7 @@ use tokio::task::JoinHandle;
 use crate::backend;
 use crate::cli::Node;
 use crate::cluster_file::{ClusterFile, identity_file};
+use crate::data_dir;
 use crate::fast_synch;
 use crate::kept_actors::{exit, irreplaceable, once, replaceable};
 
@@ -44,6 +45,7 @@ pub(crate) async fn run(options: Node) -> Result<()> {
         options.data_dir.display(),
         own.name
     );
+    let _owned = data_dir::own(&options.data_dir).await?;
     let system = System::start(SystemConfig {
         process: ProcessName::new(&*own.name)?,
         identity: Arc::new(identity),
