@@ -49,6 +49,14 @@ fn multiply_with<P: Processor>(
     ys: &mut [&mut [f32]],
 ) {
     let count = ys.first().map_or(0, |y| y.len());
+    if let ([x], [y]) = (xs, &mut *ys) {
+        // Nobody else needs the numbers: they go from the codes straight into the sums.
+        for (block, y) in y.chunks_mut(COLUMNS).enumerate() {
+            let sums = sums_of_one::<P>(matrix, first + block * COLUMNS, y.len(), x);
+            y.copy_from_slice(&sums[..y.len()]);
+        }
+        return;
+    }
     let mut unpacked = vec![0.0; COLUMNS * matrix.inner];
     let mut done = 0;
     while done < count {
@@ -154,6 +162,67 @@ fn sums<P: Processor, const ROWS: usize>(
     sums
 }
 
+/// The products of one row with some columns, at most [`COLUMNS`]: the same sums as those of [`sums`], in the
+/// same order.
+#[inline(always)]
+fn sums_of_one<P: Processor>(
+    matrix: &Matrix<'_>,
+    first: usize,
+    columns: usize,
+    x: &[f32],
+) -> [f32; COLUMNS] {
+    let bits = matrix.bits as usize;
+    let (bytes, groups) = (matrix.inner * bits / 8, matrix.inner / matrix.group_size);
+    let group_bytes = matrix.group_size * bits / 8;
+    let mut lanes = [P::splat(0.0); COLUMNS];
+    // At the matrix's end there are fewer than eight bytes from the last places on.
+    let mut tail = [0; GROUP_BYTES_MAX + WORD_BYTES];
+    for (group, x) in x[..matrix.inner]
+        .chunks_exact(matrix.group_size)
+        .enumerate()
+    {
+        let mut scales = [P::splat(0.0); COLUMNS];
+        let mut biases = [P::splat(0.0); COLUMNS];
+        let mut from = [matrix.codes.as_ptr(); COLUMNS];
+        for column in 0..COLUMNS {
+            // Where there are fewer columns, the last is computed again.
+            let row = first + column.min(columns - 1);
+            scales[column] = P::splat(matrix.scales[row * groups + group]);
+            biases[column] = P::splat(matrix.biases[row * groups + group]);
+            let codes = &matrix.codes[row * bytes + group * group_bytes..];
+            // Rows are too short for a processor to see what comes next.
+            P::fetch(codes.as_ptr().wrapping_add(COLUMNS * bytes));
+            from[column] = match codes.len() >= group_bytes - bits + WORD_BYTES {
+                true => codes.as_ptr(),
+                false => {
+                    tail[..group_bytes].copy_from_slice(&codes[..group_bytes]);
+                    tail.as_ptr()
+                }
+            };
+        }
+        let (x, _) = x.as_chunks::<LANES>();
+        for x in x {
+            let x = P::load(x);
+            for column in 0..COLUMNS {
+                // SAFETY: a word lies at each of the group's places, `bits` bytes apart, as was just seen to.
+                let word = unsafe {
+                    let word = from[column].cast::<u64>().read_unaligned();
+                    from[column] = from[column].add(bits);
+                    word
+                };
+                let spread = P::spread(u64::from_le(word), matrix.bits);
+                let weight = P::multiply_add(scales[column], spread, biases[column]);
+                lanes[column] = P::multiply_add(x, weight, lanes[column]);
+            }
+        }
+    }
+    let mut sums = [0.0; COLUMNS];
+    for (sum, &lanes) in sums.iter_mut().zip(&lanes) {
+        *sum = P::sum(lanes);
+    }
+    sums
+}
+
 /// What is read at once.
 const WORD_BYTES: usize = size_of::<u64>();
 /// The largest group that MLX has.
@@ -204,7 +273,12 @@ mod tests {
             };
             let x: Vec<f32> = (0..rows * inner).map(noise).collect();
             let xs: Vec<&[f32]> = x.chunks_exact(inner).collect();
-            for processor in [multiply, multiply_with::<Plain>] {
+            let alone = |matrix: &Matrix<'_>, first, xs: &[&[f32]], ys: &mut [&mut [f32]]| {
+                for (x, y) in xs.iter().zip(ys) {
+                    multiply(matrix, first, &[x], &mut [y]);
+                }
+            };
+            for processor in [multiply, multiply_with::<Plain>, alone] {
                 let mut y = vec![f32::NAN; rows * out];
                 for [first, end] in [[0, 4], [4, out]] {
                     let ys = y.chunks_exact_mut(out).map(|y| &mut y[first..end]);
