@@ -1,3 +1,5 @@
+//! The scheduler with a shard that takes no plan: the epoch ends, rather than standing still.
+
 use std::sync::Arc;
 
 use actix::Recipient;
