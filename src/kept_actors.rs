@@ -99,6 +99,7 @@ const ENDED_BY_AN_ACTOR: i32 = 70;
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::ExitStatusExt;
     use std::path::{Path, PathBuf};
     use std::process::{Command, Output};
 
@@ -143,7 +144,11 @@ mod tests {
         let file = PathBuf::from(file);
         actix::System::new().block_on(async move {
             let process = ProcessName::new("node-1").unwrap();
-            let kept = KeptActors::new(&process, file.parent().unwrap(), exit);
+            let end = match std::env::var_os("TEST_SHARD") {
+                Some(_) => crate::shard::fail_at_once,
+                None => exit,
+            };
+            let kept = KeptActors::new(&process, file.parent().unwrap(), end);
             if std::env::var_os("TEST_REPLACEABLE").is_some() {
                 let node = kept.replaceable;
                 let holder = ActorSpec::new("holder");
@@ -184,6 +189,17 @@ mod tests {
         assert_eq!(output.status.code(), Some(ENDED_BY_AN_ACTOR), "{said}");
         let words = "the holder has ended (panic: a fault of ours)";
         assert!(said.contains(words), "{said}");
+        assert!(!file.exists(), "somebody has seen it end");
+    }
+
+    #[test]
+    fn a_shard_that_ends_so_has_failed_and_was_not_killed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("held");
+        let output = run(&file, Some("TEST_SHARD"));
+        let said = String::from_utf8_lossy(&output.stderr);
+        let alarm = rustix::process::Signal::ALARM.as_raw();
+        assert_eq!(output.status.signal(), Some(alarm), "{said}");
         assert!(!file.exists(), "somebody has seen it end");
     }
 

@@ -39,7 +39,7 @@ pub(crate) async fn run(options: Shard) -> Result<()> {
     system.learn(ProcessName::new(&*own.name)?, own.address);
     let head = ProcessName::new(&*cluster.head().name)?;
     system.learn(head.clone(), cluster.head().address);
-    let kept = KeptActors::new(system.process(), &options.data_dir, || drop(end_at_once()));
+    let kept = KeptActors::new(system.process(), &options.data_dir, fail_at_once);
     let config = ShardWorkerConfig {
         node: own.name.clone(),
         head,
@@ -60,14 +60,19 @@ pub(crate) async fn run(options: Shard) -> Result<()> {
     terminate.recv().await;
     // So that nobody takes this end for a loss.
     let _ = tokio::time::timeout(GOODBYE_DEADLINE, system.shutdown(GOODBYE_DEADLINE)).await;
-    end_at_once()
+    end_at_once(Signal::KILL)
+}
+
+/// A fault of ours: SIGKILL would pass for somebody else's will. The watchdog does the same.
+pub(crate) fn fail_at_once() {
+    drop(end_at_once(Signal::ALARM));
 }
 
 /// Ends this process without its libraries' last words: the engine's thread may be inside a device
 /// call that nothing interrupts, and MLX must not be torn down under it. Nothing that a shard holds
 /// outlives the process.
-fn end_at_once() -> Result<()> {
-    Ok(kill_process(getpid(), Signal::KILL)?)
+fn end_at_once(signal: Signal) -> Result<()> {
+    Ok(kill_process(getpid(), signal)?)
 }
 
 /// A round trip, and what the system takes to schedule it. The node waits for this process.
