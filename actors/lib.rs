@@ -12,6 +12,7 @@
 mod scheduler;
 mod membership;
 mod node_agent;
+mod roll;
 mod shard_worker;
 mod collective;
 mod throttle;
@@ -24,8 +25,9 @@ mod simulation;
 mod wire;
 
 pub use membership::{ClusterSettings, Membership, ReportCluster, ReportSteps, SchedulerLinks};
-pub use node_agent::{NodeAgent, ShardKeeping, ShardLaunch, StopShard};
+pub use node_agent::{NodeAgent, Reporting, ShardKeeping, ShardLaunch, StopShard};
 pub use process_limit::{limit_data, status_bytes};
+pub use roll::Roll;
 pub use scheduler::{BeginEpoch, Scheduler, SchedulerLimits, Submit};
 pub use scripted_shard::{Drawn, ScriptedShard};
 pub use shard_worker::{ShardWorker, ShardWorkerConfig, StallLimits};

@@ -7,6 +7,7 @@
 pub(crate) mod formation;
 pub(crate) mod presence;
 mod epoch_file;
+mod roll_call;
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
@@ -18,15 +19,20 @@ use actix::{
     ResponseFuture, WrapFuture,
 };
 use offbook_protocol::{
-    ClusterReport, Epoch, FastSynch, GroupMember, GroupSpec, KvBits, Layout, LoadProgress,
-    NodeReport, NodeWeight, Rank, RequestFailure, ShardReport, ShardSpec, ShardSteps, Transport,
+    ActorReport, ClusterReport, Epoch, FastSynch, GroupMember, GroupSpec, KvBits, Layout,
+    LoadProgress, NodeReport, NodeWeight, Rank, RequestFailure, ShardReport, ShardSpec, ShardSteps,
+    Transport,
 };
-use offbook_runtime::{ActorPath, AskError, LostReason, ProcessName, RemoteMessage, System};
+use offbook_runtime::supervise::{ActorRef, ActorSpec, Supervisor, SupervisorError, once};
+use offbook_runtime::{
+    ActorPath, AskError, LostReason, OlderBody, ProcessName, RemoteMessage, System,
+};
 use serde::{Deserialize, Serialize};
 
 use self::epoch_file::EpochFile;
 use self::formation::{Action, Formation, Shard};
 use self::presence::Presence;
+use self::roll_call::RollCall;
 use crate::names;
 use crate::node_agent::{PROBE_DEADLINE, Probe};
 use crate::scheduler::{BeginEpoch, BlameEpoch, CountRequests, EndEpoch, GiveUp, RequestCounts};
@@ -70,6 +76,7 @@ pub struct Membership {
     formation: Formation,
     epochs: EpochFile,
     presence: Presence,
+    roll_call: RollCall,
     /// What the ranks said when they had loaded: the same on every rank, but for the positions that
     /// their caches may hold, of which these are the fewest.
     loaded: Option<Loaded>,
@@ -109,6 +116,7 @@ impl Membership {
             system,
             epochs,
             presence: Presence::new(settings.node_grace),
+            roll_call: RollCall::default(),
             loaded: None,
             kv_tokens_noted: None,
             begin_epoch: scheduler.begin_epoch,
@@ -118,6 +126,21 @@ impl Membership {
             count_requests: scheduler.count_requests,
             settings,
         })
+    }
+
+    /// Starts it, and has other processes reach it by its name. It is not to be restarted.
+    ///
+    /// # Errors
+    /// When the supervisor has a membership already.
+    pub fn supervised(self, by: &Supervisor) -> Result<ActorRef<Self>, SupervisorError> {
+        let system = self.system.clone();
+        let spec = ActorSpec::new(names::MEMBERSHIP).mailbox_max(MAILBOX_MAX);
+        let membership = by.start_actor(spec, once(self))?;
+        system.register::<Announce>(names::MEMBERSHIP, membership.recipient());
+        system.register::<RegisterShard>(names::MEMBERSHIP, membership.recipient());
+        system.register::<NoteProgress>(names::MEMBERSHIP, membership.recipient());
+        system.register::<StepFailed>(names::MEMBERSHIP, membership.recipient());
+        Ok(membership)
     }
 
     fn carry_out(&mut self, actions: Vec<Action>, ctx: &mut Context<Self>) {
@@ -399,6 +422,7 @@ impl Membership {
                 .chain(members.iter().filter(apart))
                 .map(shard)
                 .collect(),
+            actors: (self.roll_call).report(members.iter().map(|member| &*member.node)),
         }
     }
 
@@ -462,20 +486,11 @@ impl Actor for Membership {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Context<Self>) {
-        ctx.set_mailbox_capacity(MAILBOX_MAX);
         ctx.run_interval(STANDING_EVERY, |this, ctx| {
             this.note_silence();
             this.note_absence(ctx);
             this.take_back(ctx);
         });
-        self.system
-            .register::<Announce>(names::MEMBERSHIP, ctx.address().recipient());
-        self.system
-            .register::<RegisterShard>(names::MEMBERSHIP, ctx.address().recipient());
-        self.system
-            .register::<NoteProgress>(names::MEMBERSHIP, ctx.address().recipient());
-        self.system
-            .register::<StepFailed>(names::MEMBERSHIP, ctx.address().recipient());
     }
 }
 
@@ -497,12 +512,47 @@ pub struct Announce {
     pub failed: bool,
     /// The node does not start its shard any more.
     pub given_up: bool,
+    /// Those that the node's own process keeps.
+    pub actors: Vec<ActorReport>,
 }
 
 impl RemoteMessage for Announce {
     const NAME: &'static str = "announce";
-    const VERSION: u16 = 3;
+    const VERSION: u16 = 4;
     type Reply = ();
+
+    fn decode_older(older: &OlderBody<'_>) -> Option<Self> {
+        older.read(3).map(AnnounceBefore::into)
+    }
+}
+
+/// Without the actors: version 3.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct AnnounceBefore {
+    pub(crate) node: String,
+    pub(crate) pid: u32,
+    pub(crate) restarts: u32,
+    pub(crate) last_failure: String,
+    pub(crate) last_lines: Vec<String>,
+    pub(crate) ended_pid: Option<u32>,
+    pub(crate) failed: bool,
+    pub(crate) given_up: bool,
+}
+
+impl From<AnnounceBefore> for Announce {
+    fn from(before: AnnounceBefore) -> Self {
+        Self {
+            node: before.node,
+            pid: before.pid,
+            restarts: before.restarts,
+            last_failure: before.last_failure,
+            last_lines: before.last_lines,
+            ended_pid: before.ended_pid,
+            failed: before.failed,
+            given_up: before.given_up,
+            actors: Vec::new(),
+        }
+    }
 }
 
 impl Handler<Announce> for Membership {
@@ -521,6 +571,7 @@ impl Handler<Announce> for Membership {
         member.last_lines.clone_from(&news.last_lines);
         member.given_up = news.given_up;
         self.presence.heard(&news.node, Instant::now());
+        self.roll_call.node_said(&news.node, news.actors);
         if member.node_pid != news.pid || !member.node_alive {
             self.watch_node(&news.node, news.pid, ctx);
         }
@@ -606,12 +657,39 @@ pub struct RegisterShard {
     pub pid: u32,
     /// The highest epoch that it was to load; 0 when there was none.
     pub heard: Epoch,
+    /// Those that the process keeps.
+    pub actors: Vec<ActorReport>,
 }
 
 impl RemoteMessage for RegisterShard {
     const NAME: &'static str = "register-shard";
-    const VERSION: u16 = 2;
+    const VERSION: u16 = 3;
     type Reply = ();
+
+    fn decode_older(older: &OlderBody<'_>) -> Option<Self> {
+        older.read(2).map(RegisterShardBefore::into)
+    }
+}
+
+/// Without the actors: version 2.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct RegisterShardBefore {
+    pub(crate) node: String,
+    pub(crate) process: String,
+    pub(crate) pid: u32,
+    pub(crate) heard: Epoch,
+}
+
+impl From<RegisterShardBefore> for RegisterShard {
+    fn from(before: RegisterShardBefore) -> Self {
+        Self {
+            node: before.node,
+            process: before.process,
+            pid: before.pid,
+            heard: before.heard,
+            actors: Vec::new(),
+        }
+    }
 }
 
 impl Handler<RegisterShard> for Membership {
@@ -623,11 +701,15 @@ impl Handler<RegisterShard> for Membership {
             process,
             pid,
             heard,
+            actors,
         } = register;
         let Ok(name) = ProcessName::new(&*process) else {
             return;
         };
         tracing::info!(node, process, pid, "a shard registered");
+        if self.formation.member_mut(&node).is_some() {
+            self.roll_call.shard_said(&node, actors);
+        }
         let watch = self.system.watch(&name).into_actor(self);
         self.formation.heard_of(heard);
         let actions = self.formation.registered(&node, Shard { process, pid });

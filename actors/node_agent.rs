@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 
 use crate::membership::Announce;
 use crate::names;
+use crate::roll::Roll;
 
 /// How a node starts its shard process.
 #[derive(Clone, Debug)]
@@ -35,6 +36,13 @@ pub struct ShardKeeping {
     pub frozen_grace: Duration,
 }
 
+/// Whom a node tells of itself, and of which actors.
+#[derive(Clone, Debug)]
+pub struct Reporting {
+    pub head: ProcessName,
+    pub roll: Roll,
+}
+
 /// See the module's own words.
 pub struct NodeAgent {
     system: System,
@@ -48,6 +56,7 @@ pub struct NodeAgent {
     events: Option<mpsc::Receiver<Event>>,
     running_pid: Option<u32>,
     announce: Remote<Announce>,
+    roll: Roll,
 }
 
 impl NodeAgent {
@@ -59,20 +68,26 @@ impl NodeAgent {
     pub fn supervised(
         by: &Supervisor,
         system: &System,
-        head: ProcessName,
+        reporting: Reporting,
         launch: ShardLaunch,
         keeping: ShardKeeping,
     ) -> Result<ActorRef<Self>, SupervisorError> {
         let own = system.clone();
         let agent = by.start_actor(ActorSpec::new(names::NODE_AGENT), move |_| {
-            Self::new(&own, head.clone(), launch.clone(), keeping.clone())
+            Self::new(&own, reporting.clone(), launch.clone(), keeping.clone())
         })?;
         system.register::<Attach>(names::NODE_AGENT, agent.recipient());
         system.register::<Probe>(names::NODE_AGENT, agent.recipient());
         Ok(agent)
     }
 
-    fn new(system: &System, head: ProcessName, launch: ShardLaunch, keeping: ShardKeeping) -> Self {
+    fn new(
+        system: &System,
+        reporting: Reporting,
+        launch: ShardLaunch,
+        keeping: ShardKeeping,
+    ) -> Self {
+        let Reporting { head, roll } = reporting;
         let (supervisor, events) = Supervisor::new(keeping.restarts);
         Self {
             frozen_grace: keeping.frozen_grace,
@@ -84,6 +99,7 @@ impl NodeAgent {
             events: Some(events),
             running_pid: None,
             announce: system.remote(&ActorPath::new(head, names::MEMBERSHIP)),
+            roll,
         }
     }
 
@@ -139,6 +155,7 @@ impl NodeAgent {
             ended_pid: ended.map(|ended| ended.pid),
             failed: ended.is_some_and(|ended| ended.failed),
             given_up: status.is_some_and(|status| status.state == ChildState::Escalated),
+            actors: self.roll.report(),
         };
         let remote = self.announce.clone();
         let asked = async move { remote.ask(announce, ANNOUNCE_EVERY * 3).await };

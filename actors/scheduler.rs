@@ -20,6 +20,7 @@ use futures::{FutureExt, StreamExt, future, stream};
 use offbook_protocol::{
     Epoch, Plan, Rank, Request, RequestEvent, RequestFailure, SampledToken, SequenceId, StepOutcome,
 };
+use offbook_runtime::supervise::{ActorRef, ActorSpec, Supervisor, SupervisorError, once};
 use offbook_runtime::{
     ActorPath, AskError, ItemSender, Open, ProcessName, Remote, StreamMessage, Subscription,
     System, TrySendError,
@@ -72,6 +73,18 @@ impl Scheduler {
             current: None,
             stepped: None,
         }
+    }
+
+    /// Starts it, and has its process reach it by its name. It is not to be restarted.
+    ///
+    /// # Errors
+    /// When the supervisor has a scheduler already.
+    pub fn supervised(self, by: &Supervisor) -> Result<ActorRef<Self>, SupervisorError> {
+        let system = self.system.clone();
+        let spec = ActorSpec::new(names::SCHEDULER).mailbox_max(MAILBOX_MAX);
+        let scheduler = by.start_actor(spec, once(self))?;
+        system.register_stream::<Submit>(names::SCHEDULER, scheduler.recipient());
+        Ok(scheduler)
     }
 
     /// Sends the plans that are due to every shard at once.
@@ -150,12 +163,6 @@ impl Scheduler {
 
 impl Actor for Scheduler {
     type Context = Context<Self>;
-
-    fn started(&mut self, ctx: &mut Context<Self>) {
-        ctx.set_mailbox_capacity(MAILBOX_MAX);
-        self.system
-            .register_stream::<Submit>(names::SCHEDULER, ctx.address().recipient());
-    }
 }
 
 /// A request: its events come back. Dropping the subscription cancels it.

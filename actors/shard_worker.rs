@@ -26,6 +26,7 @@ use offbook_engine::memory::DeviceMemory;
 use offbook_protocol::{
     Epoch, GroupSpec, MemoryFigures, Plan, Rank, ShardSpec, ShardSteps, StepOutcome, Transport,
 };
+use offbook_runtime::supervise::{ActorRef, ActorSpec, Supervisor, SupervisorError, once};
 use offbook_runtime::{
     ActorPath, AskError, Identity, LostReason, Open, ProcessName, Remote, RemoteMessage,
     StreamMessage, System, Trust,
@@ -42,6 +43,7 @@ use crate::collective::{Abort, Bind, Collective, Hold, Meet};
 use crate::membership::{NoteProgress, RegisterShard, StepFailed};
 use crate::names;
 use crate::node_agent::Attach;
+use crate::roll::Roll;
 use crate::throttle::{ReadThrottle, Throttle, WindowSettings};
 
 /// What a shard process knows from the start.
@@ -59,6 +61,8 @@ pub struct ShardWorkerConfig {
     /// What MLX may take in this process; `None` leaves that to MLX.
     pub memory_limit_bytes: Option<u64>,
     pub stalls: StallLimits,
+    /// What the head is told of this process's actors.
+    pub roll: Roll,
 }
 
 pub use self::watchdog::StallLimits;
@@ -138,6 +142,23 @@ impl ShardWorker {
         })
     }
 
+    /// Starts it, and has other processes reach it by its name. It is not to be restarted.
+    ///
+    /// # Errors
+    /// When the supervisor has a shard worker already.
+    pub fn supervised(self, by: &Supervisor) -> Result<ActorRef<Self>, SupervisorError> {
+        let system = self.system.clone();
+        let spec = ActorSpec::new(names::SHARD_WORKER).mailbox_max(MAILBOX_MAX);
+        let worker = by.start_actor(spec, once(self))?;
+        system.register::<LoadShard>(names::SHARD_WORKER, worker.recipient());
+        system.register::<JoinGroup>(names::SHARD_WORKER, worker.recipient());
+        system.register::<ApplyPlan>(names::SHARD_WORKER, worker.recipient());
+        system.register::<LeaveGroup>(names::SHARD_WORKER, worker.recipient());
+        system.register::<ReadSteps>(names::SHARD_WORKER, worker.recipient());
+        system.register_stream::<WatchOutcomes>(names::SHARD_WORKER, worker.recipient());
+        Ok(worker)
+    }
+
     /// Registers with the head until it answers, then waits until its link is lost, and again.
     fn register(&mut self, ctx: &mut Context<Self>) {
         // Whoever registers takes part in nothing: the head may have taken a registration whose answer
@@ -149,6 +170,7 @@ impl ShardWorker {
             process: self.system.process().to_string(),
             pid: std::process::id(),
             heard: self.attendance.heard(),
+            actors: self.config.roll.report(),
         };
         let (system, head) = (self.system.clone(), self.config.head.clone());
         let registered = async move {
@@ -266,14 +288,6 @@ impl Actor for ShardWorker {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Context<Self>) {
-        ctx.set_mailbox_capacity(MAILBOX_MAX);
-        let system = &self.system;
-        system.register::<LoadShard>(names::SHARD_WORKER, ctx.address().recipient());
-        system.register::<JoinGroup>(names::SHARD_WORKER, ctx.address().recipient());
-        system.register::<ApplyPlan>(names::SHARD_WORKER, ctx.address().recipient());
-        system.register::<LeaveGroup>(names::SHARD_WORKER, ctx.address().recipient());
-        system.register::<ReadSteps>(names::SHARD_WORKER, ctx.address().recipient());
-        system.register_stream::<WatchOutcomes>(names::SHARD_WORKER, ctx.address().recipient());
         if let Some(news) = self.news.take() {
             let news = futures::stream::unfold(news, |mut news| async {
                 news.recv().await.map(|one| (one, news))

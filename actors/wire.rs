@@ -9,18 +9,20 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use offbook_protocol::{
-    Candidate, ClientId, Epoch, FastSynch, FinishReason, GroupMember, GroupSpec, Histogram, Join,
-    KvBits, KvFigures, Layout, LoadProgress, LogitBias, MemoryFigures, NodeWeight, Plan,
-    PlanNumber, Rank, Rejection, Request, RequestEvent, RequestFailure, SampledToken, Sampling,
-    SequenceId, ShardSpec, ShardSteps, Step, StepHistograms, StepOutcome, ThrottleFigures,
-    Transport,
+    ActorReport, Candidate, ClientId, DeadLetterReport, Epoch, FastSynch, FinishReason,
+    GroupMember, GroupSpec, Histogram, Join, KvBits, KvFigures, Layout, LoadProgress, LogitBias,
+    MemoryFigures, NodeWeight, Plan, PlanNumber, Rank, Rejection, Request, RequestEvent,
+    RequestFailure, SampledToken, Sampling, SequenceId, ShardSpec, ShardSteps, Step,
+    StepHistograms, StepOutcome, ThrottleFigures, Transport,
 };
-use offbook_runtime::fuzzing::{decoded, encoded};
+use offbook_runtime::fuzzing::{decoded, decoded_older, encoded};
 use offbook_runtime::{RemoteMessage, StreamMessage};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::membership::{Announce, NoteProgress, RegisterShard, StepFailed};
+use crate::membership::{
+    Announce, AnnounceBefore, NoteProgress, RegisterShard, RegisterShardBefore, StepFailed,
+};
 use crate::node_agent::{Attach, Probe};
 use crate::scheduler::Submit;
 use crate::shard_worker::{
@@ -77,13 +79,21 @@ fn of_nodes() -> Vec<Sample> {
             ended_pid: Some(4710),
             given_up: true,
             failed: true,
+            actors: vec![actor()],
         }),
+        sample("announce before", 3, &announce_before()),
         message(&RegisterShard {
             node: "node-1".into(),
             process: "node-1/shard".into(),
             pid: 70_000,
             heard: Epoch(300),
+            actors: vec![ActorReport {
+                ended_at: None,
+                last_dead_letter: None,
+                ..actor()
+            }],
         }),
+        sample("register-shard before", 2, &register_shard_before()),
         message(&NoteProgress {
             node: "node-1".into(),
             load: LoadProgress {
@@ -107,6 +117,44 @@ fn of_nodes() -> Vec<Sample> {
         }),
         reply::<Probe>("probe reply", &false),
     ]
+}
+
+fn announce_before() -> AnnounceBefore {
+    AnnounceBefore {
+        node: "node-1".into(),
+        pid: 4711,
+        restarts: 3,
+        last_failure: "exit status 1".into(),
+        last_lines: vec!["out of memory".into(), "ä".into()],
+        ended_pid: Some(4710),
+        given_up: true,
+        failed: true,
+    }
+}
+
+fn register_shard_before() -> RegisterShardBefore {
+    RegisterShardBefore {
+        node: "node-1".into(),
+        process: "node-1/shard".into(),
+        pid: 70_000,
+        heard: Epoch(300),
+    }
+}
+
+fn actor() -> ActorReport {
+    ActorReport {
+        process: "node-1".into(),
+        name: "scheduler".into(),
+        restarts: 2,
+        last_error: "panic: a fault".into(),
+        ended_at: Some(1 << 31),
+        dead_letters: 300,
+        last_dead_letter: Some(DeadLetterReport {
+            message: "Submit".into(),
+            cause: "a fault".into(),
+        }),
+        given_up: true,
+    }
 }
 
 fn of_shards() -> Vec<Sample> {
@@ -368,6 +416,21 @@ fn the_bytes_of_no_message_change() {
         golden.len(),
         "a message is not sampled any more"
     );
+}
+
+#[test]
+fn what_nodes_said_in_the_version_before_is_understood() {
+    let bytes = encoded(&announce_before());
+    let announce: Announce = decoded_older(3, &bytes).unwrap();
+    assert_eq!((&*announce.node, announce.pid), ("node-1", 4711));
+    assert!(announce.failed && announce.given_up && announce.actors.is_empty());
+    assert!(decoded_older::<Announce>(2, &bytes).is_none());
+    let bytes = encoded(&register_shard_before());
+    let register: RegisterShard = decoded_older(2, &bytes).unwrap();
+    let expected = ("node-1/shard", 70_000, Epoch(300));
+    assert_eq!((&*register.process, register.pid, register.heard), expected);
+    assert!(register.actors.is_empty());
+    assert!(decoded_older::<RegisterShard>(1, &bytes).is_none());
 }
 
 #[test]

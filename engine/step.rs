@@ -564,7 +564,7 @@ impl InFlight {
 }
 
 /// How many words of a message come before its tokens.
-const CONTROL_WORDS: i32 = 3;
+pub(crate) const CONTROL_WORDS: i32 = 3;
 
 /// The first element, as `[1]`.
 fn first_of(x: &Array) -> Result<Array, Exception> {

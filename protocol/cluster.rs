@@ -24,6 +24,9 @@ pub struct ClusterReport {
     pub requests_queued: u32,
     pub nodes: Vec<NodeReport>,
     pub shards: Vec<ShardReport>,
+    /// Those of each node, in the order of nodes, and behind them those of its shard.
+    #[serde(default)]
+    pub actors: Vec<ActorReport>,
 }
 
 /// How far the cluster is on its way to serve.
@@ -73,4 +76,32 @@ pub struct ShardReport {
     /// The way that its collectives take: `delegated`, `cpu-stream`, `mlx` or `alone`; empty until it
     /// has joined a group.
     pub collectives: String,
+}
+
+/// An actor that its process keeps, and what became of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ActorReport {
+    /// A node's name, or that of its shard, as in `node-1/shard-0`.
+    pub process: String,
+    pub name: String,
+    /// How often it was made anew, within its process or with it.
+    pub restarts: u32,
+    /// How it ended last; empty when it never did.
+    pub last_error: String,
+    /// When that was, in seconds since 1970 by its own machine's clock.
+    pub ended_at: Option<u64>,
+    /// So many messages made their handler panic. None of them is handled again.
+    pub dead_letters: u64,
+    pub last_dead_letter: Option<DeadLetterReport>,
+    /// It failed so often, or holds so much, that its process ended with it the last time.
+    pub given_up: bool,
+}
+
+/// A message whose handler panicked. What it said is kept nowhere.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeadLetterReport {
+    /// Its type.
+    pub message: String,
+    /// The words of the panic.
+    pub cause: String,
 }

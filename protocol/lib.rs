@@ -15,7 +15,7 @@ mod request;
 mod cluster;
 mod steps;
 
-pub use cluster::{ClusterReport, NodeReport, Phase, ShardReport};
+pub use cluster::{ActorReport, ClusterReport, DeadLetterReport, NodeReport, Phase, ShardReport};
 pub use ids::{Epoch, PlanNumber, Rank, SequenceId, Step};
 pub use kv_bits::{KvBits, UnknownKvBits};
 pub use outcome::{Candidate, FinishReason, SampledToken, StepOutcome};

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::codec;
 use crate::frame::{self, CallKind, Frame};
 use crate::hello::{HELLO_BYTES_MAX, Hello};
+use crate::message::{OlderBody, RemoteMessage};
 use crate::trace::TraceContext;
 
 /// It panics when a promise is broken, whatever the bytes.
@@ -111,6 +112,11 @@ pub fn encoded<T: Serialize>(value: &T) -> Vec<u8> {
 /// What a peer's bytes are read as, if they can be.
 pub fn decoded<T: DeserializeOwned>(bytes: &[u8]) -> Option<T> {
     codec::decode(bytes).ok()
+}
+
+/// What a caller of this older version meant by its bytes, if the message knows that version.
+pub fn decoded_older<M: RemoteMessage>(version: u16, body: &[u8]) -> Option<M> {
+    M::decode_older(&OlderBody { version, body })
 }
 
 /// An input that each target accepts, to begin with.

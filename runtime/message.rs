@@ -97,8 +97,8 @@ pub trait StreamMessage: Serialize + DeserializeOwned + Send + 'static {
 /// The bytes of a message of an older version than this process's own.
 #[derive(Debug)]
 pub struct OlderBody<'a> {
-    version: u16,
-    body: &'a [u8],
+    pub(crate) version: u16,
+    pub(crate) body: &'a [u8],
 }
 
 impl<'a> OlderBody<'a> {

@@ -31,9 +31,9 @@ mod actor;
 pub(crate) mod fate;
 mod lifeline;
 
-pub use actor::{ActorRef, ActorSpec, CallError, Fresh, Refused};
+pub use actor::{ActorRef, ActorSpec, CallError, Fresh, Refused, once};
 pub use child::ChildSpec;
 pub use lifeline::lifeline;
 pub use policy::{RestartHistory, RestartPolicy, Verdict};
 pub use status::{ChildState, ChildStatus, DeadLetter, Event, Exit, Restart};
-pub use supervisor::{Strategy, Supervisor, SupervisorError};
+pub use supervisor::{Roster, Strategy, Supervisor, SupervisorError};

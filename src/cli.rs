@@ -52,7 +52,7 @@ pub(crate) enum Command {
     Generate(Generate),
     /// Show who would own what, and how many bytes
     Plan(Plan),
-    /// Show the state of a running cluster: nodes, shards, epoch, restarts, last failures
+    /// Show the state of a running cluster: nodes, shards, actors, epoch, restarts, last failures
     Status(Status),
     /// Kill or freeze shards of a cluster on this machine while it answers, and compare every answer.
     /// Exit code 0 only if no token was lost, doubled or wrong

@@ -7,33 +7,75 @@
 //! started the node starts it again; the shards come back, and the journal's answers go on. The shard
 //! worker holds the engine's thread: its process ends, and its node starts another.
 
+//!
+//! What became of any of them is read by the [`Roll`], and an end that took the process with it is noted on
+//! disk for the next one: [`EndedActors`].
+
+mod ended_actors;
+
+use std::path::Path;
 use std::process;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
-use actix::Actor;
-use offbook_runtime::supervise::{ActorRef, ChildStatus, RestartPolicy, Supervisor};
+use offbook_actors::Roll;
+use offbook_protocol::ActorReport;
+use offbook_runtime::ProcessName;
+use offbook_runtime::supervise::{ChildStatus, RestartPolicy, Supervisor};
 
-/// A supervisor of actors that are made anew, until that happens too often.
-pub(crate) fn replaceable(end: fn()) -> Supervisor {
-    supervisor(RestartPolicy::default(), end)
+use self::ended_actors::EndedActors;
+
+/// Who keeps the actors of a process. They end with this value.
+pub(crate) struct KeptActors {
+    /// Of actors that are made anew, until that happens too often.
+    pub(crate) replaceable: Supervisor,
+    /// Of actors that their process cannot go on without.
+    pub(crate) irreplaceable: Supervisor,
+    /// All of both.
+    pub(crate) roll: Roll,
 }
 
-/// A supervisor of actors that their process cannot go on without.
-pub(crate) fn irreplaceable(end: fn()) -> Supervisor {
-    let policy = RestartPolicy {
-        intensity: 0,
-        ..RestartPolicy::default()
-    };
-    supervisor(policy, end)
+impl KeptActors {
+    /// Of nobody yet, in a process of a node that keeps its state in this folder. `end` ends the process
+    /// without waiting for anything: what clients are owed is on the disk already.
+    pub(crate) fn new(process: &ProcessName, data: &Path, end: fn()) -> Self {
+        let ended = EndedActors::of(data);
+        let roll = Roll::new(process, ended.read());
+        let supervisor = |policy| {
+            let (supervisor, _news) = Supervisor::new(policy);
+            let (ended, roll) = (ended.clone(), roll.clone());
+            supervisor.on_escalation(move |status| {
+                note(ended.clone(), roll.report_of(status));
+                say(status);
+                end();
+            });
+            supervisor
+        };
+        let replaceable = supervisor(RestartPolicy::default());
+        let irreplaceable = supervisor(RestartPolicy {
+            intensity: 0,
+            ..RestartPolicy::default()
+        });
+        Self {
+            roll: roll.with(irreplaceable.roster()).with(replaceable.roster()),
+            replaceable,
+            irreplaceable,
+        }
+    }
 }
 
-/// `end` ends this process without waiting for anything: what clients are owed is on the disk already.
-fn supervisor(policy: RestartPolicy, end: fn()) -> Supervisor {
-    let (supervisor, _news) = Supervisor::new(policy);
-    supervisor.on_escalation(move |status| {
-        say(status);
-        end();
+/// Leaves word for the next process. A disk that hangs does not keep this one alive.
+fn note(ended: EndedActors, actor: ActorReport) {
+    let (done, noted) = mpsc::channel();
+    let noting = thread::Builder::new().spawn(move || {
+        ended.note(&actor);
+        // Nobody waits for it any more when it took too long.
+        let _ = done.send(());
     });
-    supervisor
+    if noting.is_ok() {
+        let _ = noted.recv_timeout(NOTE_MAX);
+    }
 }
 
 /// The last line of the process, which whoever supervises it shows.
@@ -49,26 +91,20 @@ pub(crate) fn exit() {
     process::exit(ENDED_BY_AN_ACTOR);
 }
 
-/// What makes an actor that is never restarted: it was made before.
-pub(crate) fn once<A: Actor>(actor: A) -> impl FnMut(&ActorRef<A>) -> A {
-    let mut actor = Some(actor);
-    move |_| {
-        let made = actor.take();
-        made.expect("an actor that is not restarted is started once")
-    }
-}
+/// A few hundred bytes take a moment.
+const NOTE_MAX: Duration = Duration::from_millis(500);
 
 /// An internal fault, by the list of `sysexits.h`: told apart from a node that refused to start.
 const ENDED_BY_AN_ACTOR: i32 = 70;
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::ExitStatusExt;
     use std::path::{Path, PathBuf};
     use std::process::{Command, Output};
-    use std::time::Duration;
 
-    use actix::{Context, Handler, Message};
-    use offbook_runtime::supervise::{ActorSpec, CallError};
+    use actix::{Actor, Context, Handler, Message};
+    use offbook_runtime::supervise::{ActorSpec, CallError, once};
 
     use super::*;
 
@@ -107,8 +143,14 @@ mod tests {
         };
         let file = PathBuf::from(file);
         actix::System::new().block_on(async move {
+            let process = ProcessName::new("node-1").unwrap();
+            let end = match std::env::var_os("TEST_SHARD") {
+                Some(_) => crate::shard::fail_at_once,
+                None => exit,
+            };
+            let kept = KeptActors::new(&process, file.parent().unwrap(), end);
             if std::env::var_os("TEST_REPLACEABLE").is_some() {
-                let node = replaceable(exit);
+                let node = kept.replaceable;
                 let holder = ActorSpec::new("holder");
                 let holder = node.start_actor(holder, move |_| Holder(Held(file.clone())));
                 let holder = holder.unwrap();
@@ -117,7 +159,7 @@ mod tests {
                     assert!(matches!(failed, Err(CallError::Panicked(_))));
                 }
             } else {
-                let (node, holder) = (irreplaceable(exit), Holder(Held(file)));
+                let (node, holder) = (kept.irreplaceable, Holder(Held(file)));
                 let holder = node.start_actor(ActorSpec::new("holder"), once(holder));
                 let _ = holder.unwrap().ask(Fail, DEADLINE).await;
             }
@@ -126,7 +168,7 @@ mod tests {
         });
     }
 
-    fn run(file: &Path, replaceable: Option<&str>) -> Output {
+    fn run(file: &Path, how: Option<&str>) -> Output {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args([
             "kept_actors::tests::child_process",
@@ -134,7 +176,7 @@ mod tests {
             "--nocapture",
         ]);
         command.env("TEST_FILE", file);
-        command.envs(replaceable.map(|value| ("TEST_REPLACEABLE", value)));
+        command.envs(how.map(|variable| (variable, "yes")));
         command.output().unwrap()
     }
 
@@ -151,10 +193,21 @@ mod tests {
     }
 
     #[test]
+    fn a_shard_that_ends_so_has_failed_and_was_not_killed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("held");
+        let output = run(&file, Some("TEST_SHARD"));
+        let said = String::from_utf8_lossy(&output.stderr);
+        let alarm = rustix::process::Signal::ALARM.as_raw();
+        assert_eq!(output.status.signal(), Some(alarm), "{said}");
+        assert!(!file.exists(), "somebody has seen it end");
+    }
+
+    #[test]
     fn a_replaceable_one_is_made_anew_a_few_times() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("held");
-        let output = run(&file, Some("yes"));
+        let output = run(&file, Some("TEST_REPLACEABLE"));
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(ENDED_BY_AN_ACTOR), "{said}");
         let failures = said.matches("a fault of ours").count();

@@ -10,11 +10,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use offbook_actors::{
-    Membership, NodeAgent, Scheduler, SchedulerLinks, ShardLaunch, StopShard, names,
+    Membership, NodeAgent, Reporting, Scheduler, SchedulerLinks, ShardLaunch, StopShard,
 };
 use offbook_api::Journal;
 use offbook_engine::ModelConfig;
-use offbook_runtime::supervise::{ActorRef, ActorSpec, Supervisor, lifeline};
+use offbook_runtime::supervise::{ActorRef, Supervisor, lifeline};
 use offbook_runtime::{Identity, ProcessName, System, SystemConfig};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
@@ -25,9 +25,9 @@ use tokio::task::JoinHandle;
 use crate::backend;
 use crate::cli::Node;
 use crate::cluster_file::{ClusterFile, identity_file};
-use crate::data_dir;
+use crate::data_dir::{self, Owned};
 use crate::fast_synch;
-use crate::kept_actors::{exit, irreplaceable, once, replaceable};
+use crate::kept_actors::{KeptActors, exit};
 
 pub(crate) async fn run(options: Node) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
@@ -36,6 +36,48 @@ pub(crate) async fn run(options: Node) -> Result<()> {
         lifeline()?;
     }
     raise_open_files();
+    let launch = launch(&options)?;
+    let Running {
+        owned: _owned,
+        system,
+        kept: _kept,
+        api,
+        agent,
+    } = start(&options, launch).await?;
+    let mut told_to_stop = async || loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            // A Ctrl-C in a terminal reaches every process of the group at once; whoever started
+            // this node then stops it in order.
+            _ = interrupt.recv() => if !options.supervised { break },
+        }
+    };
+    told_to_stop().await;
+    if let Some(api) = api {
+        let journal = api.journal.clone();
+        tokio::select! {
+            () = api.drain() => {}
+            // Whoever says it twice means at once.
+            () = told_to_stop() => {}
+        }
+        journal.keep_all();
+    }
+    stop(&agent, &system).await;
+    Ok(())
+}
+
+/// A node that runs.
+struct Running {
+    owned: Owned,
+    system: System,
+    /// The actors end with this, after everything that uses them.
+    kept: KeptActors,
+    /// If it is the head.
+    api: Option<Api>,
+    agent: ActorRef<NodeAgent>,
+}
+
+async fn start(options: &Node, launch: ShardLaunch) -> Result<Running> {
     let mut cluster = ClusterFile::load(&options.cluster)?;
     let own = cluster.node(&options.name)?.clone();
     let identity = Identity::load(&identity_file(&options.data_dir))?;
@@ -45,7 +87,7 @@ pub(crate) async fn run(options: Node) -> Result<()> {
         options.data_dir.display(),
         own.name
     );
-    let _owned = data_dir::own(&options.data_dir).await?;
+    let owned = data_dir::own(&options.data_dir).await?;
     let system = System::start(SystemConfig {
         process: ProcessName::new(&*own.name)?,
         identity: Arc::new(identity),
@@ -68,36 +110,24 @@ pub(crate) async fn run(options: Node) -> Result<()> {
         // Who started this node for a whole cluster has looked already.
         cluster.fast_synch = fast_synch::chosen(None, cluster.fast_synch)?;
     }
-    // The actors end with their supervisors, after everything that uses them.
-    let (irreplaceable, replaceable) = (irreplaceable(exit), replaceable(exit));
+    let kept = KeptActors::new(system.process(), &options.data_dir, exit);
     let mut api = None;
     if is_head {
-        api = Some(start_head(&system, &cluster, &options, &irreplaceable).await?);
+        api = Some(start_head(&system, &cluster, options, &kept.irreplaceable).await?);
     }
-    let head = ProcessName::new(&*cluster.head().name)?;
-    let (launch, keeping) = (launch(&options)?, cluster.shard_keeping());
-    let agent = NodeAgent::supervised(&replaceable, &system, head, launch, keeping)?;
-
-    let mut told_to_stop = async || loop {
-        tokio::select! {
-            _ = terminate.recv() => break,
-            // A Ctrl-C in a terminal reaches every process of the group at once; whoever started
-            // this node then stops it in order.
-            _ = interrupt.recv() => if !options.supervised { break },
-        }
+    let reporting = Reporting {
+        head: ProcessName::new(&*cluster.head().name)?,
+        roll: kept.roll.clone(),
     };
-    told_to_stop().await;
-    if let Some(api) = api {
-        let journal = api.journal.clone();
-        tokio::select! {
-            () = api.drain() => {}
-            // Whoever says it twice means at once.
-            () = told_to_stop() => {}
-        }
-        journal.keep_all();
-    }
-    stop(&agent, &system).await;
-    Ok(())
+    let keeping = cluster.shard_keeping();
+    let agent = NodeAgent::supervised(&kept.replaceable, &system, reporting, launch, keeping)?;
+    Ok(Running {
+        owned,
+        system,
+        kept,
+        api,
+        agent,
+    })
 }
 
 /// The API of a head.
@@ -153,8 +183,7 @@ async fn start_head(
     let listener = listener
         .with_context(|| format!("cannot listen on {}: choose another --http", options.http))?;
     let scheduler = Scheduler::new(system.clone(), cluster.scheduler_limits());
-    let spec = ActorSpec::new(names::SCHEDULER);
-    let scheduler = supervisor.start_actor(spec, once(scheduler))?;
+    let scheduler = scheduler.supervised(supervisor)?;
     let links = SchedulerLinks {
         begin_epoch: scheduler.recipient(),
         end_epoch: scheduler.recipient(),
@@ -166,8 +195,7 @@ async fn start_head(
     let settings = cluster.settings(config.context_tokens as u32, listener.local_addr()?);
     let membership = Membership::new(system.clone(), settings, epochs.clone(), links)
         .with_context(|| format!("cannot read {}", epochs.display()))?;
-    let spec = ActorSpec::new(names::MEMBERSHIP);
-    let membership = supervisor.start_actor(spec, once(membership))?;
+    let membership = membership.supervised(supervisor)?;
     let answers = options.data_dir.join("answers");
     let journal = Journal::open(answers.clone())
         .with_context(|| format!("cannot keep answers in {}", answers.display()))?;
@@ -231,3 +259,6 @@ const STOP_SHARD_DEADLINE: Duration = Duration::from_secs(8);
 const OPEN_FILES: [u64; 2] = [65_536, 10_240];
 /// What is under way may take a round trip.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests;

@@ -5,15 +5,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use offbook_actors::{ShardWorker, ShardWorkerConfig, names};
-use offbook_runtime::supervise::{ActorSpec, lifeline};
+use offbook_actors::{ShardWorker, ShardWorkerConfig};
+use offbook_runtime::supervise::lifeline;
 use offbook_runtime::{Identity, ProcessName, System, SystemConfig};
+use rustix::process::{Signal, getpid, kill_process};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::byte_size::ByteSize;
 use crate::cli::Shard;
 use crate::cluster_file::{ClusterFile, identity_file};
-use crate::kept_actors::{irreplaceable, once};
+use crate::kept_actors::KeptActors;
 use crate::node::boot;
 use crate::throttle;
 
@@ -38,6 +39,7 @@ pub(crate) async fn run(options: Shard) -> Result<()> {
     system.learn(ProcessName::new(&*own.name)?, own.address);
     let head = ProcessName::new(&*cluster.head().name)?;
     system.learn(head.clone(), cluster.head().address);
+    let kept = KeptActors::new(system.process(), &options.data_dir, fail_at_once);
     let config = ShardWorkerConfig {
         node: own.name.clone(),
         head,
@@ -51,24 +53,26 @@ pub(crate) async fn run(options: Shard) -> Result<()> {
             .or(own.memory_limit)
             .map(ByteSize::bytes),
         stalls: cluster.stall_limits(),
+        roll: kept.roll.clone(),
     };
     let worker = ShardWorker::new(system.clone(), config)?;
-    let supervisor = irreplaceable(|| drop(end_at_once()));
-    supervisor.start_actor(ActorSpec::new(names::SHARD_WORKER), once(worker))?;
+    worker.supervised(&kept.irreplaceable)?;
     terminate.recv().await;
     // So that nobody takes this end for a loss.
     let _ = tokio::time::timeout(GOODBYE_DEADLINE, system.shutdown(GOODBYE_DEADLINE)).await;
-    end_at_once()
+    end_at_once(Signal::KILL)
+}
+
+/// A fault of ours: SIGKILL would pass for somebody else's will. The watchdog does the same.
+pub(crate) fn fail_at_once() {
+    drop(end_at_once(Signal::ALARM));
 }
 
 /// Ends this process without its libraries' last words: the engine's thread may be inside a device
 /// call that nothing interrupts, and MLX must not be torn down under it. Nothing that a shard holds
 /// outlives the process.
-fn end_at_once() -> Result<()> {
-    Ok(rustix::process::kill_process(
-        rustix::process::getpid(),
-        rustix::process::Signal::KILL,
-    )?)
+fn end_at_once(signal: Signal) -> Result<()> {
+    Ok(kill_process(getpid(), signal)?)
 }
 
 /// A round trip, and what the system takes to schedule it. The node waits for this process.

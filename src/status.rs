@@ -1,7 +1,7 @@
 //! `offbook status`: what an operator wants to know of a running cluster, in one look.
 
 use anyhow::{Context, Result, bail};
-use offbook_protocol::{ClusterReport, NodeReport, Phase, ShardReport, ShardSteps};
+use offbook_protocol::{ActorReport, ClusterReport, NodeReport, Phase, ShardReport, ShardSteps};
 
 use crate::cli::Status;
 
@@ -104,7 +104,56 @@ fn table(report: &ClusterReport) -> String {
             text += &format!("  {}\n", printable(line));
         }
     }
+    text + &actors(&report.actors)
+}
+
+/// Those that have ended, and how the last time.
+fn actors(actors: &[ActorReport]) -> String {
+    let ended = |actor: &&ActorReport| actor.restarts > 0 || actor.dead_letters > 0;
+    let ended: Vec<_> = actors.iter().filter(ended).collect();
+    match (actors.len(), ended.len()) {
+        (0, _) => return String::new(),
+        (all, 0) => return format!("\n{all} actors, none of which has ended\n"),
+        _ => {}
+    }
+    let width = |name: fn(&ActorReport) -> &str, title: &str| {
+        let widths = ended.iter().map(|actor| name(actor).len());
+        widths.max().unwrap_or_default().max(title.len())
+    };
+    let (process, name) = (
+        width(|actor| &actor.process, "process"),
+        width(|actor| &actor.name, "actor"),
+    );
+    let mut text = format!(
+        "\n{:<process$}  {:<name$}  {:>8}  {:>12}  last error\n",
+        "process", "actor", "restarts", "dead letters"
+    );
+    for actor in ended {
+        let row = format!(
+            "{:<process$}  {:<name$}  {:>8}  {:>12}  {}",
+            printable(&actor.process),
+            printable(&actor.name),
+            actor.restarts,
+            actor.dead_letters,
+            printable(&last_error(actor)),
+        );
+        text += &format!("{}\n", row.trim_end());
+    }
     text
+}
+
+fn last_error(actor: &ActorReport) -> String {
+    let mut words = actor.last_error.clone();
+    if let Some(letter) = &actor.last_dead_letter {
+        words += &format!(
+            ", by its last dead letter, {}: {}",
+            letter.message, letter.cause
+        );
+    }
+    if actor.given_up {
+        words += "; its process ended with it";
+    }
+    words
 }
 
 fn row(node: &NodeReport, shard: Option<&ShardReport>, width: usize) -> String {
@@ -143,8 +192,8 @@ fn printable(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use offbook_protocol::{
-        Epoch, FastSynch, KvFigures, Layout, MemoryFigures, Rank, StepHistograms, ThrottleFigures,
-        Transport,
+        DeadLetterReport, Epoch, FastSynch, KvFigures, Layout, MemoryFigures, Rank, StepHistograms,
+        ThrottleFigures, Transport,
     };
 
     use super::*;
@@ -213,6 +262,7 @@ mod tests {
             requests_queued: 2,
             nodes: vec![node("a", true), node("b", false)],
             shards: vec![shard("a", false), shard("b", true)],
+            actors: Vec::new(),
         };
         let text = table(&report);
         for wanted in [
@@ -225,5 +275,39 @@ mod tests {
         }
         let row = text.lines().find(|line| line.starts_with("b ")).unwrap();
         assert!(row.contains("away") && row.ends_with("signal 9"), "{row}");
+    }
+    #[test]
+    fn an_actor_that_ended_is_shown_with_the_message_that_it_died_of() {
+        let quiet = ActorReport {
+            process: "node-1".into(),
+            name: "scheduler".into(),
+            restarts: 0,
+            last_error: String::new(),
+            ended_at: None,
+            dead_letters: 0,
+            last_dead_letter: None,
+            given_up: false,
+        };
+        assert_eq!(actors(&[]), "", "an older head says nothing of them");
+        let none = actors(&[quiet.clone(), quiet.clone()]);
+        assert_eq!(none, "\n2 actors, none of which has ended\n");
+        let ended = ActorReport {
+            process: "node-2".into(),
+            name: "node-agent".into(),
+            restarts: 3,
+            last_error: "panic: a \u{1b}[31mfault".into(),
+            dead_letters: 2,
+            last_dead_letter: Some(DeadLetterReport {
+                message: "Attach".into(),
+                cause: "a fault".into(),
+            }),
+            given_up: true,
+            ..quiet.clone()
+        };
+        let text = actors(&[quiet, ended]);
+        let rows: Vec<_> = text.lines().skip(2).collect();
+        let expected = "node-2   node-agent         3             2  panic: a [31mfault, by its last \
+            dead letter, Attach: a fault; its process ended with it";
+        assert_eq!(rows, [expected]);
     }
 }

@@ -44,6 +44,24 @@ fn each_rank_in(layout: &str) {
     let report = cluster.get("/v1/cluster").1;
     assert_eq!(report["requests_running"], 0, "{report}");
     assert_eq!(report["api"], cluster.ready["api"]);
+    // Every process tells of its actors; that somebody kills it is not held against them.
+    let expected = [
+        ("node-1", "scheduler"),
+        ("node-1", "membership"),
+        ("node-1", "node-agent"),
+        ("node-1/shard-0", "shard-worker"),
+        ("node-2", "node-agent"),
+        ("node-2/shard-0", "shard-worker"),
+        ("node-3", "node-agent"),
+        ("node-3/shard-0", "shard-worker"),
+    ];
+    let actors = report["actors"].as_array().expect("a list");
+    let named = actors.iter().map(|actor| {
+        assert_eq!(actor["restarts"], 0, "{actor}");
+        (actor["process"].as_str(), actor["name"].as_str())
+    });
+    let expected = expected.map(|(process, name)| (Some(process), Some(name)));
+    assert!(named.eq(expected), "{report}");
 }
 
 #[test]

@@ -1,7 +1,10 @@
+//! The scheduler with a shard that takes no plan: the epoch ends, rather than standing still.
+
 use std::sync::Arc;
 
 use actix::Recipient;
 use offbook_protocol::{ClientId, Sampling};
+use offbook_runtime::supervise::RestartPolicy;
 use offbook_runtime::{Identity, SystemConfig, Trust};
 use tokio::sync::mpsc;
 
@@ -70,7 +73,9 @@ async fn a_plan_that_a_shard_does_not_take_ends_the_epoch() {
         request_deadline: Duration::from_secs(60),
         losses_max: 3,
     };
-    let scheduler = Scheduler::new(head.clone(), limits).start();
+    let (supervisor, _news) = Supervisor::new(RestartPolicy::default());
+    let scheduler = Scheduler::new(head.clone(), limits);
+    let scheduler = scheduler.supervised(&supervisor).unwrap();
     let begin = BeginEpoch {
         epoch: Epoch(1),
         shards: vec![shard.process().clone()],
@@ -78,7 +83,7 @@ async fn a_plan_that_a_shard_does_not_take_ends_the_epoch() {
         context_tokens: 32,
         vocabulary: 8,
     };
-    scheduler.send(begin).await.unwrap();
+    scheduler.ask(begin, Duration::from_secs(30)).await.unwrap();
     let request = Request {
         prompt: vec![1],
         sampling: Sampling::greedy(),

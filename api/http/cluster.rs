@@ -1,4 +1,4 @@
-//! `GET /v1/cluster`: nodes, shards and restarts, for operators.
+//! `GET /v1/cluster`: nodes, shards, actors and restarts, for operators.
 
 use std::time::Duration;
 

@@ -8,7 +8,9 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
-use offbook_protocol::{ClusterReport, Histogram as Counted, Phase, ShardSteps, StepHistograms};
+use offbook_protocol::{
+    ActorReport, ClusterReport, Histogram as Counted, Phase, ShardSteps, StepHistograms,
+};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, NoLabelSet};
@@ -265,8 +267,42 @@ fn cluster(report: &ClusterReport, encoder: &mut DescriptorEncoder<'_>) -> fmt::
         ];
         ConstGauge::new(1u64).encode(path.encode_family(&labels)?)?;
     }
+    actors(&report.actors, encoder)
+}
+
+/// What became of the actors that processes keep.
+fn actors(actors: &[ActorReport], encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let counters: [(&str, &str, ActorFigure); 2] = [
+        (
+            "actor_restarts",
+            "How often the actor was made anew, within its process or with it",
+            |actor| actor.restarts.into(),
+        ),
+        (
+            "actor_dead_letters",
+            "So many messages made the actor's handler panic",
+            |actor| actor.dead_letters,
+        ),
+    ];
+    for (name, help, count) in counters {
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for actor in actors {
+            let labels = [("process", &*actor.process), ("actor", &*actor.name)];
+            ConstCounter::new(count(actor)).encode(family.encode_family(&labels)?)?;
+        }
+    }
+    let help = "1 when the actor's last end took its process with it";
+    let mut given_up = gauge(encoder, "actor_given_up", help)?;
+    for actor in actors {
+        let labels = [("process", &*actor.process), ("actor", &*actor.name)];
+        let value = ConstGauge::new(u64::from(actor.given_up));
+        value.encode(given_up.encode_family(&labels)?)?;
+    }
     Ok(())
 }
+
+/// One figure of an actor.
+type ActorFigure = fn(&ActorReport) -> u64;
 
 /// One histogram for each rank, kind of step and part of the step log.
 fn steps(shards: &[ShardSteps], encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{Partition, RankShare, ShareSlices};
 use crate::config::{ModelConfig, QkNorm};
 use crate::precision::{KvFormat, Precision};
+use crate::step::CONTROL_WORDS;
 
 /// A partition with its numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -48,7 +49,8 @@ pub struct Collectives {
     /// boundary between ranks hands one activation on, and the token is broadcast.
     pub per_step: u64,
     pub per_token: u64,
-    /// Bytes that a rank contributes to all of them, the gathered logits aside.
+    /// Bytes that the rank that samples contributes to all of them, which is the most: operands, and the
+    /// message with the token. The logits, which the others send it, are not counted.
     pub bytes_per_rank: u64,
 }
 
@@ -113,15 +115,16 @@ impl Collectives {
             return Self::default();
         }
         let activation = config.hidden_size as u64 * precision.bytes();
+        let message = message_bytes();
         let (per_layer, per_step, bytes_per_rank) = match partition.layout {
             Layout::Tensor => {
                 let norms = u64::from(config.qk_norm == QkNorm::Whole);
-                // Two sums of squares in f32 for the norms; a control word and a token id.
+                // Two sums of squares in f32 for the norms.
                 let layer_bytes = norms * 8 + 2 * activation;
-                (norms + 2, 2, layer_bytes * config.layers as u64 + 8)
+                (norms + 2, 2, layer_bytes * config.layers as u64 + message)
             }
-            Layout::Expert => (1, 2, activation * config.layers as u64 + 8),
-            Layout::Pipeline => (0, ranks, activation + 8),
+            Layout::Expert => (1, 2, activation * config.layers as u64 + message),
+            Layout::Pipeline => (0, ranks, activation + message),
         };
         Self {
             per_layer,
@@ -130,4 +133,10 @@ impl Collectives {
             bytes_per_rank,
         }
     }
+}
+
+/// What every step ends with: the control words, and here one token.
+fn message_bytes() -> u64 {
+    let words = CONTROL_WORDS.unsigned_abs() + 1;
+    u64::from(words) * size_of::<u32>() as u64
 }

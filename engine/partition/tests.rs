@@ -246,9 +246,27 @@ fn norms_of_each_head_need_no_collective() {
         let layers = config.layers as u64;
         assert_eq!(collectives.per_token, per_layer * layers + 2);
         let sums = (per_layer - 2) * 8 + 2 * 2 * config.hidden_size as u64;
-        assert_eq!(collectives.bytes_per_rank, sums * layers + 8);
+        assert_eq!(collectives.bytes_per_rank, sums * layers + MESSAGE_BYTES);
     }
 }
+
+#[test]
+fn a_token_travels_behind_three_control_words() {
+    let config = minimax();
+    let bytes_of = |layout| {
+        let partition = solve(&config, layout, &[1.0; 3]);
+        let (bytes, precision) = (bytes(&config, &partition), crate::Precision::BFloat16);
+        let report = PlanReport::new(&config, &partition, &bytes, precision);
+        report.collectives.bytes_per_rank
+    };
+    let activation = 2 * config.hidden_size as u64;
+    let once_a_layer = activation * config.layers as u64;
+    assert_eq!(bytes_of(Layout::Expert), once_a_layer + MESSAGE_BYTES);
+    assert_eq!(bytes_of(Layout::Pipeline), activation + MESSAGE_BYTES);
+}
+
+/// Three words and a token, of four bytes each.
+const MESSAGE_BYTES: u64 = 16;
 
 #[test]
 fn a_dense_model_is_divided_by_the_width_of_its_networks() {

@@ -49,6 +49,16 @@ impl ActorSpec {
     }
 }
 
+/// What makes an actor that is never restarted: it was made before. For a supervisor that gives up at the
+/// first end.
+pub fn once<A: Actor>(actor: A) -> impl FnMut(&ActorRef<A>) -> A {
+    let mut actor = Some(actor);
+    move |_| {
+        let made = actor.take();
+        made.expect("an actor that is not restarted is started once")
+    }
+}
+
 /// A context that can be made anew for each life of an actor: actix's own, and
 /// [`TracedContext`](crate::TracedContext).
 pub trait Fresh<A: Actor<Context = Self>>: AsyncContextParts<A> + Unpin {

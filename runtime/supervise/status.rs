@@ -24,6 +24,8 @@ pub struct ChildStatus {
     pub history: VecDeque<Restart>,
     /// An actor's last 64 messages whose handlers panicked, the oldest first.
     pub dead_letters: VecDeque<DeadLetter>,
+    /// How many there were since it was given to the supervisor.
+    pub dead_letters_count: u64,
 }
 
 impl ChildStatus {
@@ -37,6 +39,7 @@ impl ChildStatus {
             last: None,
             history: VecDeque::new(),
             dead_letters: VecDeque::new(),
+            dead_letters_count: 0,
         }
     }
 
@@ -54,6 +57,7 @@ impl ChildStatus {
             when: SystemTime::now(),
         };
         push(&mut self.dead_letters, letter, DEAD_LETTERS_MAX);
+        self.dead_letters_count += 1;
     }
 }
 
@@ -172,3 +176,19 @@ const HISTORY_MAX: usize = 16;
 
 /// More than the restarts that most policies allow in an hour.
 const DEAD_LETTERS_MAX: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_dead_letter_is_counted_and_the_last_ones_are_kept() {
+        let mut status = ChildStatus::new("an actor");
+        for number in 0..=DEAD_LETTERS_MAX {
+            status.put_aside("a message", &number.to_string());
+        }
+        let kept = &status.dead_letters;
+        assert_eq!((kept.len(), &*kept[0].cause), (DEAD_LETTERS_MAX, "1"));
+        assert_eq!(status.dead_letters_count, DEAD_LETTERS_MAX as u64 + 1);
+    }
+}

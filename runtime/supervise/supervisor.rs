@@ -1,7 +1,8 @@
 //! The supervisor of processes and actors: who its children are, in the order in which they were given
 //! to it. They are started in that order and stopped in reverse; keepers do the rest.
 
-use std::sync::{Arc, Mutex, OnceLock};
+use std::fmt;
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
 use actix::Actor;
@@ -23,7 +24,7 @@ pub struct Supervisor {
     policy: RestartPolicy,
     events: mpsc::Sender<Event>,
     on_escalation: OnEscalation,
-    children: Mutex<Children>,
+    children: Arc<Mutex<Children>>,
 }
 
 /// Who is restarted when one child ends.
@@ -74,7 +75,7 @@ impl Supervisor {
             policy,
             events,
             on_escalation: Arc::new(OnceLock::new()),
-            children: Mutex::default(),
+            children: Arc::default(),
         };
         (supervisor, news)
     }
@@ -187,11 +188,14 @@ impl Supervisor {
 
     /// Every child, in the order they were started.
     pub fn status(&self) -> Vec<ChildStatus> {
-        lock(&self.children)
-            .list
-            .iter()
-            .map(|child| lock(&child.status).clone())
-            .collect()
+        status_of(&self.children)
+    }
+
+    /// A way to read that from anywhere.
+    pub fn roster(&self) -> Roster {
+        Roster {
+            children: Arc::downgrade(&self.children),
+        }
     }
 
     /// Kills a child's process that hangs, if it is still the one of that id. It counts as an end that
@@ -250,6 +254,32 @@ impl Supervisor {
             group.inbox.stop(None, deadline).await;
         }
     }
+}
+
+/// Reads what a supervisor knows about its children, and keeps neither it nor them.
+#[derive(Clone)]
+pub struct Roster {
+    children: Weak<Mutex<Children>>,
+}
+
+impl Roster {
+    /// Every child, in the order they were started; nobody when the supervisor is gone.
+    pub fn status(&self) -> Vec<ChildStatus> {
+        let children = self.children.upgrade();
+        children.map_or_else(Vec::new, |children| status_of(&children))
+    }
+}
+
+impl fmt::Debug for Roster {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.status()).finish()
+    }
+}
+
+fn status_of(children: &Mutex<Children>) -> Vec<ChildStatus> {
+    let children = lock(children);
+    let status = |child: &Child| lock(&child.status).clone();
+    children.list.iter().map(status).collect()
 }
 
 /// A request that a supervisor cannot fulfil: the caller's fault.

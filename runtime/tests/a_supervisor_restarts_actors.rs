@@ -249,3 +249,22 @@ async fn a_withdrawn_ask_is_not_handled_and_a_late_reply_is_an_error() {
     })
     .await;
 }
+
+#[actix::test]
+async fn a_roster_tells_what_became_of_them_and_keeps_nobody() {
+    within(async {
+        let (supervisor, _news) = Supervisor::new(policy(5));
+        let worker = Outside::new().start(&supervisor, ActorSpec::new("worker"));
+        let roster = supervisor.roster();
+        assert_eq!(panicked(worker.ask(Explode, LONG).await), "as asked");
+        assert_eq!(worker.ask(Add(1), LONG).await.unwrap(), 1);
+        let status = roster.status().remove(0);
+        assert_eq!((status.restarts, status.dead_letters_count), (1, 1));
+        drop(supervisor);
+        assert!(roster.status().is_empty());
+        while !worker.is_gone() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}

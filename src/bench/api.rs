@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use actix::{Actor, Arbiter};
+use actix::Arbiter;
 use anyhow::{Context, Result, anyhow, ensure};
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -13,6 +13,7 @@ use offbook_actors::{BeginEpoch, Drawn, Scheduler, ScriptedShard, Submit, names}
 use offbook_api::text::{Defaults, Text};
 use offbook_api::{Backend, Service, Tokens};
 use offbook_protocol::{ClusterReport, Epoch, Rank, Rejection, Request, ShardSteps};
+use offbook_runtime::supervise::{RestartPolicy, Supervisor};
 use offbook_runtime::{
     ActorPath, Identity, ProcessName, RemoteStream, System, SystemConfig, Trust,
 };
@@ -55,16 +56,17 @@ pub(super) async fn run(options: BenchApi) -> Result<()> {
         )
     };
     head.learn(shard.clone(), shards_address);
-    let scheduler = Scheduler::new(head.clone(), Limits::default().scheduler()).start();
-    scheduler
-        .send(BeginEpoch {
-            epoch: EPOCH,
-            shards: vec![shard],
-            sampling_rank: Rank(0),
-            context_tokens: CONTEXT,
-            vocabulary: u32::MAX,
-        })
-        .await?;
+    let (supervisor, _news) = Supervisor::new(RestartPolicy::default());
+    let scheduler = Scheduler::new(head.clone(), Limits::default().scheduler());
+    let scheduler = scheduler.supervised(&supervisor)?;
+    let begin = BeginEpoch {
+        epoch: EPOCH,
+        shards: vec![shard],
+        sampling_rank: Rank(0),
+        context_tokens: CONTEXT,
+        vocabulary: u32::MAX,
+    };
+    scheduler.ask(begin, BEGIN_DEADLINE).await?;
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let url = format!("http://{}", listener.local_addr()?);
     let path = ActorPath::new(head.process().clone(), names::SCHEDULER);
@@ -211,6 +213,8 @@ impl Backend for Scripted {
 const NODE: &str = "bench";
 const EPOCH: Epoch = Epoch(1);
 const CONTEXT: u32 = 1 << 20;
+/// It begins at once.
+const BEGIN_DEADLINE: Duration = Duration::from_secs(10);
 /// Two processes meet within a second.
 const READY_MAX: Duration = Duration::from_secs(10);
 const ASK_EVERY: Duration = Duration::from_millis(20);

@@ -206,6 +206,7 @@ mod tests {
             requests_queued: 0,
             nodes: (1..=3).map(node).collect(),
             shards: (1..=3).map(shard).collect(),
+            actors: Vec::new(),
         }
     }
 

@@ -1,3 +1,5 @@
+//! What is admitted, what is asked of the shards for it, and how long a request is tried again.
+
 use std::collections::HashMap;
 
 use offbook_protocol::{ClientId, FinishReason, Join, LogitBias, Sampling};

@@ -1,3 +1,5 @@
+//! Whose turn it is, how much may wait, and that nobody is passed over for ever.
+
 use std::collections::BTreeMap;
 
 use offbook_protocol::{Epoch, FinishReason, SampledToken, Sampling};

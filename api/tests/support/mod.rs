@@ -412,6 +412,7 @@ pub(crate) fn report(phase: Phase, detail: &str) -> ClusterReport {
         requests_queued: 0,
         nodes: Vec::new(),
         shards: Vec::new(),
+        actors: Vec::new(),
     }
 }
 
