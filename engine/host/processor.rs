@@ -21,10 +21,6 @@ pub(super) trait Processor {
     /// As many codes of 8 bits as lanes, the first in the lowest bits.
     fn widen(codes: [u32; 2]) -> Self::Vector;
 
-    /// Has memory that is read soon come nearer; it may be anybody's.
-    #[inline(always)]
-    fn fetch(_: *const u8) {}
-
     /// All lanes, always in the same order.
     #[inline(always)]
     fn sum(vector: Self::Vector) -> f32 {

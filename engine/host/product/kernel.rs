@@ -190,8 +190,6 @@ fn sums_of_one<P: Processor>(
             scales[column] = P::splat(matrix.scales[row * groups + group]);
             biases[column] = P::splat(matrix.biases[row * groups + group]);
             let codes = &matrix.codes[row * bytes + group * group_bytes..];
-            // Rows are too short for a processor to see what comes next.
-            P::fetch(codes.as_ptr().wrapping_add(COLUMNS * bytes));
             from[column] = match codes.len() >= group_bytes - bits + WORD_BYTES {
                 true => codes.as_ptr(),
                 false => {
