@@ -29,6 +29,8 @@ pub(crate) struct Started {
     pub(crate) runtime: tokio::runtime::Handle,
     /// Of the numbers that the system draws.
     pub(crate) seed: [u8; 32],
+    /// Of this process, as its peers are told.
+    pub(crate) pid: u32,
     main: Box<dyn FnOnce(Arc<Shared>) + Send>,
 }
 
@@ -39,11 +41,12 @@ impl Started {
 
     /// An endpoint over a socket that is none of the system's, on the runtime of the caller. The same
     /// seed draws the same numbers.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "simulation"))]
     pub(crate) fn over(
         config: &SystemConfig,
         socket: Arc<dyn quinn::AsyncUdpSocket>,
         seed: [u8; 32],
+        pid: u32,
     ) -> Result<Self, StartError> {
         let mut parts = EndpointParts::new(config)?;
         parts.endpoint.rng_seed(Some(seed));
@@ -57,6 +60,7 @@ impl Started {
             endpoint,
             runtime: tokio::runtime::Handle::current(),
             seed,
+            pid,
             main: Box::new(|shared| {
                 tokio::spawn(async move {
                     let _ended = Ended(Arc::clone(&shared));
@@ -113,6 +117,7 @@ pub(crate) async fn start(config: &SystemConfig) -> Result<Started, StartError> 
         endpoint,
         runtime,
         seed: rand::random(),
+        pid: std::process::id(),
         // The thread only ends early when this side is gone.
         main: Box::new(move |shared| drop(main.send(shared))),
     })

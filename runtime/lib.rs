@@ -55,9 +55,9 @@ mod hello;
 mod frame;
 mod codec;
 mod sync;
-mod clock;
-#[cfg(test)]
-mod simulation;
+pub mod clock;
+#[cfg(any(test, feature = "simulation"))]
+pub mod simulation;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod supervise;

@@ -224,6 +224,7 @@ impl Watched {
                 return Ending::Stopped;
             }
             tokio::select! {
+                biased;
                 // Nothing is ever sent: it ends with the sender.
                 _ = self.life.changed() => return Ending::Unregistered,
                 () = tokio::time::sleep(LOOK_INTERVAL) => {}

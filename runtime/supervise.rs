@@ -33,6 +33,7 @@ mod lifeline;
 
 pub use actor::{ActorRef, ActorSpec, CallError, Fresh, Refused, once};
 pub use child::ChildSpec;
+pub use kept::{End, Kept, Life};
 pub use lifeline::lifeline;
 pub use policy::{RestartHistory, RestartPolicy, Verdict};
 pub use status::{ChildState, ChildStatus, DeadLetter, Event, Exit, Restart};

@@ -79,6 +79,7 @@ impl System {
             process: config.process,
             trust: config.trust,
             boot: config.boot,
+            pid: started.pid,
             registry: Registry::new(config.limits.clone()),
             limits: config.limits,
             addr: started.addr,
@@ -120,6 +121,11 @@ impl System {
     /// This process's name.
     pub fn process(&self) -> &ProcessName {
         &self.shared.process
+    }
+
+    /// This process's id, as its machine knows it.
+    pub fn pid(&self) -> u32 {
+        self.shared.pid
     }
 
     /// Makes a local actor reachable for one message, under a name that may take several messages.
@@ -273,6 +279,7 @@ pub(crate) struct Shared {
     pub(crate) process: ProcessName,
     pub(crate) trust: Trust,
     pub(crate) boot: u64,
+    pid: u32,
     pub(crate) limits: Limits,
     pub(crate) registry: Registry,
     /// The asks of others that actors here are working on.

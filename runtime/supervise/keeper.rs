@@ -14,6 +14,7 @@ use super::inbox::{Asked, Inbox, Stop};
 use super::kept::{End, Kept, Life};
 use super::policy::{RestartHistory, RestartPolicy, Verdict};
 use super::status::{ChildState, ChildStatus, Event, Restart};
+use crate::clock;
 use crate::sync::lock;
 
 /// What is called when a child is given up, before anything of it is dropped.
@@ -79,7 +80,7 @@ impl Keeper {
             };
             let pid = life.pid();
             member.life = Some(life);
-            member.began = Instant::now();
+            member.began = clock::now();
             member.change(ChildState::Running, |status| status.pid = pid);
             tracing::info!(child = %member.name, pid, "a child was started");
             let started = Event::Started {
@@ -99,6 +100,7 @@ impl Keeper {
             let ends = lives.map(|(index, life)| async move { (index, life.ended().await) });
             let mut ends: FuturesUnordered<_> = ends.collect();
             tokio::select! {
+                biased;
                 Some(ended) = ends.next() => return Some(ended),
                 () = self.inbox.stirred() => {}
             }
@@ -123,7 +125,7 @@ impl Keeper {
         };
         let (exit, why) = (&restart.exit, &restart.why);
         tracing::warn!(child = %member.name, %exit, why, "a child ended");
-        let (now, chance) = (Instant::now(), rand::random());
+        let (now, chance) = (clock::now(), rand::random());
         let verdict = match exit.is_from_outside() {
             true => {
                 let lived = now - member.began;
@@ -270,7 +272,7 @@ impl Member {
             status,
             kept,
             life: None,
-            began: Instant::now(),
+            began: clock::now(),
             why: String::new(),
         }
     }

@@ -1,5 +1,6 @@
 //! What a supervisor can keep: something that is started again and again, and each time lives until
-//! it ends or is stopped. A program is one ([`child`](super::child)), an actor another.
+//! it ends or is stopped. A program is one ([`child`](super::child)), an actor another; a simulation
+//! has processes of its own.
 
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use futures::future::BoxFuture;
 use super::status::Exit;
 
 /// Something that can be started again and again.
-pub(super) trait Kept: Send {
+pub trait Kept: Send {
     /// Begins a life; there is no other when this is called. It resolves when the life has begun, so
     /// that what is started later finds it there.
     fn start(&mut self) -> BoxFuture<'_, Result<Box<dyn Life>, Exit>>;
@@ -18,7 +19,7 @@ pub(super) trait Kept: Send {
 }
 
 /// One life. Dropping it ends it; what a life that has ended leaves behind goes with it too.
-pub(super) trait Life: Send {
+pub trait Life: Send {
     /// The process that it is; `None` if it is a part of this one.
     fn pid(&self) -> Option<u32>;
 
@@ -33,10 +34,11 @@ pub(super) trait Life: Send {
 }
 
 /// How a life ended that nobody had asked to.
-pub(super) struct End {
-    pub(super) exit: Exit,
+pub struct End {
+    /// How.
+    pub exit: Exit,
     /// The last that it wrote to standard error.
-    pub(super) last_lines: Vec<String>,
+    pub last_lines: Vec<String>,
 }
 
 impl From<Exit> for End {

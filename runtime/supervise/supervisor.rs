@@ -94,7 +94,15 @@ impl Supervisor {
     /// [`SupervisorError::NameTaken`] while a child of that name is supervised.
     pub fn start(&self, spec: ChildSpec) -> Result<(), SupervisorError> {
         let name = spec.name.clone();
-        self.add(name, true, |_| ((), Box::new(Program(spec))))
+        self.start_kept(name, Box::new(Program(spec)))
+    }
+
+    /// The same for a process that is none of the machine's.
+    ///
+    /// # Errors
+    /// [`SupervisorError::NameTaken`] while a child of that name is supervised.
+    pub fn start_kept(&self, name: String, kept: Box<dyn Kept>) -> Result<(), SupervisorError> {
+        self.add(name, true, |_| ((), kept))
     }
 
     /// Starts an actor and keeps it running, on this thread's arbiter. `factory` makes the state of each

@@ -196,6 +196,7 @@ impl Life for Running {
             let (stopped, has_stopped) = oneshot::channel();
             let stopping = async {
                 tokio::select! {
+                    biased;
                     // It may have ended by itself a moment ago.
                     Ok(exit) = &mut self.end => Some(exit),
                     exit = async {

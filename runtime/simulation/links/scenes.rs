@@ -10,17 +10,18 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::actors::{Ear, Question, answer_to};
 use super::ledger::{Ledger, Life};
-use super::network::{Network, Socket, Weather};
 use super::{addr_of, clock, name, path, system};
 use crate::failure::{AskError, Lost, LostReason};
 use crate::hello::HandshakeError;
+use crate::simulation::network::{Network, Packets, Socket, Weather};
 use crate::system::System;
 
 /// Plays a scene with a seed of its own.
 fn play<T>(scene: impl AsyncFnOnce(Stage) -> T) -> T {
     actix::System::with_tokio_rt(clock).block_on(async {
         scene(Stage {
-            network: Network::new(7, Weather::default()),
+            began: Instant::now(),
+            network: Network::new(7, Weather::default(), Packets::Sought),
             random: StdRng::seed_from_u64(7),
         })
         .await
@@ -28,6 +29,7 @@ fn play<T>(scene: impl AsyncFnOnce(Stage) -> T) -> T {
 }
 
 struct Stage {
+    began: Instant,
     network: Arc<Network>,
     random: StdRng,
 }
@@ -42,7 +44,7 @@ struct Player {
 impl Stage {
     fn enter(&mut self, process: usize, boot: u64, addr: SocketAddr) -> Player {
         let life = Life { process, boot };
-        let socket = self.network.bind(process, addr);
+        let socket = self.network.bind(process, addr, self.began.elapsed());
         let system = system(life, addr, Arc::clone(&socket), self.random.random());
         let ledger = std::rc::Rc::new(Ledger::new(false));
         Ear { life, ledger }.listen(&system);

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::actors::{Note, Question};
+use crate::simulation::seeds;
 
 /// One start of one process. Later ones of the same process are greater.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -35,8 +36,8 @@ pub(super) struct Tally {
     pub(super) links: u64,
 }
 
-impl Tally {
-    pub(super) fn add(&mut self, other: Self) {
+impl seeds::Tally for Tally {
+    fn add(&mut self, other: Self) {
         self.packets += other.packets;
         self.notes += other.notes;
         self.answers += other.answers;
