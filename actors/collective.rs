@@ -18,14 +18,24 @@ use offbook_runtime::{Identity, IdentityError, Trust, free_port};
 
 /// See the module's own words.
 pub(crate) struct Collective {
-    identity: Arc<Identity>,
-    trust: Trust,
-    /// The interface that tensors travel over.
-    interface: IpAddr,
+    place: Place,
     /// Bound, and waiting for its peers.
     endpoint: Option<(Epoch, Bound)>,
     /// In use by the engine.
     group: Option<(Epoch, GroupHandle)>,
+}
+
+/// Where a shard can be met.
+pub(crate) enum Place {
+    Network {
+        identity: Arc<Identity>,
+        trust: Trust,
+        /// The interface that tensors travel over.
+        interface: IpAddr,
+    },
+    /// A simulation says who meets whom.
+    #[cfg(test)]
+    Played(crate::simulation::Hall),
 }
 
 enum Bound {
@@ -35,6 +45,8 @@ enum Bound {
     SharedMemory,
     Ring,
     Nccl,
+    #[cfg(test)]
+    Played(crate::simulation::Hall),
 }
 
 /// A group about to be made on the engine's thread, where its operations will run.
@@ -49,11 +61,9 @@ pub(crate) enum GroupSeed {
 }
 
 impl Collective {
-    pub(crate) fn new(identity: Arc<Identity>, trust: Trust, interface: IpAddr) -> Self {
+    pub(crate) fn new(place: Place) -> Self {
         Self {
-            identity,
-            trust,
-            interface,
+            place,
             endpoint: None,
             group: None,
         }
@@ -61,29 +71,48 @@ impl Collective {
 
     fn bind(&mut self, epoch: Epoch, transport: Transport) -> Result<SocketAddr, BindError> {
         self.endpoint = None;
-        let any = SocketAddr::new(self.interface, 0);
+        let (bound, address) = match &self.place {
+            Place::Network {
+                identity,
+                trust,
+                interface,
+            } => Bound::open(transport, identity, trust, *interface)?,
+            #[cfg(test)]
+            Place::Played(hall) => (Bound::Played(hall.clone()), hall.bind()),
+        };
+        self.endpoint = Some((epoch, bound));
+        Ok(address)
+    }
+}
+
+impl Bound {
+    fn open(
+        transport: Transport,
+        identity: &Identity,
+        trust: &Trust,
+        interface: IpAddr,
+    ) -> Result<(Self, SocketAddr), BindError> {
+        let any = SocketAddr::new(interface, 0);
         // MLX binds its ports itself, later, and shared memory only needs a number that nobody else
         // has: this finds one that is free.
-        let free = || free_port::tcp(self.interface);
-        let (bound, address) = match transport {
+        let free = || free_port::tcp(interface);
+        Ok(match transport {
             Transport::Quic | Transport::Jaccl => {
                 let tls = TensorTls {
-                    server: self.identity.server_config(&self.trust, TensorTls::ALPN)?,
-                    client: self.identity.client_config(&self.trust, TensorTls::ALPN)?,
+                    server: identity.server_config(trust, TensorTls::ALPN)?,
+                    client: identity.client_config(trust, TensorTls::ALPN)?,
                 };
                 let endpoint = QuicEndpoint::bind(any, tls, QuicOptions::default())?;
                 let (address, endpoint) = (endpoint.local_addr(), Box::new(endpoint));
                 match transport {
-                    Transport::Jaccl => (Bound::Jaccl(endpoint), address),
-                    _ => (Bound::Quic(endpoint), address),
+                    Transport::Jaccl => (Self::Jaccl(endpoint), address),
+                    _ => (Self::Quic(endpoint), address),
                 }
             }
-            Transport::SharedMemory => (Bound::SharedMemory, free()?),
-            Transport::Ring => (Bound::Ring, free()?),
-            Transport::Nccl => (Bound::Nccl, free()?),
-        };
-        self.endpoint = Some((epoch, bound));
-        Ok(address)
+            Transport::SharedMemory => (Self::SharedMemory, free()?),
+            Transport::Ring => (Self::Ring, free()?),
+            Transport::Nccl => (Self::Nccl, free()?),
+        })
     }
 }
 
@@ -156,6 +185,12 @@ impl Handler<Meet> for Collective {
                     });
                     let host = met.await.map_err(|_| MeetError::Panicked)??;
                     Ok(GroupSeed::SharedMemory(Box::new(host)))
+                }
+                // The engine that plays knows whom it has met.
+                #[cfg(test)]
+                Bound::Played(hall) => {
+                    hall.meet(&spec, deadline).await?;
+                    Ok(GroupSeed::Solo)
                 }
                 Bound::Quic(endpoint) => Ok(GroupSeed::Quic(
                     join(endpoint, &spec, peers, deadline).await?,

@@ -4,15 +4,15 @@
 //! register; then [`formation`](self::formation) decides, and this actor carries its decisions to
 //! the shards and to the scheduler. It never looks at a request or a token.
 
-pub(crate) mod formation;
-pub(crate) mod presence;
+mod formation;
+mod presence;
 mod epoch_file;
 mod roll_call;
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use actix::{
     Actor, ActorFutureExt, AsyncContext, Context, Handler, Message, Recipient, ResponseActFuture,
@@ -25,7 +25,7 @@ use offbook_protocol::{
 };
 use offbook_runtime::supervise::{ActorRef, ActorSpec, Supervisor, SupervisorError, once};
 use offbook_runtime::{
-    ActorPath, AskError, LostReason, OlderBody, ProcessName, RemoteMessage, System,
+    ActorPath, AskError, LostReason, OlderBody, ProcessName, RemoteMessage, System, clock,
 };
 use serde::{Deserialize, Serialize};
 
@@ -443,7 +443,7 @@ impl Membership {
     /// Leaves nodes behind that have been away for too long.
     fn note_absence(&mut self, ctx: &mut Context<Self>) {
         let members = self.formation.members();
-        for node in self.presence.away_too_long(members, Instant::now()) {
+        for node in self.presence.away_too_long(members, clock::now()) {
             let actions = self.formation.leave_behind(&node);
             if !actions.is_empty() {
                 tracing::warn!(
@@ -471,7 +471,7 @@ impl Membership {
 
     /// Nodes that have been silent for too long count as away. Their shards are watched apart.
     fn note_silence(&mut self) {
-        for (node, alive) in self.presence.standings(Instant::now()) {
+        for (node, alive) in self.presence.standings(clock::now()) {
             if let Some(member) = self.formation.member_mut(node)
                 && member.node_alive != alive
             {
@@ -570,7 +570,7 @@ impl Handler<Announce> for Membership {
         member.last_failure.clone_from(&news.last_failure);
         member.last_lines.clone_from(&news.last_lines);
         member.given_up = news.given_up;
-        self.presence.heard(&news.node, Instant::now());
+        self.presence.heard(&news.node, clock::now());
         self.roll_call.node_said(&news.node, news.actors);
         if member.node_pid != news.pid || !member.node_alive {
             self.watch_node(&news.node, news.pid, ctx);
@@ -814,7 +814,7 @@ impl Handler<ReportSteps> for Membership {
 
 /// The first pause lets the news of one failure arrive together; a group that cannot form is tried
 /// less and less often.
-pub(crate) fn begin_pause(fruitless: u32) -> Duration {
+fn begin_pause(fruitless: u32) -> Duration {
     BEGIN_PAUSE_MIN
         .saturating_mul(1 << fruitless.min(10))
         .min(BEGIN_PAUSE_MAX)
@@ -826,8 +826,8 @@ const BEGIN_PAUSE_MAX: Duration = Duration::from_secs(10);
 /// others' figures.
 const STEPS_DEADLINE: Duration = Duration::from_millis(500);
 /// Meeting takes a round trip; the rest is for processes that the system has not scheduled yet.
-pub(crate) const JOIN_DEADLINE: Duration = Duration::from_secs(30);
+const JOIN_DEADLINE: Duration = Duration::from_secs(30);
 /// How often the nodes' standing is looked at.
-pub(crate) const STANDING_EVERY: Duration = Duration::from_millis(100);
+const STANDING_EVERY: Duration = Duration::from_millis(100);
 /// A cluster has a few nodes, each with a message a second and a few when its shard changes.
 const MAILBOX_MAX: usize = 1024;

@@ -22,9 +22,33 @@ use crate::roll::Roll;
 
 /// How a node starts its shard process.
 #[derive(Clone, Debug)]
-pub struct ShardLaunch {
-    pub program: PathBuf,
-    pub arguments: Vec<String>,
+pub enum ShardLaunch {
+    Program {
+        program: PathBuf,
+        arguments: Vec<String>,
+    },
+    /// A simulation plays it.
+    #[cfg(test)]
+    #[expect(private_interfaces, reason = "nobody else has one")]
+    Played(crate::simulation::Launcher),
+}
+
+impl ShardLaunch {
+    fn start(&self, supervisor: &Supervisor) -> Result<(), SupervisorError> {
+        match self {
+            Self::Program { program, arguments } => {
+                let mut spec = ChildSpec::new(SHARD, program);
+                for argument in arguments {
+                    spec = spec.arg(argument);
+                }
+                supervisor.start(spec)
+            }
+            #[cfg(test)]
+            Self::Played(launcher) => {
+                supervisor.start_kept(SHARD.to_owned(), Box::new(launcher.clone()))
+            }
+        }
+    }
 }
 
 /// How a node keeps its shard process running.
@@ -103,14 +127,6 @@ impl NodeAgent {
         }
     }
 
-    fn start_shard(&self) -> Result<(), SupervisorError> {
-        let mut spec = ChildSpec::new(SHARD, &self.launch.program);
-        for argument in &self.launch.arguments {
-            spec = spec.arg(argument);
-        }
-        self.supervisor.start(spec)
-    }
-
     /// Kills the shard process unless it has attached within `grace`, again or for the first time.
     fn expect_attachment(&self, grace: Duration, why: String, ctx: &mut Context<Self>) {
         let (attachments, expected) = (self.attachments, self.running_pid);
@@ -142,7 +158,7 @@ impl NodeAgent {
             .find(|child| child.name == SHARD);
         let announce = Announce {
             node: self.node.clone(),
-            pid: std::process::id(),
+            pid: self.system.pid(),
             restarts: status.as_ref().map_or(0, |status| status.restarts as u32),
             last_failure: status
                 .as_ref()
@@ -192,7 +208,7 @@ impl Actor for NodeAgent {
                 events.recv().await.map(|event| (event, events))
             }));
         }
-        if let Err(error) = self.start_shard() {
+        if let Err(error) = self.launch.start(&self.supervisor) {
             tracing::error!(%error, "cannot start the shard");
         }
         ctx.run_interval(ANNOUNCE_EVERY, |this, ctx| this.announce(None, ctx));
@@ -346,8 +362,8 @@ const LINE_CHARS_MAX: usize = 300;
 /// The shard's name in the supervisor: a node has one.
 const SHARD: &str = "shard-0";
 /// Often enough that an operator sees a dead node at once; nothing else depends on it.
-pub(crate) const ANNOUNCE_EVERY: Duration = Duration::from_secs(1);
+const ANNOUNCE_EVERY: Duration = Duration::from_secs(1);
 /// A process says that it is there before it does anything that takes long.
-pub(crate) const ATTACH_DEADLINE: Duration = Duration::from_secs(60);
+const ATTACH_DEADLINE: Duration = Duration::from_secs(60);
 /// A shard ends within a step; the rest is for a device that does not answer.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);

@@ -9,7 +9,7 @@ mod journal;
 mod queue;
 #[cfg(test)]
 mod tests;
-pub(crate) mod admission;
+mod admission;
 
 use std::time::{Duration, Instant};
 
@@ -23,7 +23,7 @@ use offbook_protocol::{
 use offbook_runtime::supervise::{ActorRef, ActorSpec, Supervisor, SupervisorError, once};
 use offbook_runtime::{
     ActorPath, AskError, ItemSender, Open, ProcessName, Remote, StreamMessage, Subscription,
-    System, TrySendError,
+    System, TrySendError, clock,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
@@ -129,7 +129,7 @@ impl Scheduler {
 
     /// How long steps take is measured while they follow each other.
     fn note_step(&mut self) {
-        let now = Instant::now();
+        let now = clock::now();
         if let Some(before) = self.stepped.replace(now)
             && self.admission.running() > 0
         {
@@ -194,7 +194,7 @@ impl Handler<Open<Submit>> for Scheduler {
                 tracing::debug!(request = %sequence, prompt, max_tokens, "accepted");
                 // The queue is empty: it takes the first event.
                 let _ = items.try_send(RequestEvent::Accepted);
-                let arrived = Instant::now();
+                let arrived = clock::now();
                 let watched = Watched {
                     sequence,
                     items,
@@ -229,6 +229,7 @@ impl Scheduler {
         let deadline = deadline.min(watched.last);
         let watch = async move {
             let end = tokio::select! {
+                biased;
                 _ = &mut watched.over => None,
                 () = watched.items.closed() => Some(Untimely::Left),
                 () = tokio::time::sleep_until(deadline.into()) => Some(Untimely::Late),
@@ -503,11 +504,11 @@ impl Handler<CountRequests> for Scheduler {
 }
 
 /// A shard that was just told to serve answers within a round trip.
-pub(crate) const SUBSCRIBE_DEADLINE: Duration = Duration::from_secs(10);
+const SUBSCRIBE_DEADLINE: Duration = Duration::from_secs(10);
 /// A shard's mailbox takes a plan within a round trip; a shard that stands still is lost long before.
 const PLAN_DEADLINE: Duration = Duration::from_secs(10);
 /// Whoever lost the rank that samples, or heard of its failure, has ended the epoch by then.
-pub(crate) const SILENCE_GRACE: Duration = Duration::from_secs(1);
+const SILENCE_GRACE: Duration = Duration::from_secs(1);
 /// Longer than any step but one that waits for somebody who is lost.
 const STEP_MAX: Duration = Duration::from_secs(10);
 /// Requests enter here too; those beyond it are refused by the runtime as overload.

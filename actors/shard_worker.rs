@@ -4,9 +4,9 @@
 //! The thread decodes by itself, step after step; this actor hands it plans and takes its outcomes
 //! away. When the head is lost, so is the epoch: the shard leaves its group and registers again.
 
-pub(crate) mod attendance;
+mod attendance;
 mod device_gate;
-mod engine_thread;
+pub(crate) mod engine_thread;
 mod memory;
 mod step_record;
 mod watchdog;
@@ -39,7 +39,7 @@ use self::attendance::Attendance;
 use self::engine_thread::{EngineThread, News, Place, Run};
 use self::step_record::{StepRecord, Steps};
 use self::watchdog::Progress;
-use crate::collective::{Abort, Bind, Collective, Hold, Meet};
+use crate::collective::{self, Abort, Bind, Collective, Hold, Meet};
 use crate::membership::{NoteProgress, RegisterShard, StepFailed};
 use crate::names;
 use crate::node_agent::Attach;
@@ -83,6 +83,15 @@ pub struct ShardWorker {
     step_failed: Remote<StepFailed>,
 }
 
+/// What a shard is made of besides its actor.
+struct Parts {
+    collective: Collective,
+    throttle: Throttle,
+    steps: StepRecord,
+    engine: EngineThread,
+    news: mpsc::Receiver<News>,
+}
+
 /// The epoch under way on the engine's thread.
 struct Running {
     rank: Rank,
@@ -110,13 +119,11 @@ impl ShardWorker {
     /// # Errors
     /// When the system gives no thread.
     pub fn new(system: System, config: ShardWorkerConfig) -> std::io::Result<Self> {
-        let node = ProcessName::new(&*config.node).map_err(std::io::Error::other)?;
-        let collective = Collective::new(
-            Arc::clone(&config.identity),
-            config.trust.clone(),
-            config.tensors,
-        )
-        .start();
+        let collective = Collective::new(collective::Place::Network {
+            identity: Arc::clone(&config.identity),
+            trust: config.trust.clone(),
+            interface: config.tensors,
+        });
         let (throttle, window) = Throttle::new(config.window);
         let (steps, progress) = (StepRecord::default(), Progress::default());
         let place = Place {
@@ -125,14 +132,44 @@ impl ShardWorker {
         };
         let (engine, news) = EngineThread::start(place, window, steps.clone(), progress.clone())?;
         watchdog::start(progress, config.stalls)?;
+        let parts = Parts {
+            collective,
+            throttle,
+            steps,
+            engine,
+            news,
+        };
+        Self::of(parts, system, config)
+    }
+
+    /// A shard whose engine and group a simulation plays.
+    #[cfg(test)]
+    pub(crate) fn played(
+        system: System,
+        config: ShardWorkerConfig,
+        hall: crate::simulation::Hall,
+        (engine, news): (EngineThread, mpsc::Receiver<News>),
+    ) -> std::io::Result<Self> {
+        let parts = Parts {
+            collective: Collective::new(collective::Place::Played(hall)),
+            throttle: Throttle::new(config.window).0,
+            steps: StepRecord::default(),
+            engine,
+            news,
+        };
+        Self::of(parts, system, config)
+    }
+
+    fn of(parts: Parts, system: System, config: ShardWorkerConfig) -> std::io::Result<Self> {
+        let node = ProcessName::new(&*config.node).map_err(std::io::Error::other)?;
         let head = ActorPath::new(config.head.clone(), names::MEMBERSHIP);
         Ok(Self {
-            engine,
-            news: Some(news),
-            collective,
-            throttle: throttle.start(),
+            engine: parts.engine,
+            news: Some(parts.news),
+            collective: parts.collective.start(),
+            throttle: parts.throttle.start(),
             attendance: Attendance::new(),
-            steps,
+            steps: parts.steps,
             attach: system.remote(&ActorPath::new(node, names::NODE_AGENT)),
             register: system.remote(&head),
             progress: system.remote(&head),
@@ -168,7 +205,7 @@ impl ShardWorker {
         let message = RegisterShard {
             node: self.config.node.clone(),
             process: self.system.process().to_string(),
-            pid: std::process::id(),
+            pid: self.system.pid(),
             heard: self.attendance.heard(),
             actors: self.config.roll.report(),
         };
@@ -201,7 +238,7 @@ impl ShardWorker {
         let attach = self.attach.clone();
         let message = Attach {
             process: self.system.process().to_string(),
-            pid: std::process::id(),
+            pid: self.system.pid(),
         };
         let (system, node) = (self.system.clone(), attach.path().process.clone());
         let attached = async move {
@@ -603,11 +640,11 @@ fn memory_figures() -> MemoryFigures {
 }
 
 /// The head answers within a round trip; it may be starting.
-pub(crate) const REGISTER_DEADLINE: Duration = Duration::from_secs(5);
-pub(crate) const REGISTER_PAUSE: Duration = Duration::from_millis(100);
+const REGISTER_DEADLINE: Duration = Duration::from_secs(5);
+const REGISTER_PAUSE: Duration = Duration::from_millis(100);
 /// Meeting takes a round trip; the rest is for processes that the system has not scheduled yet.
 /// Shorter than what the head gives the whole join.
-pub(crate) const MEET_DEADLINE: Duration = Duration::from_secs(20);
+const MEET_DEADLINE: Duration = Duration::from_secs(20);
 /// Plans that the engine has not taken yet. It takes them every step; one that is this late hangs.
 const PLANS_MAX: usize = 4096;
 /// Outcomes that the head has not taken yet: decode goes on while the scheduler stands still.

@@ -234,7 +234,7 @@ fn launch(options: &Node) -> Result<ShardLaunch> {
         arguments.extend(["--memory-limit".into(), limit.to_string()]);
     }
     let program = std::env::current_exe().context("cannot find this program's own file")?;
-    Ok(ShardLaunch { program, arguments })
+    Ok(ShardLaunch::Program { program, arguments })
 }
 
 async fn stop(agent: &ActorRef<NodeAgent>, system: &System) {

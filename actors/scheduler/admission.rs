@@ -306,14 +306,6 @@ impl<C> Admission<C> {
     pub(crate) fn queued(&self) -> u32 {
         self.journal.waiting().count() as u32
     }
-
-    /// Those among them with which no shard has begun.
-    #[cfg(test)]
-    pub(crate) fn queued_unbegun(&self) -> u32 {
-        let unbegun = |entry: &&Entry<C>| entry.is_new();
-        let waiting = self.journal.waiting().map(|(_, entry)| entry);
-        waiting.filter(unbegun).count() as u32
-    }
 }
 
 /// `positions` are those that the request fills before its next token.

@@ -24,12 +24,12 @@ use crate::process_limit;
 
 /// The sending end of the thread's orders. When the last one is dropped, the thread ends.
 #[derive(Clone)]
-pub(super) struct EngineThread {
+pub(crate) struct EngineThread {
     orders: blocking::SyncSender<Order>,
 }
 
 /// What the thread says without being asked.
-pub(super) enum News {
+pub(crate) enum News {
     Progress(LoadProgress),
     Ended {
         epoch: Epoch,
@@ -39,33 +39,34 @@ pub(super) enum News {
 
 /// What every rank knows of the model once it holds its share.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Held {
-    pub(super) sampling_rank: Rank,
-    pub(super) context_tokens: u32,
-    pub(super) vocabulary: u32,
+pub(crate) struct Held {
+    pub(crate) sampling_rank: Rank,
+    pub(crate) context_tokens: u32,
+    pub(crate) vocabulary: u32,
     /// Positions that this rank's caches may hold together.
-    pub(super) kv_tokens: u32,
+    pub(crate) kv_tokens: u32,
 }
 
 /// One epoch to run.
-pub(super) struct Run {
-    pub(super) epoch: Epoch,
+pub(crate) struct Run {
+    pub(crate) epoch: Epoch,
     /// Positions that the caches may hold together, on every rank.
-    pub(super) kv_tokens: u32,
-    pub(super) seed: GroupSeed,
-    pub(super) commands: blocking::Receiver<Command>,
-    pub(super) outcomes: mpsc::Sender<StepOutcome>,
+    pub(crate) kv_tokens: u32,
+    pub(crate) seed: GroupSeed,
+    pub(crate) commands: blocking::Receiver<Command>,
+    pub(crate) outcomes: mpsc::Sender<StepOutcome>,
 }
 
 /// An epoch that runs.
-pub(super) struct Begun {
-    pub(super) group: GroupHandle,
+pub(crate) struct Begun {
+    pub(crate) group: GroupHandle,
     /// The way that they take.
-    pub(super) collectives: String,
-    pub(super) transport: Transport,
+    pub(crate) collectives: String,
+    pub(crate) transport: Transport,
 }
 
-enum Order {
+/// What the thread is to do next.
+pub(crate) enum Order {
     Load(Box<ShardSpec>, oneshot::Sender<Result<Held, LoadRefusal>>),
     Run(Box<Run>, oneshot::Sender<Result<Begun, String>>),
 }
@@ -94,8 +95,20 @@ impl EngineThread {
         Ok((Self { orders }, told))
     }
 
+    /// The ends of a thread that a simulation plays.
+    #[cfg(test)]
+    pub(crate) fn played() -> (Self, mpsc::Receiver<News>, PlayedThread) {
+        let (orders, ordered) = blocking::sync_channel(ORDERS_MAX);
+        let (news, told) = mpsc::channel(NEWS_MAX);
+        let played = PlayedThread {
+            orders: ordered,
+            news,
+        };
+        (Self { orders }, told, played)
+    }
+
     /// Resolves when the share is held. Waits for an epoch that is still ending.
-    pub(super) fn load(
+    pub(crate) fn load(
         &self,
         spec: ShardSpec,
     ) -> impl Future<Output = Result<Held, LoadRefusal>> + use<> {
@@ -114,7 +127,7 @@ impl EngineThread {
     }
 
     /// Resolves when the epoch runs.
-    pub(super) fn run(&self, run: Run) -> impl Future<Output = Result<Begun, String>> + use<> {
+    pub(crate) fn run(&self, run: Run) -> impl Future<Output = Result<Begun, String>> + use<> {
         let (reply, replied) = oneshot::channel();
         let sent = self.orders.try_send(Order::Run(Box::new(run), reply));
         async move {
@@ -126,10 +139,17 @@ impl EngineThread {
     }
 }
 
+/// The thread's own ends, for whoever plays it.
+#[cfg(test)]
+pub(crate) struct PlayedThread {
+    pub(crate) orders: blocking::Receiver<Order>,
+    pub(crate) news: mpsc::Sender<News>,
+}
+
 /// Where the thread works, and what it may take there.
-pub(super) struct Place {
-    pub(super) node: String,
-    pub(super) memory_limit_bytes: Option<u64>,
+pub(crate) struct Place {
+    pub(crate) node: String,
+    pub(crate) memory_limit_bytes: Option<u64>,
 }
 
 /// A share that is loaded, for what, and how many positions of caches fit beside it.

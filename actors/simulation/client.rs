@@ -1,32 +1,68 @@
 //! Clients, whose right answers are known beforehand, and what the disk of the head has of each answer.
+//! They ask within the head's process, as the API does, and their connections end with it.
 
-use offbook_protocol::{FinishReason, Rejection, Request, SampledToken, Sampling, SequenceId};
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
 
+use futures::StreamExt;
+use offbook_protocol::{
+    FinishReason, Rejection, Request, RequestEvent, SampledToken, Sampling, SequenceId,
+};
+use offbook_runtime::{ActorPath, RemoteStream, Subscription, System};
+use tokio::sync::Notify;
+use tokio::time::sleep;
+
+use super::story::Story;
 use super::timeline::{Chance, mix};
-use super::{CONTEXT_TOKENS, Local, VOCABULARY, World};
+use super::{CALM_FROM, CONTEXT_TOKENS, LATE_CLIENTS, Plot, VOCABULARY};
+use crate::names;
+use crate::scheduler::Submit;
 
 pub(super) type ClientId = usize;
+pub(super) type Clients = Rc<Vec<RefCell<Client>>>;
 
 pub(super) struct Client {
     request: Request,
     expected: Vec<u32>,
+    comes: Duration,
     /// What was written to the disk of the head before the client had it.
     pub(super) journal: Vec<u32>,
     pub(super) stage: Stage,
     pub(super) left: bool,
+    leaves: Rc<Notify>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Stage {
     /// To be asked, at first or again.
     Outside,
-    Taken(SequenceId),
+    /// Once its first token has come, it is known as what.
+    Taken(Option<SequenceId>),
     Answered,
     Failed(String),
 }
 
 impl Client {
-    pub(super) fn new(chance: &mut Chance) -> Self {
+    /// So many clients and those that come late.
+    pub(super) fn crowd(chance: &mut Chance, count: usize, plot: Plot) -> Clients {
+        let mut clients = Vec::new();
+        for id in 0..count + LATE_CLIENTS {
+            let comes = match id < count {
+                true => chance.ms(0, 2000),
+                false => CALM_FROM + chance.ms(0, 200),
+            };
+            let mut client = Self::new(chance, comes);
+            if plot == Plot::Deadly && id == super::DEADLY_CLIENT {
+                client.request.prompt = deadly_prompt();
+                client.expected = answer(&client.request);
+            }
+            clients.push(RefCell::new(client));
+        }
+        Rc::new(clients)
+    }
+
+    fn new(chance: &mut Chance, comes: Duration) -> Self {
         let mut prompt: Vec<u32> = (0..=chance.below(20))
             .map(|_| chance.below(VOCABULARY as usize) as u32)
             .collect();
@@ -55,22 +91,55 @@ impl Client {
         Self {
             expected: answer(&request),
             request,
+            comes,
             journal: Vec::new(),
             stage: Stage::Outside,
             left: false,
+            leaves: Rc::default(),
         }
     }
 
-    pub(super) fn sequence(&self) -> Option<SequenceId> {
-        match self.stage {
-            Stage::Taken(sequence) => Some(sequence),
-            _ => None,
-        }
-    }
-
+    /// It has all, or knows that it will not; or it has left.
     pub(super) fn is_over(&self) -> bool {
-        matches!(self.stage, Stage::Answered | Stage::Failed(_))
+        self.left || matches!(self.stage, Stage::Answered | Stage::Failed(_))
     }
+
+    pub(super) fn leave(&mut self) {
+        self.left = true;
+        self.leaves.notify_one();
+    }
+
+    /// Its answer is what it must be, up to this token.
+    fn got(&mut self, id: ClientId, token: &SampledToken) {
+        let Stage::Taken(sequence) = &mut self.stage else {
+            panic!("client {id} gets a token though it is {:?}", self.stage);
+        };
+        let sequence = *sequence.get_or_insert(token.sequence);
+        assert_eq!(sequence, token.sequence, "client {id} gets another's token");
+        let place = self.journal.len();
+        let expected = self.expected.get(place).copied();
+        assert_eq!(Some(token.token), expected, "token {place} of client {id}");
+        self.journal.push(token.token);
+        let is_last = self.journal.len() == self.expected.len();
+        let is_stop = self.request.stop_tokens.contains(&token.token);
+        let finish = is_last.then_some(if is_stop {
+            FinishReason::Stop
+        } else {
+            FinishReason::Length
+        });
+        assert_eq!(
+            token.finish, finish,
+            "the end of client {id}, at token {place}"
+        );
+        if is_last {
+            self.stage = Stage::Answered;
+        }
+    }
+}
+
+/// No other begins like this.
+pub(super) fn deadly_prompt() -> Vec<u32> {
+    vec![VOCABULARY - 1; 6]
 }
 
 /// The digest of a sequence that goes on by `token`.
@@ -104,92 +173,140 @@ fn answer(request: &Request) -> Vec<u32> {
     tokens
 }
 
-impl World {
-    /// Asks, for the first time or for the rest of an answer that a former head had begun.
-    pub(super) fn submit(&mut self, id: ClientId) {
-        let pause = self.chance.ms(50, 400);
-        let client = &self.clients[id];
-        if client.stage != Stage::Outside || client.left {
-            return;
+/// All clients, as one life of the head has them.
+pub(super) struct Crowd {
+    clients: Clients,
+    story: Rc<Story>,
+    chances: Vec<Chance>,
+}
+
+impl Crowd {
+    pub(super) fn new(clients: &Clients, story: &Rc<Story>, chance: &mut Chance) -> Self {
+        let chances = clients
+            .iter()
+            .map(|_| Chance::new(chance.below(1 << 40) as u64));
+        Self {
+            clients: Rc::clone(clients),
+            story: Rc::clone(story),
+            chances: chances.collect(),
         }
-        let request = Request {
-            delivered: client.journal.clone(),
-            ..client.request.clone()
-        };
-        let head = self
-            .head
-            .as_mut()
-            .filter(|head| self.processes[head.pid as usize].runs());
-        let Some(head) = head else {
-            return self.timeline.after(pause, super::Event::Submit(id));
-        };
-        let pid = head.pid;
-        match head.admission.submit(request, id) {
-            Ok(sequence) => {
-                self.note(|| format!("client {id} is taken as {sequence}"));
-                self.clients[id].stage = Stage::Taken(sequence);
-                self.local_after(self.limits.request_deadline, pid, Local::Late(sequence));
-                self.send_plans();
+    }
+
+    /// Each asks when its time has come, for the first time or for the rest of an answer that a former head
+    /// had begun.
+    pub(super) fn come(self, system: &System) {
+        let scheduler = ActorPath::new(system.process().clone(), names::SCHEDULER);
+        for (id, mut chance) in self.chances.into_iter().enumerate() {
+            let began = {
+                let mut client = self.clients[id].borrow_mut();
+                if client.is_over() {
+                    continue;
+                }
+                let began = client.stage != Stage::Outside || !client.journal.is_empty();
+                client.stage = Stage::Outside;
+                began
+            };
+            let pause = if began {
+                chance.ms(100, 500)
+            } else {
+                Duration::ZERO
+            };
+            let asking = Asking {
+                id,
+                clients: Rc::clone(&self.clients),
+                story: Rc::clone(&self.story),
+                scheduler: system.remote_stream(&scheduler),
+                chance,
+            };
+            tokio::task::spawn_local(asking.ask(pause));
+        }
+    }
+}
+
+/// A client's connection.
+struct Asking {
+    id: ClientId,
+    clients: Clients,
+    story: Rc<Story>,
+    scheduler: RemoteStream<Submit>,
+    chance: Chance,
+}
+
+impl Asking {
+    fn client(&self) -> std::cell::RefMut<'_, Client> {
+        self.clients[self.id].borrow_mut()
+    }
+
+    async fn ask(mut self, pause: Duration) {
+        let comes = self.client().comes;
+        sleep(pause.max(comes.saturating_sub(self.story.now()))).await;
+        loop {
+            let request = {
+                let client = self.client();
+                if client.is_over() {
+                    return;
+                }
+                Request {
+                    delivered: client.journal.clone(),
+                    ..client.request.clone()
+                }
+            };
+            if let Ok(events) = self
+                .scheduler
+                .subscribe(Submit(request), SUBMIT_DEADLINE)
+                .await
+                && self.listen(events).await
+            {
+                return;
             }
-            Err((
-                Rejection::NotReady { .. }
-                | Rejection::Overloaded { .. }
-                | Rejection::ShareUsed { .. },
-                _,
-            )) => {
-                self.timeline.after(pause, super::Event::Submit(id));
-            }
-            Err((rejection, _)) => panic!("client {id} is refused: {rejection}"),
+            sleep(self.chance.ms(50, 400)).await;
         }
     }
 
-    /// A token for a client. False when nobody is there to take it.
-    pub(super) fn client_got(&mut self, id: ClientId, token: &SampledToken) -> bool {
-        let client = &mut self.clients[id];
-        let Stage::Taken(sequence) = client.stage else {
-            panic!("client {id} gets a token though it is {:?}", client.stage);
-        };
-        assert_eq!(sequence, token.sequence, "client {id} gets another's token");
-        let place = client.journal.len();
-        let expected = client.expected.get(place).copied();
-        assert_eq!(Some(token.token), expected, "token {place} of client {id}");
-        client.journal.push(token.token);
-        let is_last = client.journal.len() == client.expected.len();
-        let is_stop = client.request.stop_tokens.contains(&token.token);
-        let finish = is_last.then_some(if is_stop {
-            FinishReason::Stop
-        } else {
-            FinishReason::Length
-        });
-        assert_eq!(
-            token.finish, finish,
-            "the end of client {id}, at token {place}"
-        );
-        if is_last {
-            client.stage = Stage::Answered;
-        }
-        !client.left
-    }
-
-    pub(super) fn client_failed(&mut self, id: ClientId, why: &str) {
-        self.note(|| format!("client {id} fails: {why}"));
-        let client = &mut self.clients[id];
-        assert!(
-            matches!(client.stage, Stage::Taken(_)),
-            "client {id} fails though it is {:?}",
-            client.stage
-        );
-        client.stage = Stage::Failed(why.to_owned());
-    }
-
-    /// The head is gone: those whose answers it had begun ask the next one for the rest.
-    pub(super) fn clients_lost_head(&mut self) {
-        for id in 0..self.clients.len() {
-            if matches!(self.clients[id].stage, Stage::Taken(_)) {
-                self.clients[id].stage = Stage::Outside;
-                let pause = self.chance.ms(100, 500);
-                self.timeline.after(pause, super::Event::Submit(id));
+    /// False when it is to ask again.
+    async fn listen(&self, mut events: Subscription<RequestEvent>) -> bool {
+        let (id, leaves) = (self.id, Rc::clone(&self.client().leaves));
+        loop {
+            let event = tokio::select! {
+                biased;
+                () = leaves.notified() => return true,
+                event = events.next() => event,
+            };
+            let event = match event {
+                Some(Ok(event)) => event,
+                ended if self.client().is_over() => {
+                    assert!(ended.is_none(), "client {id} loses its connection");
+                    return true;
+                }
+                _ => panic!("client {id} is told of no end, and gets no more"),
+            };
+            match event {
+                RequestEvent::Accepted => {
+                    self.story.note(|| format!("client {id} is taken"));
+                    self.client().stage = Stage::Taken(None);
+                }
+                RequestEvent::Token(token) => self.client().got(id, &token),
+                RequestEvent::Paused => self.story.note(|| format!("client {id} waits")),
+                RequestEvent::Failed(failure) => {
+                    self.story.note(|| format!("client {id} fails: {failure}"));
+                    let mut client = self.client();
+                    let stage = &client.stage;
+                    assert!(
+                        matches!(stage, Stage::Taken(_)),
+                        "client {id} fails though it is {stage:?}"
+                    );
+                    client.stage = Stage::Failed(failure.to_string());
+                }
+                RequestEvent::Rejected(
+                    Rejection::NotReady { .. }
+                    | Rejection::Overloaded { .. }
+                    | Rejection::ShareUsed { .. },
+                ) => return false,
+                RequestEvent::Rejected(rejection) => panic!("client {id} is refused: {rejection}"),
             }
         }
     }
 }
+
+/// The scheduler is in the same process.
+const SUBMIT_DEADLINE: Duration = Duration::from_secs(5);

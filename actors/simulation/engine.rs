@@ -1,84 +1,75 @@
 //! The engine's thread as a script: the real batch and the real inbox decide what each step is; what a
 //! model would compute is a function that is known beforehand (`client.rs`), and the collective of a step
-//! is that every rank has come to it.
+//! is that every rank has come to it (`group.rs`).
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
 
-use offbook_engine::PlanInbox;
+use offbook_collectives::{Group as EngineGroup, GroupHandle};
 use offbook_engine::batch::{
     Batch, CacheMove, Chunks, EntryId, Input, KV_BLOCK_TOKENS, Limits, Source, StepBatch,
 };
+use offbook_engine::{Command, PlanInbox};
 use offbook_protocol::{
-    Epoch, Plan, PlanNumber, Rank, SampledToken, SequenceId, Step, StepOutcome,
+    Epoch, LoadProgress, Plan, PlanNumber, Rank, SampledToken, SequenceId, ShardSpec, Step,
+    StepOutcome, Transport,
 };
+use offbook_runtime::supervise::Exit;
+use tokio::sync::{mpsc, oneshot};
 
-use super::client::{draw, extend};
-use super::head::SAMPLING_RANK;
-use super::shard::ReplyTo;
-use super::{CONTEXT_TOKENS, DEADLY_CLIENT, Local, Pid, Plot, World};
+use super::client::{deadly_prompt, draw, extend};
+use super::group::Group;
+use super::{CONTEXT_TOKENS, Event, LIMITS, Pid, Plot, VOCABULARY, World};
+use crate::shard_worker::LoadRefusal;
+use crate::shard_worker::engine_thread::{Begun, Held, News, Order, PlayedThread, Run};
 
-/// What a shard holds of the model: another epoch of the same needs no reading.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Share {
-    pub(super) rank: Rank,
-    pub(super) ranks: usize,
+/// The engine of one shard's process.
+pub(super) struct Engine {
+    thread: PlayedThread,
+    orders: VecDeque<Order>,
+    state: State,
+    /// What is held of the model: another epoch of the same needs no reading.
+    held: Option<ShardSpec>,
 }
 
-#[derive(Debug)]
-pub(super) enum Order {
-    Load {
-        epoch: Epoch,
-        share: Share,
-        reply: ReplyTo,
-    },
-    Run {
-        epoch: Epoch,
-        rank: Rank,
-        reply: ReplyTo,
-    },
-}
-
-pub(super) enum Engine {
+enum State {
     Free,
     Loading,
     Running(Box<Loop>),
 }
 
-/// The shards of one epoch and how far each has come.
-pub(super) struct Group {
-    members: Vec<Pid>,
-    /// Who waits for the others.
-    present: BTreeSet<Pid>,
-    /// Whose engine has run.
-    joined: BTreeSet<Pid>,
-    steps: BTreeMap<Step, Rendezvous>,
-}
-
-impl Group {
-    pub(super) fn has(&self, pid: Pid) -> bool {
-        self.members.contains(&pid)
-    }
-}
-
-/// One step, as the ranks come to it.
-struct Rendezvous {
-    arrived: BTreeSet<Pid>,
-    /// As the first to come has built it: all must build the same.
-    batch: StepBatch,
-    tokens: Vec<u32>,
-    control: u32,
+/// What an engine does a while after it began with it.
+pub(super) enum Doing {
+    Loaded(Box<ShardSpec>, oneshot::Sender<Result<Held, LoadRefusal>>),
+    Begun(Begun, oneshot::Sender<Result<Begun, String>>),
+    StepDone {
+        epoch: Epoch,
+        step: Step,
+        control: Option<u32>,
+    },
+    StepLate {
+        epoch: Epoch,
+        step: Step,
+    },
+    LoopEnds(Epoch),
+    PeerGone(Epoch, String),
 }
 
 /// The step loop of one rank.
-pub(super) struct Loop {
+struct Loop {
     epoch: Epoch,
     rank: Rank,
+    group: GroupHandle,
     batch: Batch,
     plans: PlanInbox,
-    commands: VecDeque<Plan>,
+    commands: Receiver<Command>,
+    /// None once one was not taken.
+    outcomes: Option<mpsc::Sender<StepOutcome>>,
     /// Submitted and not read, oldest first.
     ahead: VecDeque<Submitted>,
+    /// Whether the oldest of these is being read.
+    reads: bool,
     next: Step,
     /// The digest of each sequence's tokens, up to each position.
     cache: BTreeMap<SequenceId, Vec<u64>>,
@@ -88,6 +79,8 @@ pub(super) struct Loop {
     drawn: [Vec<u32>; LANES],
     /// Up to which plan to apply before the next step.
     upto: PlanNumber,
+    /// The sequence that kills whoever reads it.
+    deadly: Option<SequenceId>,
     end: Option<Option<String>>,
 }
 
@@ -100,11 +93,34 @@ struct Submitted {
     done: bool,
 }
 
+impl Engine {
+    pub(super) fn new(thread: PlayedThread) -> Self {
+        Self {
+            thread,
+            orders: VecDeque::new(),
+            state: State::Free,
+            held: None,
+        }
+    }
+
+    fn looping(&mut self, epoch: Epoch) -> Option<&mut Loop> {
+        match &mut self.state {
+            State::Running(running) if running.epoch == epoch => Some(running),
+            _ => None,
+        }
+    }
+}
+
 impl Loop {
-    fn new(epoch: Epoch, rank: Rank) -> Self {
+    fn new(run: Run, rank: Rank, group: GroupHandle) -> Self {
+        let epoch = run.epoch;
         Self {
             epoch,
             rank,
+            group,
+            outcomes: Some(run.outcomes),
+            reads: false,
+            deadly: None,
             batch: Batch::in_lanes(
                 Limits {
                     prefill_chunk_tokens: 8,
@@ -115,7 +131,7 @@ impl Loop {
                 LANES,
             ),
             plans: PlanInbox::new(epoch),
-            commands: VecDeque::new(),
+            commands: run.commands,
             ahead: VecDeque::new(),
             next: Step(0),
             cache: BTreeMap::new(),
@@ -204,6 +220,7 @@ impl Loop {
     /// Takes in a step that all ranks have come to.
     fn read(&mut self) -> Option<StepOutcome> {
         let step = self.ahead.pop_front_if(|step| step.done)?;
+        self.reads = false;
         let observed = self.batch.observe(&step.draws, &step.tokens);
         self.settle();
         self.upto = self.plans.upto(step.control);
@@ -228,7 +245,7 @@ impl Loop {
             let Some(plan) = self.plans.next_plan() else {
                 return false;
             };
-            self.batch.apply(&plan).expect("a plan can be carried out");
+            self.apply_plan(&plan);
         }
         self.settle();
         true
@@ -239,128 +256,167 @@ impl Loop {
         let Some(plan) = self.plans.next_plan() else {
             return false;
         };
-        self.batch.apply(&plan).expect("a plan can be carried out");
+        self.apply_plan(&plan);
         true
+    }
+
+    fn apply_plan(&mut self, plan: &Plan) {
+        let deadly = deadly_prompt();
+        let mut joins = plan.joins.iter();
+        let deadly = joins.find(|join| join.prompt.starts_with(&deadly));
+        self.deadly = deadly.map(|join| join.sequence).or(self.deadly);
+        self.batch.apply(plan).expect("a plan can be carried out");
+    }
+
+    /// The thread reads a step that not all ranks have come to: nothing but the end of its group frees it.
+    fn is_blocked(&self) -> bool {
+        self.reads && self.ahead.front().is_some_and(|step| !step.done)
+    }
+
+    /// Takes the plans that have come. An error says why the loop ends; nothing, that it is told to.
+    fn take_commands(&mut self) -> Result<(), Option<String>> {
+        loop {
+            match self.commands.try_recv() {
+                Ok(Command::Plan(plan)) => {
+                    let taken = self.plans.take(plan);
+                    taken.map_err(|gap| Some(format!("a plan is missing: {gap:?}")))?;
+                }
+                Err(TryRecvError::Empty) => return Ok(()),
+                Ok(Command::Shutdown) | Err(TryRecvError::Disconnected) => return Err(None),
+            }
+        }
+    }
+
+    fn report(&mut self, outcome: StepOutcome) {
+        self.outcomes
+            .take_if(|outcomes| outcomes.try_send(outcome).is_err());
     }
 }
 
 impl World {
-    /// A member waits for the others.
-    pub(super) fn present(&mut self, pid: Pid, epoch: Epoch, members: Vec<Pid>) {
-        let group = self.groups.entry(epoch).or_insert_with(|| Group {
-            members: members.clone(),
-            present: BTreeSet::new(),
-            joined: BTreeSet::new(),
-            steps: BTreeMap::new(),
-        });
-        assert_eq!(group.members, members, "epoch {epoch} has two groups");
-        group.present.insert(pid);
-    }
-
-    pub(super) fn join_group(&mut self, pid: Pid, epoch: Epoch) {
-        let group = self.groups.get_mut(&epoch).expect("its members have met");
-        group.joined.insert(pid);
-    }
-
-    /// The head is about to serve: every member has joined.
-    pub(super) fn check_joined(&self, epoch: Epoch) {
-        let group = &self.groups[&epoch];
-        let missing = group.members.iter().find(|pid| !group.joined.contains(pid));
-        assert!(
-            missing.is_none(),
-            "epoch {epoch} serves without {missing:?}"
-        );
-    }
-
-    /// Whether this member sees all others wait for it.
-    pub(super) fn all_meet(&self, pid: Pid, epoch: Epoch) -> bool {
-        let group = &self.groups[&epoch];
-        group.members.iter().all(|peer| {
-            let both = self.reaches(pid, *peer) && self.reaches(*peer, pid);
-            group.present.contains(peer) && (*peer == pid || both)
-        })
-    }
-
-    /// The engine's thread does one thing after the other.
-    pub(super) fn next_order(&mut self, pid: Pid) {
-        while matches!(self.shard_mut(pid).engine, Engine::Free) {
-            let Some(order) = self.shard_mut(pid).orders.pop_front() else {
-                return;
-            };
-            self.carry_out_order(pid, order);
+    /// Has every engine do what it can without waiting.
+    pub(super) fn turn_engines(&mut self) {
+        for pid in self.engines.keys().copied().collect::<Vec<_>>() {
+            if self.processes.get(&pid).is_some_and(|it| !it.frozen) {
+                self.turn_engine(pid);
+            }
         }
+    }
+
+    fn turn_engine(&mut self, pid: Pid) {
+        let Some(engine) = self.engines.get_mut(&pid) else {
+            return;
+        };
+        while let Ok(order) = engine.thread.orders.try_recv() {
+            engine.orders.push_back(order);
+        }
+        match &engine.state {
+            State::Loading => {}
+            State::Running(running) => {
+                let epoch = running.epoch;
+                self.drive(pid, epoch);
+            }
+            State::Free => {
+                if let Some(order) = engine.orders.pop_front() {
+                    self.carry_out_order(pid, order);
+                }
+            }
+        }
+    }
+
+    fn engine(&mut self, pid: Pid) -> &mut Engine {
+        self.engines
+            .get_mut(&pid)
+            .expect("only a shard that lives gets its events")
+    }
+
+    fn looping(&mut self, pid: Pid, epoch: Epoch) -> Option<&mut Loop> {
+        self.engines.get_mut(&pid)?.looping(epoch)
+    }
+
+    pub(super) fn engine_after(&mut self, pause: Duration, pid: Pid, doing: Doing) {
+        self.timeline.after(pause, Event::Engine(pid, doing));
     }
 
     fn carry_out_order(&mut self, pid: Pid, order: Order) {
         match order {
-            Order::Load {
-                epoch,
-                share,
-                reply,
-            } => {
-                let is_held = self.shard_mut(pid).share == Some(share);
-                let pause = if is_held {
-                    self.chance.ms(0, 2)
-                } else {
-                    self.chance.ms(100, 900)
-                };
-                self.shard_mut(pid).share = None;
-                self.shard_mut(pid).engine = Engine::Loading;
-                self.local_after(
-                    pause,
-                    pid,
-                    Local::Loaded {
+            Order::Load(spec, reply) => {
+                self.disturb_formation(spec.epoch);
+                let engine = self.engine(pid);
+                let is_same = |held: &ShardSpec| {
+                    let epoch = spec.epoch;
+                    ShardSpec {
                         epoch,
-                        share,
-                        reply,
-                    },
-                );
+                        ..held.clone()
+                    } == *spec
+                };
+                let is_held = engine.held.as_ref().is_some_and(is_same);
+                engine.held = None;
+                engine.state = State::Loading;
+                let progress = LoadProgress {
+                    rank: spec.rank,
+                    bytes_loaded: 1,
+                    bytes_total: 2,
+                };
+                let _ = engine.thread.news.try_send(News::Progress(progress));
+                let pause = match is_held {
+                    true => self.chance.ms(0, 2),
+                    false => self.chance.ms(50, 400),
+                };
+                self.engine_after(pause, pid, Doing::Loaded(spec, reply));
             }
-            Order::Run { epoch, rank, reply } => {
-                if self.shard_mut(pid).loaded_for != Some(epoch) {
-                    return self.reply(reply, Err("no share is loaded for the epoch".into()));
-                }
-                let shard = self.shard_mut(pid);
-                shard.engine = Engine::Running(Box::new(Loop::new(epoch, rank)));
-                if rank == SAMPLING_RANK {
-                    shard.outcomes.entry(epoch).or_default();
-                }
-                let pause = self.chance.ms(0, 4);
-                self.local_after(pause, pid, Local::Begun { epoch, rank, reply });
+            Order::Run(run, reply) => self.begin_epoch(pid, *run, reply),
+        }
+    }
+
+    fn begin_epoch(&mut self, pid: Pid, run: Run, reply: oneshot::Sender<Result<Begun, String>>) {
+        let epoch = run.epoch;
+        let held = self.engine(pid).held.as_ref();
+        let Some(spec) = held.filter(|held| held.epoch == epoch) else {
+            let _ = reply.send(Err(format!("no share is loaded for epoch {epoch}")));
+            return;
+        };
+        let rank = spec.rank;
+        // Who is alone meets nobody.
+        let alone = || Group::new(vec![pid]);
+        let group = self.groups.entry(epoch).or_insert_with(alone);
+        group.join(pid, rank);
+        let group = EngineGroup::solo().handle();
+        let begun = Begun {
+            group: group.clone(),
+            collectives: "played".to_owned(),
+            transport: Transport::Quic,
+        };
+        self.engine(pid).state = State::Running(Box::new(Loop::new(run, rank, group)));
+        let pause = self.chance.ms(0, 4);
+        self.engine_after(pause, pid, Doing::Begun(begun, reply));
+    }
+
+    pub(super) fn engine_does(&mut self, pid: Pid, doing: Doing) {
+        match doing {
+            Doing::Loaded(spec, reply) => {
+                let engine = self.engine(pid);
+                engine.state = State::Free;
+                let _ = reply.send(Ok(Held {
+                    sampling_rank: SAMPLING_RANK,
+                    context_tokens: spec.context_tokens,
+                    vocabulary: VOCABULARY,
+                    kv_tokens: spec.kv_tokens(),
+                }));
+                engine.held = Some(*spec);
             }
+            Doing::Begun(begun, reply) => {
+                let _ = reply.send(Ok(begun));
+            }
+            Doing::StepDone {
+                epoch,
+                step,
+                control,
+            } => self.step_done(pid, epoch, step, control),
+            Doing::StepLate { epoch, step } => self.step_late(pid, epoch, step),
+            Doing::LoopEnds(epoch) => self.loop_ends(pid, epoch),
+            Doing::PeerGone(epoch, why) => self.end_loop(pid, epoch, Some(why)),
         }
-    }
-
-    pub(super) fn load_done(&mut self, pid: Pid, epoch: Epoch, share: Share, reply: ReplyTo) {
-        let shard = self.shard_mut(pid);
-        shard.engine = Engine::Free;
-        shard.share = Some(share);
-        shard.loaded_for = Some(epoch);
-        self.loaded(pid, epoch, reply);
-        self.next_order(pid);
-    }
-
-    fn looping(&mut self, pid: Pid, epoch: Epoch) -> Option<&mut Loop> {
-        match &mut self.shards.get_mut(&pid)?.engine {
-            Engine::Running(running) if running.epoch == epoch => Some(running),
-            _ => None,
-        }
-    }
-
-    pub(super) fn command(&mut self, pid: Pid, plan: Plan) {
-        let epoch = plan.epoch;
-        if let Some(running) = self.looping(pid, epoch) {
-            running.commands.push_back(plan);
-            self.drive(pid, epoch);
-        }
-    }
-
-    pub(super) fn poison(&mut self, pid: Pid, epoch: Epoch) {
-        self.end_loop(pid, epoch, Some("the group was left".into()));
-    }
-
-    pub(super) fn shut_down(&mut self, pid: Pid, epoch: Epoch) {
-        self.end_loop(pid, epoch, None);
     }
 
     /// The loop ends as soon as the thread looks.
@@ -370,50 +426,55 @@ impl World {
             && running.end.is_none()
         {
             running.end = Some(failure);
-            self.local_after(pause, pid, Local::LoopEnds(epoch));
+            self.engine_after(pause, pid, Doing::LoopEnds(epoch));
         }
     }
 
-    pub(super) fn loop_ends(&mut self, pid: Pid, epoch: Epoch) {
-        let Some(failure) = self
+    /// The device of this shard fails in whatever it does.
+    pub(super) fn fail_step(&mut self, pid: Pid) {
+        if let Some(Engine {
+            state: State::Running(running),
+            ..
+        }) = self.engines.get(&pid)
+        {
+            let epoch = running.epoch;
+            self.end_loop(pid, epoch, Some("the device failed".into()));
+        }
+    }
+
+    fn loop_ends(&mut self, pid: Pid, epoch: Epoch) {
+        let ended = self
             .looping(pid, epoch)
-            .and_then(|running| running.end.take())
-        else {
+            .and_then(|running| running.end.take());
+        let Some(failure) = ended else {
             return;
         };
-        self.shard_mut(pid).engine = Engine::Free;
-        let pause = self.chance.ms(0, 2);
-        self.local_after(pause, pid, Local::Ended { epoch, failure });
+        let engine = self.engine(pid);
+        engine.state = State::Free;
+        let _ = engine.thread.news.try_send(News::Ended { epoch, failure });
         self.peers_notice(pid, epoch);
-        self.next_order(pid);
-    }
-
-    /// A member is gone from its group: the others hear of it, or wait in vain.
-    pub(super) fn peers_notice(&mut self, pid: Pid, epoch: Epoch) {
-        let members = self.groups.get(&epoch).map(|group| group.members.clone());
-        for peer in members.into_iter().flatten().filter(|peer| *peer != pid) {
-            let tells = self.reaches(pid, peer);
-            let pause = if tells {
-                self.chance.ms(0, 20)
-            } else {
-                self.chance.ms(300, 1500)
-            };
-            self.local_after(pause, peer, Local::PeerGone(epoch));
-        }
     }
 
     /// Does what the thread can do without waiting.
-    pub(super) fn drive(&mut self, pid: Pid, epoch: Epoch) {
+    fn drive(&mut self, pid: Pid, epoch: Epoch) {
         while let Some(running) = self.looping(pid, epoch) {
             if running.end.is_some() {
                 return;
             }
-            while let Some(plan) = running.commands.pop_front() {
-                if running.plans.take(plan).is_err() {
-                    return self.end_loop(pid, epoch, Some("a plan is missing".into()));
-                }
+            let is_blocked = running.is_blocked();
+            let told = match running.group.health() {
+                Err(error) => Err(Some(error.to_string())),
+                Ok(()) if is_blocked => Ok(()),
+                Ok(()) => running.take_commands(),
+            };
+            if let Err(failure) = told {
+                return self.end_loop(pid, epoch, failure);
             }
-            if !running.apply() {
+            self.check_epoch(pid, epoch);
+            let Some(running) = self.looping(pid, epoch) else {
+                return;
+            };
+            if is_blocked || !running.apply() {
                 return;
             }
             while self.submit_step(pid, epoch) {}
@@ -422,17 +483,32 @@ impl World {
             };
             if let Some(outcome) = running.read() {
                 if running.rank == SAMPLING_RANK && !outcome.tokens.is_empty() {
-                    self.report_outcome(pid, outcome);
+                    running.report(outcome);
                 }
-            } else if !running.ahead.is_empty() || !running.begin() {
+            } else if !running.ahead.is_empty() {
+                running.reads = true;
+                return;
+            } else if !running.begin() {
                 return;
             }
         }
     }
 
+    /// Who has been told of a later epoch works for no earlier one.
+    fn check_epoch(&mut self, pid: Pid, epoch: Epoch) {
+        for order in &self.engine(pid).orders {
+            if let Order::Load(spec, _) = order {
+                assert!(
+                    spec.epoch <= epoch,
+                    "process {pid} goes on with epoch {epoch} and is to load {}",
+                    spec.epoch
+                );
+            }
+        }
+    }
+
     fn submit_step(&mut self, pid: Pid, epoch: Epoch) -> bool {
-        let most = self.limits.sequences_max as usize;
-        let deadly = (self.plot == Plot::Deadly).then(|| self.clients[DEADLY_CLIENT].sequence());
+        let kills = self.plot == Plot::Deadly;
         let Some(running) = self.looping(pid, epoch) else {
             return false;
         };
@@ -442,20 +518,17 @@ impl World {
         let Some(batch) = running.batch.next_batch(CHUNKS) else {
             return false;
         };
-        if let Some(Some(deadly)) = deadly
-            && batch
-                .segments
-                .iter()
-                .any(|segment| segment.sequence == deadly)
-        {
-            self.crash(pid);
+        let deadly = running.deadly;
+        let mut segments = batch.segments.iter();
+        if kills && segments.any(|segment| Some(segment.sequence) == deadly) {
+            self.kill(pid, Exit::Signal(SIGSEGV));
             return false;
         }
         let (step, rank, control) = (running.next, running.rank, running.plans.control_word());
+        let sequences = running.batch.len();
         assert!(
-            running.batch.len() <= most,
-            "{} sequences in a batch",
-            running.batch.len()
+            sequences <= LIMITS.sequences_max as usize,
+            "{sequences} sequences in a batch"
         );
         running.settle();
         let tokens = running.compute(&batch);
@@ -468,70 +541,22 @@ impl World {
             done: false,
         });
         let group = self.groups.get_mut(&epoch).expect("its members have met");
-        let met = group.steps.entry(step).or_insert_with(|| Rendezvous {
-            arrived: BTreeSet::new(),
-            batch: batch.clone(),
-            tokens: tokens.clone(),
-            control: 0,
-        });
-        assert_eq!(met.batch, batch, "ranks build different steps");
-        assert_eq!(met.tokens, tokens, "ranks hold different caches");
-        met.arrived.insert(pid);
+        group.come(pid, step, batch, tokens);
         if rank == SAMPLING_RANK {
-            met.control = control;
+            group.control(step, control);
         }
         self.exchange(epoch, step);
-        let deadline = COLLECTIVE_DEADLINE;
-        self.local_after(deadline, pid, Local::StepLate { epoch, step });
+        self.engine_after(COLLECTIVE_DEADLINE, pid, Doing::StepLate { epoch, step });
         true
     }
 
-    /// The collective of a step, if every rank is there and reaches every other.
-    fn exchange(&mut self, epoch: Epoch, step: Step) {
-        let group = &self.groups[&epoch];
-        let met = &group.steps[&step];
-        let all = group.members.iter().all(|pid| {
-            let reached = group.members.iter().all(|peer| self.reaches(*pid, *peer));
-            met.arrived.contains(pid) && reached
-        });
-        if !all {
-            return;
-        }
-        // A group of one sends no message.
-        let control = (group.members.len() > 1).then_some(met.control);
-        let members = group.members.clone();
-        self.groups
-            .get_mut(&epoch)
-            .expect("it was there")
-            .steps
-            .remove(&step);
-        let took = self.chance.ms(10, 40);
-        for pid in members {
-            let pause = took + self.chance.ms(0, 3);
-            self.local_after(
-                pause,
-                pid,
-                Local::StepDone {
-                    epoch,
-                    step,
-                    control,
-                },
-            );
-        }
+    /// Whether the loop of this epoch runs, and is not about to end.
+    pub(super) fn works(&self, pid: Pid, epoch: Epoch) -> bool {
+        let state = self.engines.get(&pid).map(|engine| &engine.state);
+        matches!(state, Some(State::Running(running)) if running.epoch == epoch && running.end.is_none())
     }
 
-    /// What stood still may go on: a path is whole again, or a process.
-    pub(super) fn exchange_all(&mut self) {
-        let waiting = self
-            .groups
-            .iter()
-            .flat_map(|(epoch, group)| group.steps.keys().map(|step| (*epoch, *step)));
-        for (epoch, step) in waiting.collect::<Vec<_>>() {
-            self.exchange(epoch, step);
-        }
-    }
-
-    pub(super) fn step_done(&mut self, pid: Pid, epoch: Epoch, step: Step, control: Option<u32>) {
+    fn step_done(&mut self, pid: Pid, epoch: Epoch, step: Step, control: Option<u32>) {
         let Some(running) = self.looping(pid, epoch) else {
             return;
         };
@@ -543,18 +568,25 @@ impl World {
     }
 
     /// The deadline of a collective, or of a plan that others have.
-    pub(super) fn step_late(&mut self, pid: Pid, epoch: Epoch, step: Step) {
+    fn step_late(&mut self, pid: Pid, epoch: Epoch, step: Step) {
         let Some(running) = self.looping(pid, epoch) else {
             return;
         };
         let is_late = running.ahead.iter().any(|ahead| ahead.step == step);
         let lacks_plan = running.plans.applied() < running.upto;
         if is_late || lacks_plan {
-            self.end_loop(pid, epoch, Some("the deadline of a collective".into()));
+            let why = match self.missing(epoch, step) {
+                Some(rank) => format!("rank {rank} was late"),
+                None => "the deadline of a collective".to_owned(),
+            };
+            self.end_loop(pid, epoch, Some(why));
         }
     }
 }
 
+/// Who samples in every group.
+pub(super) const SAMPLING_RANK: Rank = Rank(0);
+const SIGSEGV: i32 = 11;
 /// As in a pipeline of two stages.
 const LANES: usize = 2;
 const STEPS_AHEAD_MAX: usize = LANES + 1;
@@ -564,4 +596,4 @@ const CHUNKS: Chunks = Chunks {
     beside_decode: 4,
     alone: 8,
 };
-const COLLECTIVE_DEADLINE: Duration = Duration::from_secs(3);
+pub(super) const COLLECTIVE_DEADLINE: Duration = Duration::from_millis(1500);

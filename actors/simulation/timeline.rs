@@ -46,10 +46,18 @@ impl<E> Timeline<E> {
         }));
     }
 
+    /// It is `now`.
+    pub(super) fn pass(&mut self, now: Duration) {
+        self.now = now;
+    }
+
+    /// The next event that is due.
     pub(super) fn next(&mut self) -> Option<E> {
-        let Reverse(due) = self.due.pop()?;
-        self.now = due.at;
-        Some(due.event)
+        let Reverse(first) = self.due.peek()?;
+        if first.at > self.now {
+            return None;
+        }
+        self.due.pop().map(|Reverse(due)| due.event)
     }
 }
 

@@ -57,7 +57,7 @@ fn options(folder: &Path) -> Node {
 
 /// Its shard does nothing, and ends with the node.
 async fn start_idle(options: &Node) -> Running {
-    let launch = ShardLaunch {
+    let launch = ShardLaunch::Program {
         program: "cat".into(),
         arguments: Vec::new(),
     };
