@@ -211,8 +211,11 @@ impl ShardWorker {
         };
         let (system, head) = (self.system.clone(), self.config.head.clone());
         let registered = async move {
+            // From before it is asked: the link may be lost with the answer on it, and a watch that begins then
+            // would be of another link, over which nobody has registered.
+            let lost = system.watch(&head);
             register.ask(message, REGISTER_DEADLINE).await?;
-            Ok::<_, AskError>(system.watch(&head).await)
+            Ok::<_, AskError>(lost.await)
         };
         ctx.spawn(registered.into_actor(self).map(|registered, _, ctx| {
             let pause = match registered {
@@ -243,9 +246,11 @@ impl ShardWorker {
         let (system, node) = (self.system.clone(), attach.path().process.clone());
         let attached = async move {
             loop {
+                // From before it is asked, as for the head.
+                let lost = system.watch(&node);
                 match attach.ask(message.clone(), REGISTER_DEADLINE).await {
                     Ok(true) => {
-                        system.watch(&node).await;
+                        lost.await;
                         continue;
                     }
                     Ok(false) => tracing::debug!("the node does not know this process yet"),
