@@ -22,6 +22,12 @@ pub fn limit_data(beyond: u64) -> io::Result<bool> {
     Ok(true)
 }
 
+/// How much more data the system would give this process; `None` where nothing is bounded.
+pub(crate) fn left_bytes() -> Option<u64> {
+    let limit = getrlimit(Resource::Data).current?;
+    Some(limit.saturating_sub(status_bytes("VmData:")?))
+}
+
 /// What a shard that MLX keeps to `limit_bytes` may take beyond what it has when it begins: as much again as
 /// an eighth, for what MLX rounds up, and for the tensor that is read while the weights are there.
 pub(crate) fn with_headroom(limit_bytes: u64) -> u64 {
@@ -54,6 +60,8 @@ mod tests {
         assert!(limit_data(beyond).unwrap());
         let limit = getrlimit(Resource::Data).current.expect("it is bounded");
         assert!(limit >= before + beyond, "{limit} of {before}");
+        let left = left_bytes().expect("it is bounded");
+        assert!(left <= beyond && left > beyond / 2, "{left}");
         let mut room = Vec::<u8>::new();
         assert!(room.try_reserve_exact(1 << 20).is_ok());
         let mut too_much = Vec::<u8>::new();

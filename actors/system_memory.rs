@@ -4,10 +4,12 @@ mod control_groups;
 
 use std::process::Command;
 
+use crate::process_limit;
+
 /// Of the whole machine and this process's part of it, now.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct SystemMemory {
-    /// What this process could still be given without swapping, or being killed for it by a limit of its
+    /// What this process could still be given without swapping, or ending at a limit of its own or of its
     /// control group; `None` where the system does not say.
     pub(crate) available_bytes: Option<u64>,
     /// Share of the last ten seconds in which some process waited for memory, from 0 to 1; 0 where the
@@ -33,7 +35,10 @@ impl SystemMemory {
         let machine = read("/proc/meminfo").and_then(|text| available_in(&text));
         let groups = control_groups::available_bytes();
         Self {
-            available_bytes: [machine, groups].into_iter().flatten().min(),
+            available_bytes: [machine, groups, process_limit::left_bytes()]
+                .into_iter()
+                .flatten()
+                .min(),
             stalled: read("/proc/pressure/memory").map_or(0.0, |text| stalled_in(&text)),
         }
     }
