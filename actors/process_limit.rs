@@ -5,7 +5,8 @@ use std::{fs, io};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// From now on the system refuses this process more than so many bytes of data beyond those that it has.
+/// From now on the system refuses this process more than so many bytes of data beyond those that it has, and
+/// the process gives back what it frees.
 /// False where the system does not say how many these are, and nothing is bounded: on macOS.
 ///
 /// # Errors
@@ -19,8 +20,28 @@ pub fn limit_data(beyond: u64) -> io::Result<bool> {
         maximum: getrlimit(Resource::Data).maximum,
     };
     setrlimit(Resource::Data, limit)?;
+    give_back_what_is_freed();
     Ok(true)
 }
+
+/// glibc maps large blocks by themselves only until the first of a size is freed; from then on it cuts them
+/// from one heap, whose holes count against the limit. With a threshold that is fixed it goes on mapping them.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[allow(unsafe_code)]
+fn give_back_what_is_freed() {
+    unsafe extern "C" {
+        /// Of `malloc.h`.
+        fn mallopt(parameter: i32, value: i32) -> i32;
+    }
+    // SAFETY: it sets a number of the allocator's, under its own lock.
+    let is_set = unsafe { mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES_MIN) };
+    if is_set == 0 {
+        tracing::debug!("the allocator keeps what is freed");
+    }
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn give_back_what_is_freed() {}
 
 /// How much more data the system would give this process; `None` where nothing is bounded.
 pub(crate) fn left_bytes() -> Option<u64> {
@@ -45,6 +66,12 @@ pub fn status_bytes(key: &str) -> Option<u64> {
     Some(kib * 1024)
 }
 
+/// Its number in `malloc.h`.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const M_MMAP_THRESHOLD: i32 = -3;
+/// What layers compute from a chunk is larger, all that comes and goes in numbers is smaller.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const MAPPED_BYTES_MIN: i32 = 1 << 20;
 /// Stacks of threads, messages, and what libraries keep for themselves.
 const HEADROOM_BYTES: u64 = 256 << 20;
 
