@@ -6,7 +6,6 @@
 //! serve nothing, so the process ends instead, before any client has seen its answer break off. Whoever
 //! started the node starts it again; the shards come back, and the journal's answers go on. The shard
 //! worker holds the engine's thread: its process ends, and its node starts another.
-
 //!
 //! What became of any of them is read by the [`Roll`], and an end that took the process with it is noted on
 //! disk for the next one: [`EndedActors`].

@@ -276,6 +276,7 @@ mod tests {
         let row = text.lines().find(|line| line.starts_with("b ")).unwrap();
         assert!(row.contains("away") && row.ends_with("signal 9"), "{row}");
     }
+
     #[test]
     fn an_actor_that_ended_is_shown_with_the_message_that_it_died_of() {
         let quiet = ActorReport {

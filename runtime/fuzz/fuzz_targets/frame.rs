@@ -1,3 +1,4 @@
+//! Frames of a link: whatever bytes come, no panic.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| offbook_runtime::fuzzing::frame(bytes));

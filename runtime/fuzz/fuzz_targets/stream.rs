@@ -1,3 +1,4 @@
+//! What opens a stream, and its items: whatever bytes come, no panic.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| offbook_runtime::fuzzing::stream(bytes));
