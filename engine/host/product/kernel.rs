@@ -94,29 +94,18 @@ fn multiply_with<P: Processor>(
 #[inline(always)]
 fn unpack<P: Processor>(matrix: &Matrix<'_>, index: usize, numbers: &mut [f32]) {
     let bits = matrix.bits as usize;
-    let (bytes, groups) = (matrix.inner * bits / 8, matrix.inner / matrix.group_size);
-    // On to the end of the matrix, so that eight bytes can be read at once wherever there are more.
-    let codes = &matrix.codes[index * bytes..];
+    let groups = matrix.inner / matrix.group_size;
     let scales = &matrix.scales[index * groups..][..groups];
     let biases = &matrix.biases[index * groups..][..groups];
-    let group_bytes = matrix.group_size * bits / 8;
+    let mut tail = [0; TAIL_BYTES];
     let of_groups = numbers.chunks_exact_mut(matrix.group_size);
     for (group, (numbers, (&scale, &bias))) in of_groups.zip(scales.iter().zip(biases)).enumerate()
     {
         let (scale, bias) = (P::splat(scale), P::splat(bias));
         let (numbers, _) = numbers.as_chunks_mut::<LANES>();
-        let codes = &codes[group * group_bytes..];
-        // At the matrix's end there are fewer than eight bytes from the last places on.
-        let mut tail = [0; GROUP_BYTES_MAX + WORD_BYTES];
-        let mut from = match codes.len() >= group_bytes - bits + WORD_BYTES {
-            true => codes.as_ptr(),
-            false => {
-                tail[..group_bytes].copy_from_slice(&codes[..group_bytes]);
-                tail.as_ptr()
-            }
-        };
+        let mut from = codes_of(matrix, index, group, &mut tail);
         for numbers in numbers {
-            // SAFETY: a word lies at each of the group's places, `bits` bytes apart, as was just seen to.
+            // SAFETY: a word lies at each of the group's places, `bits` bytes apart: see `codes_of`.
             let word = unsafe {
                 let word = from.cast::<u64>().read_unaligned();
                 from = from.add(bits);
@@ -126,6 +115,25 @@ fn unpack<P: Processor>(matrix: &Matrix<'_>, index: usize, numbers: &mut [f32]) 
             P::store(P::multiply_add(scale, spread, bias), numbers);
         }
     }
+}
+
+/// Where the codes of one group of a row begin. A whole word can be read at each of its places, `bits` bytes
+/// apart: at the matrix's end, where there are fewer bytes from the last places on, the codes are copied to `tail`.
+#[inline(always)]
+fn codes_of(
+    matrix: &Matrix<'_>,
+    row: usize,
+    group: usize,
+    tail: &mut [u8; TAIL_BYTES],
+) -> *const u8 {
+    let bits = matrix.bits as usize;
+    let group_bytes = matrix.group_size * bits / 8;
+    let codes = &matrix.codes[row * matrix.inner * bits / 8 + group * group_bytes..];
+    if codes.len() >= group_bytes - bits + WORD_BYTES {
+        return codes.as_ptr();
+    }
+    tail[..group_bytes].copy_from_slice(&codes[..group_bytes]);
+    tail.as_ptr()
 }
 
 /// The products of some rows with some columns.
@@ -172,11 +180,9 @@ fn sums_of_one<P: Processor>(
     x: &[f32],
 ) -> [f32; COLUMNS] {
     let bits = matrix.bits as usize;
-    let (bytes, groups) = (matrix.inner * bits / 8, matrix.inner / matrix.group_size);
-    let group_bytes = matrix.group_size * bits / 8;
+    let groups = matrix.inner / matrix.group_size;
     let mut lanes = [P::splat(0.0); COLUMNS];
-    // At the matrix's end there are fewer than eight bytes from the last places on.
-    let mut tail = [0; GROUP_BYTES_MAX + WORD_BYTES];
+    let mut tail = [0; TAIL_BYTES];
     for (group, x) in x[..matrix.inner]
         .chunks_exact(matrix.group_size)
         .enumerate()
@@ -189,20 +195,13 @@ fn sums_of_one<P: Processor>(
             let row = first + column.min(columns - 1);
             scales[column] = P::splat(matrix.scales[row * groups + group]);
             biases[column] = P::splat(matrix.biases[row * groups + group]);
-            let codes = &matrix.codes[row * bytes + group * group_bytes..];
-            from[column] = match codes.len() >= group_bytes - bits + WORD_BYTES {
-                true => codes.as_ptr(),
-                false => {
-                    tail[..group_bytes].copy_from_slice(&codes[..group_bytes]);
-                    tail.as_ptr()
-                }
-            };
+            from[column] = codes_of(matrix, row, group, &mut tail);
         }
         let (x, _) = x.as_chunks::<LANES>();
         for x in x {
             let x = P::load(x);
             for column in 0..COLUMNS {
-                // SAFETY: a word lies at each of the group's places, `bits` bytes apart, as was just seen to.
+                // SAFETY: a word lies at each of the group's places, `bits` bytes apart: see `codes_of`.
                 let word = unsafe {
                     let word = from[column].cast::<u64>().read_unaligned();
                     from[column] = from[column].add(bits);
@@ -227,6 +226,8 @@ const WORD_BYTES: usize = size_of::<u64>();
 pub(super) const GROUP_SIZE_MAX: u32 = 128;
 /// Its codes at 8 bits.
 const GROUP_BYTES_MAX: usize = GROUP_SIZE_MAX as usize;
+/// The codes of one group, with a whole word from each of its places on.
+const TAIL_BYTES: usize = GROUP_BYTES_MAX + WORD_BYTES;
 
 /// Columns of the result, and rows of it, that are computed together: with their operands they fill the
 /// registers.
