@@ -11,9 +11,10 @@ fn main() {
         .cpp(true)
         .std("c++20")
         .file("shim/host.cpp")
+        .file("shim/kernels.cpp")
         .includes(env::split_paths(&include))
         // MLX's headers are not ours to silence one by one.
         .warnings(false)
         .flag_if_supported("-Wno-deprecated-declarations");
-    build.compile("offbook_host");
+    build.compile("offbook_engine");
 }

@@ -140,6 +140,11 @@ impl Engine {
         &self.config
     }
 
+    /// Whether steps take kernels of our own, which is so on GPUs unless they compute something else there than MLX.
+    pub fn has_kernels(&self) -> bool {
+        self.model.has_kernels()
+    }
+
     pub fn partition(&self) -> &Partition {
         &self.partition
     }

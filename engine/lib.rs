@@ -3,7 +3,7 @@
 //! Who owns what is decided by pure files (`config`, `partition`, `budget`, `planner`); `checkpoint` and
 //! `weights` bring a rank's share to its device. `step_loop` is the life of a shard: `batch` says
 //! which rows a step has and what `prefix_cache` keeps of ended sequences, `step` builds it from `models`,
-//! `kv_cache`, `reshaping` and `sampler`. `window` says how many layers may be in flight, `memory` what MLX
+//! `kernels`, `kv_cache`, `reshaping` and `sampler`. `window` says how many layers may be in flight, `memory` what MLX
 //! holds.
 //! `trial` runs the same loop on random weights, to measure it.
 
@@ -26,6 +26,7 @@ mod prefill_pace;
 mod step;
 mod step_log;
 mod models;
+mod kernels;
 mod kv_cache;
 mod host;
 mod reshaping;

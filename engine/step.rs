@@ -25,7 +25,7 @@ use crate::batch::{Batch, CacheMove, Chunks, Draw, Input, StepBatch};
 use crate::engine::Engine;
 use crate::kv_cache::{Caches, KeptCaches};
 use crate::models::Fault;
-use crate::models::decoder::{DeviceKind, Divided, Rows};
+use crate::models::decoder::{DeviceKind, Divided, Hidden, Rows};
 use crate::reshaping::Reshaping;
 use crate::sampler::{self, Drawn, Logprobs, RowLogprobs, host};
 use crate::window::{Window, WorkKind};
@@ -296,7 +296,7 @@ impl<'a> Stepper<'a> {
         let model = &self.engine.model;
         let divided = Divided::by(self.engine.layout(), self.group.size());
         let rows = model.rows(batch, self.group, divided);
-        let mut x = self.first(batch, &rows)?;
+        let mut hidden = Hidden::new(self.first(batch, &rows)?);
         // A prompt's layers are submitted one by one: they hold much memory and take long. A decode
         // step goes whole, as long as the window leaves room for the one behind it.
         let layers = model.layers();
@@ -314,16 +314,18 @@ impl<'a> Stepper<'a> {
         let mut unsubmitted = 0;
         for index in 0..layers {
             if unsubmitted == stride {
-                async_eval([&x])?;
-                self.in_flight.push(self.steps, unsubmitted, x.clone());
+                let last = hidden.last();
+                async_eval([last])?;
+                self.in_flight.push(self.steps, unsubmitted, last.clone());
                 unsubmitted = 0;
             }
             if unsubmitted == 0 {
                 self.in_flight.make_room(stride, room())?;
             }
-            x = model.layer(index, &x, &rows, &mut self.caches)?;
+            hidden = model.layer(index, hidden, &rows, &mut self.caches)?;
             unsubmitted += 1;
         }
+        let mut x = hidden.whole()?;
         if self.pipelined() && self.group.rank() + 1 < self.group.size() {
             x = self.group.send(&x, self.group.rank() + 1)?;
         }

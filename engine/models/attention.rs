@@ -13,11 +13,12 @@ use mlx_rs::{Array, Dtype};
 use crate::batch::Segment;
 use crate::config::{ModelConfig, QkNorm};
 use crate::host::{self, Reading, Sight};
+use crate::kernels::{HeadInputs, HeadNorm, HeadsOf, Kernels};
 use crate::kv_cache::{Coding, KeysAndValues, LayerCache, Place, Placement};
 use crate::models::Fault;
 use crate::models::decoder::{Borrowed, DeviceKind, Numerics, Rows};
 use crate::models::fused::{self, NormOfTwo};
-use crate::models::linear::{Fused, arrays, fuse, project};
+use crate::models::linear::{Fused, arrays, fuse};
 use crate::models::rotary::Rotary;
 use crate::partition::RankShare;
 use crate::weights::{AttentionWeights, Linear};
@@ -40,6 +41,8 @@ struct Heads {
     /// For a device with a kernel for norms, of a model that has them: what it takes when no other rank
     /// has a part in them.
     kernel_gains: Option<KernelGains>,
+    /// What a kernel of ours is to make of them.
+    of: HeadsOf,
     query: i32,
     kv: i32,
     width: i32,
@@ -128,7 +131,7 @@ impl Attention {
             Placement::Blocks => prepared.attend_together(rows, caches, coding)?,
             Placement::OneBuffer => heads.attend_one_by_one(&prepared, rows, caches)?,
         };
-        let part = project(&heads.output, &attended)?;
+        let part = rows.project(&heads.output, &attended)?;
         rows.whole_of_heads(part)
     }
 
@@ -203,6 +206,19 @@ impl Heads {
                 },
             },
             kernel_gains,
+            of: HeadsOf {
+                query,
+                kv,
+                width,
+                turned: config.rotary_dim as i32,
+                norm: match config.qk_norm {
+                    QkNorm::None => HeadNorm::None,
+                    QkNorm::Whole => HeadNorm::AllHeads,
+                    QkNorm::PerHead => HeadNorm::EachHead,
+                },
+                eps: config.rms_norm_eps.to_bits(),
+                theta: config.rope_theta.to_bits(),
+            },
             query,
             kv,
             width,
@@ -220,13 +236,19 @@ impl Heads {
     ) -> Result<Prepared, Fault> {
         let mut projected = Vec::with_capacity(self.inputs.len());
         for input in &self.inputs {
-            projected.push(project(input, x)?);
+            projected.push(rows.project(input, x)?);
         }
         let projected = match projected.len() {
             1 => projected.remove(0),
             _ => concatenate(&projected, 1)?,
         };
         let others_take_part = matches!(self.norm, Norm::Whole(_)) && rows.divided.heads;
+        if let (Some(kernels), false) = (
+            rows.kernels,
+            others_take_part || rows.count > KERNEL_ROWS_MAX,
+        ) {
+            return Ok(self.prepare_at_once(&projected, kernels, rows)?);
+        }
         if let (Some(gains), false) = (&self.kernel_gains, others_take_part) {
             return Ok(self.prepare_by_kernel(&projected, gains, rows, rotary, numerics)?);
         }
@@ -253,7 +275,33 @@ impl Heads {
         })
     }
 
-    /// The same where no other rank has a part in the norms: a kernel for each of them.
+    /// The same where no other rank has a part in the norms, by one kernel of ours.
+    fn prepare_at_once(
+        &self,
+        projected: &Array,
+        kernels: &Kernels,
+        rows: &Rows<'_>,
+    ) -> Result<Prepared, Exception> {
+        // A model without these norms has gains all the same, of q's scale and of ones.
+        let (query_gain, key_gain) = match &self.kernel_gains {
+            Some(gains) => (&gains.query, &gains.key),
+            None => (&self.gains, &self.gains),
+        };
+        let inputs = HeadInputs {
+            projected,
+            positions: &rows.positions,
+            query_gain,
+            key_gain,
+        };
+        let [queries, pairs] = kernels.heads(self.of, &inputs)?;
+        Ok(Prepared {
+            queries,
+            pairs,
+            scale: (self.width as f32).powf(-0.5),
+        })
+    }
+
+    /// The same by a kernel of MLX's for each of them.
     fn prepare_by_kernel(
         &self,
         projected: &Array,
@@ -419,3 +467,6 @@ impl WholeNorm {
         }
     }
 }
+
+/// Rows up to which one kernel of ours makes queries and keys: each of its blocks reads a whole row for the norm.
+const KERNEL_ROWS_MAX: i32 = 64;

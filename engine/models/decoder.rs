@@ -7,6 +7,8 @@
 //! Shapes: `rows` is the number of rows of the step, `hidden` the model's width. On a rank that
 //! holds no heads, or no columns of the networks, the part is absent and adds zeros.
 
+mod proof;
+
 use std::ops::Range;
 
 use mlx_rs::error::Exception;
@@ -19,11 +21,12 @@ use offbook_protocol::{Layout, SequenceId};
 use crate::batch::{Segment, StepBatch};
 use crate::config::ModelConfig;
 use crate::host;
+use crate::kernels::Kernels;
 use crate::kv_cache::{Caches, Coding, LayerCache, Placement, SequenceCache};
 use crate::models::Fault;
 use crate::models::attention::Attention;
 use crate::models::experts::Experts;
-use crate::models::linear::{embed, project};
+use crate::models::linear::{self, embed};
 use crate::models::mlp::Mlp;
 use crate::models::rotary::{Rotary, Turn};
 use crate::partition::RankShare;
@@ -36,7 +39,39 @@ pub(crate) struct Decoder {
     final_norm: Option<Array>,
     head: Option<Linear>,
     rotary: Rotary,
+    /// Of a GPU, if they have shown that they compute what MLX does.
+    kernels: Option<Kernels>,
     pub(crate) numerics: Numerics,
+}
+
+/// What flows from layer to layer.
+#[derive(Clone)]
+pub(crate) struct Hidden {
+    /// The residual stream, `[rows, hidden]`, and what the layer before has still to add to it.
+    stream: Array,
+    pending: Option<Array>,
+}
+
+impl Hidden {
+    pub(crate) fn new(stream: Array) -> Self {
+        Self {
+            stream,
+            pending: None,
+        }
+    }
+
+    /// What was computed last: with it, all of it is.
+    pub(crate) fn last(&self) -> &Array {
+        self.pending.as_ref().unwrap_or(&self.stream)
+    }
+
+    /// `[rows, hidden]`.
+    pub(crate) fn whole(self) -> Result<Array, Exception> {
+        match self.pending {
+            Some(pending) => self.stream.add(pending),
+            None => Ok(self.stream),
+        }
+    }
 }
 
 /// What holds for every layer.
@@ -76,7 +111,10 @@ pub(crate) struct Rows<'a> {
     /// The rows of each segment.
     pub(crate) ranges: Vec<Range<i32>>,
     pub(crate) count: i32,
+    /// Of each row: `[rows]`.
+    pub(crate) positions: Array,
     pub(crate) turn: Turn,
+    pub(crate) kernels: Option<&'a Kernels>,
     pub(crate) group: &'a Group,
     pub(crate) divided: Divided,
 }
@@ -133,14 +171,31 @@ impl Decoder {
             mlx_rs::transforms::eval(block.arrays())?;
             blocks.push(block);
         }
-        Ok(Self {
+        let kernels = match numerics.device {
+            DeviceKind::Cpu => None,
+            DeviceKind::Gpu => Kernels::for_device(numerics.dtype),
+        };
+        let mut decoder = Self {
             embedding: weights.embedding,
             blocks,
             final_norm: weights.final_norm,
             head: weights.head,
             rotary: Rotary::new(config.rotary_dim, config.head_dim, config.rope_theta),
+            kernels,
             numerics,
-        })
+        };
+        if decoder.kernels.as_ref().is_some_and(Kernels::in_doubt)
+            && let Err(why) = proof::prove(&mut decoder)
+        {
+            tracing::warn!(%why, "kernels of our own are not used, and steps take longer");
+            decoder.kernels = None;
+        }
+        Ok(decoder)
+    }
+
+    /// Whether steps take kernels of our own.
+    pub(crate) fn has_kernels(&self) -> bool {
+        self.kernels.is_some()
     }
 
     /// Layers on this rank.
@@ -155,7 +210,7 @@ impl Decoder {
 
     /// What the layers of a step share.
     pub(crate) fn rows<'a>(
-        &self,
+        &'a self,
         batch: &'a StepBatch,
         group: &'a Group,
         divided: Divided,
@@ -176,7 +231,9 @@ impl Decoder {
             segments: &batch.segments,
             ranges,
             count: positions.len() as i32,
+            positions: Array::from_slice(&positions, &[positions.len() as i32]),
             turn,
+            kernels: self.kernels.as_ref(),
             group,
             divided,
         }
@@ -190,26 +247,43 @@ impl Decoder {
         embed(table, ids)?.as_dtype(self.numerics.dtype).map(Some)
     }
 
-    /// One of this rank's layers: `[rows, hidden]` → `[rows, hidden]`.
+    /// One of this rank's layers.
     pub(crate) fn layer(
         &self,
         index: usize,
-        x: &Array,
+        hidden: Hidden,
         rows: &Rows<'_>,
         caches: &mut Caches,
-    ) -> Result<Array, Fault> {
+    ) -> Result<Hidden, Fault> {
         let block = &self.blocks[index];
-        let norm = |x, weight| rms_norm(x, Some(weight), self.numerics.norm_eps);
         let mut caches = Borrowed { caches, index };
-        let attended = block.attention.forward(
-            &norm(x, &block.input_norm)?,
-            rows,
-            &self.rotary,
-            &mut caches,
-        )?;
-        let x = x.add(attended)?;
-        let normed = norm(&x, &block.post_norm)?;
-        Ok(x.add(block.feed_forward.forward(&normed, rows)?)?)
+        let (stream, normed) = self.add_and_norm(hidden, &block.input_norm, rows)?;
+        let attention = &block.attention;
+        let attended = attention.forward(&normed, rows, &self.rotary, &mut caches)?;
+        let hidden = Hidden {
+            stream,
+            pending: Some(attended),
+        };
+        let (stream, normed) = self.add_and_norm(hidden, &block.post_norm, rows)?;
+        let pending = Some(block.feed_forward.forward(&normed, rows)?);
+        Ok(Hidden { stream, pending })
+    }
+
+    /// The stream with what was pending, and its norm.
+    fn add_and_norm(
+        &self,
+        hidden: Hidden,
+        gain: &Array,
+        rows: &Rows<'_>,
+    ) -> Result<(Array, Array), Exception> {
+        let eps = self.numerics.norm_eps;
+        if let (Some(kernels), Some(pending)) = (rows.kernels, &hidden.pending) {
+            let [stream, normed] = kernels.add_norm(&hidden.stream, pending, gain, eps)?;
+            return Ok((stream, normed));
+        }
+        let stream = hidden.whole()?;
+        let normed = rms_norm(&stream, Some(gain), eps)?;
+        Ok((stream, normed))
     }
 
     /// Logits of the given rows over this rank's part of the vocabulary: `[rows, hidden]` →
@@ -224,7 +298,9 @@ impl Decoder {
             x.take_axis(Array::from_slice(draws, &[draws.len() as i32]), 0)?
         };
         let normed = rms_norm(&picked, Some(norm), self.numerics.norm_eps)?;
-        project(head, &normed)?.as_dtype(Dtype::Float32).map(Some)
+        project(self.kernels.as_ref(), head, &normed)?
+            .as_dtype(Dtype::Float32)
+            .map(Some)
     }
 }
 
@@ -299,7 +375,22 @@ fn no_cache(sequence: SequenceId) -> Exception {
     Exception::custom(format!("sequence {sequence} has no cache"))
 }
 
+/// `x · weightᵀ`: `[rows, in]` → `[rows, out]`.
+fn project(kernels: Option<&Kernels>, linear: &Linear, x: &Array) -> Result<Array, Exception> {
+    if let Some(kernels) = kernels
+        && let Some(product) = kernels.project(linear, x, x.dtype())?
+    {
+        return Ok(product);
+    }
+    linear::project(linear, x)
+}
+
 impl Rows<'_> {
+    /// `x · weightᵀ`: `[rows, in]` → `[rows, out]`.
+    pub(crate) fn project(&self, linear: &Linear, x: &Array) -> Result<Array, Exception> {
+        project(self.kernels, linear, x)
+    }
+
     /// This rank's part of what comes out of attention, or of its norms, summed over all ranks.
     pub(crate) fn whole_of_heads(&self, part: Array) -> Result<Array, Fault> {
         self.whole(part, self.divided.heads)
@@ -427,11 +518,12 @@ mod tests {
             let rows = model.rows(&batch, &group, divided);
             let key = mlx_rs::random::key(step as u64).unwrap();
             let shape = [rows.count, model.numerics.hidden];
-            let mut x = mlx_rs::random::normal::<f32>(&shape, None, None, Some(&key)).unwrap();
+            let x = mlx_rs::random::normal::<f32>(&shape, None, None, Some(&key)).unwrap();
+            let mut hidden = Hidden::new(x);
             for layer in 0..model.layers() {
-                x = model.layer(layer, &x, &rows, &mut caches).unwrap();
+                hidden = model.layer(layer, hidden, &rows, &mut caches).unwrap();
             }
-            x
+            hidden.whole().unwrap()
         });
         outputs.collect()
     }

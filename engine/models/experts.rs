@@ -9,6 +9,7 @@ use mlx_rs::ops::{argpartition_axis, argsort, floor_divide, matmul, sigmoid, sof
 use mlx_rs::{Array, Dtype};
 
 use crate::config::{ModelConfig, Router};
+use crate::kernels::{ExpertInputs, Kernels, RouteOf, RouteScoring};
 use crate::models::Fault;
 use crate::models::decoder::{DeviceKind, Numerics, Rows};
 use crate::models::fused;
@@ -76,15 +77,20 @@ impl Experts {
     pub(crate) fn forward(&self, x: &Array, rows: &Rows<'_>) -> Result<Array, Fault> {
         let part = match &self.columns {
             Some(columns) => {
-                let routes = self.route(x)?;
-                match self.numerics.device {
-                    DeviceKind::Gpu if rows.count * self.top < SORT_ROUTES_MIN => {
+                let routes = self.route(x, rows)?;
+                let sum = match rows.kernels {
+                    Some(kernels) => columns.at_once(x, &routes, kernels)?,
+                    None => None,
+                };
+                match (sum, self.numerics.device) {
+                    (Some(sum), _) => sum,
+                    (None, DeviceKind::Gpu) if rows.count * self.top < SORT_ROUTES_MIN => {
                         columns.weighted(x, &routes)?
                     }
-                    DeviceKind::Gpu => {
+                    (None, DeviceKind::Gpu) => {
                         self.combine(&routes, &columns.sorted(x, &routes.experts)?)?
                     }
-                    DeviceKind::Cpu => {
+                    (None, DeviceKind::Cpu) => {
                         self.combine(&routes, &columns.as_they_come(x, &routes.experts)?)?
                     }
                 }
@@ -96,8 +102,22 @@ impl Experts {
     }
 
     /// Scores are computed in 32 bits.
-    fn route(&self, x: &Array) -> Result<Routes, Exception> {
-        let logits = project(&self.router, &x.as_dtype(Dtype::Float32)?)?;
+    fn route(&self, x: &Array, rows: &Rows<'_>) -> Result<Routes, Exception> {
+        // A kernel of ours takes `x` to 32 bits by itself.
+        let logits = match rows.kernels {
+            Some(kernels) => kernels.project(&self.router, x, Dtype::Float32)?,
+            None => None,
+        };
+        let logits = match logits {
+            Some(logits) => logits,
+            None => project(&self.router, &x.as_dtype(Dtype::Float32)?)?,
+        };
+        if let Some(kernels) = rows.kernels
+            && let Some([experts, weights]) =
+                kernels.route(self.of(), &logits, self.correction(&logits))?
+        {
+            return Ok(Routes { experts, weights });
+        }
         match &self.scoring {
             Scoring::CorrectedSigmoid { correction, tiny } => {
                 self.route_by_sigmoid(&logits, correction, tiny)
@@ -114,6 +134,27 @@ impl Experts {
                 let weights = softmax_axis(&chosen, -1, true)?;
                 Ok(Routes { experts, weights })
             }
+        }
+    }
+
+    /// What a kernel of ours is to do.
+    fn of(&self) -> RouteOf {
+        RouteOf {
+            experts: self.experts,
+            top: self.top,
+            scoring: match self.scoring {
+                Scoring::CorrectedSigmoid { .. } => RouteScoring::CorrectedSigmoid,
+                Scoring::Softmax => RouteScoring::Softmax,
+                Scoring::SoftmaxOfChosen => RouteScoring::SoftmaxOfChosen,
+            },
+        }
+    }
+
+    /// What is added to the scores to choose by, if anything is: else nobody looks at it.
+    fn correction<'a>(&'a self, logits: &'a Array) -> &'a Array {
+        match &self.scoring {
+            Scoring::CorrectedSigmoid { correction, .. } => correction,
+            Scoring::Softmax | Scoring::SoftmaxOfChosen => logits,
         }
     }
 
@@ -203,6 +244,27 @@ impl Columns {
         let (gate, up) = self.gate_and_up(&x, experts, Order::AsTheyCome)?;
         let inner = sigmoid(&gate)?.multiply(&gate)?.multiply(&up)?;
         project_experts(&self.output, &inner, experts, Order::AsTheyCome)?.squeeze_axes(&[2])
+    }
+
+    /// The same, each expert by its weight and all of a row summed, by kernels of ours: `[rows, hidden]`. `None`
+    /// where they cannot.
+    fn at_once(
+        &self,
+        x: &Array,
+        routes: &Routes,
+        kernels: &Kernels,
+    ) -> Result<Option<Array>, Exception> {
+        let [inputs] = self.inputs.as_slice() else {
+            return Ok(None);
+        };
+        let of = ExpertInputs {
+            inputs,
+            output: &self.output,
+            inner: self.width,
+            experts: &routes.experts,
+            weights: &routes.weights,
+        };
+        kernels.experts(x, &of)
     }
 
     /// The same, each expert by its weight and all of a row summed: `[rows, hidden]`. Down is linear,

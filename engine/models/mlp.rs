@@ -11,7 +11,7 @@ use mlx_rs::ops::sigmoid;
 use crate::models::Fault;
 use crate::models::decoder::{DeviceKind, Numerics, Rows};
 use crate::models::fused;
-use crate::models::linear::{Fused, arrays, fuse, project};
+use crate::models::linear::{Fused, arrays, fuse};
 use crate::partition::RankShare;
 use crate::weights::{Linear, SwigluWeights};
 
@@ -52,7 +52,7 @@ impl Mlp {
     /// `[rows, hidden]` → `[rows, hidden]`, whole on every rank.
     pub(crate) fn forward(&self, x: &Array, rows: &Rows<'_>) -> Result<Array, Fault> {
         let part = match &self.columns {
-            Some(columns) => columns.forward(x, self.numerics.device)?,
+            Some(columns) => columns.forward(x, rows, self.numerics.device)?,
             // Zeros, made from what came before, so that no sum overtakes another.
             None => x.multiply(Array::from_f32(0.0).as_dtype(self.numerics.dtype)?)?,
         };
@@ -67,19 +67,19 @@ impl Mlp {
 }
 
 impl Columns {
-    fn forward(&self, x: &Array, device: DeviceKind) -> Result<Array, Exception> {
+    fn forward(&self, x: &Array, rows: &Rows<'_>, device: DeviceKind) -> Result<Array, Exception> {
         let (gate, up) = match self.inputs.as_slice() {
             [whole] => {
-                let both = project(whole, x)?;
+                let both = rows.project(whole, x)?;
                 let gate = both.try_index((.., ..self.width))?;
                 (gate, both.try_index((.., self.width..))?)
             }
-            apart => (project(&apart[0], x)?, project(&apart[1], x)?),
+            apart => (rows.project(&apart[0], x)?, rows.project(&apart[1], x)?),
         };
         let inner = match device {
             DeviceKind::Gpu => fused::swiglu(&gate, &up)?,
             DeviceKind::Cpu => sigmoid(&gate)?.multiply(&gate)?.multiply(&up)?,
         };
-        project(&self.output, &inner)
+        rows.project(&self.output, &inner)
     }
 }

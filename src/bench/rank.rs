@@ -309,6 +309,9 @@ impl Member<'_> {
                 ..trial
             };
             paths[kind] = group.path().name().to_owned();
+            if engine.has_kernels() {
+                paths[kind] += ", own kernels";
+            }
             let outcome;
             let window = Arc::new(Window::new(WINDOW_LAYERS, WINDOW_LAYERS));
             (engine, outcome) = trial.run_all(engine, group, window);

@@ -1,0 +1,591 @@
+//! Kernels of our own for the steps of a GPU, where MLX's would be several or slow. What is in them is written
+//! once, in the names that cuda.h and metal.h give to either language; products with quantised weights are for
+//! CUDA alone, for MLX has good ones for Metal.
+//!
+//! | kernel | in place of |
+//! | --- | --- |
+//! | `add_norm` | an addition and a norm |
+//! | `heads` | norms of q and k, rotations, and bringing keys and values together |
+//! | `route` | scores, a partition of them, and the weights of those chosen |
+//! | `product` | a product of few rows with quantised weights |
+//! | `experts_in`, `experts_out` | products with each route's expert, the activation, weights, and their sum |
+//!
+//! They have run on CUDA. Nobody is to trust a kernel that never ran on his device: on Metal `Decoder::new` compares
+//! what a layer computes with them and without, and does without them where that differs; on CUDA it does so when it
+//! is told to ([`OWN_KERNELS`]), for MLX takes many seconds to compile what they are compared with.
+#![allow(unsafe_code)]
+
+mod device;
+
+use std::collections::HashMap;
+use std::env;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use mlx_rs::error::Exception;
+use mlx_rs::{Array, Dtype};
+
+use self::device::{Constant, Grid, Kernel, Language, Source};
+use crate::weights::Linear;
+
+/// The kernels of one model on one device; each is compiled when it is first wanted.
+#[derive(Debug)]
+pub(crate) struct Kernels {
+    language: Language,
+    /// Of activations.
+    dtype: Dtype,
+    in_doubt: bool,
+    made: Mutex<HashMap<Variant, Arc<Kernel>>>,
+}
+
+/// Which kernel for which constants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Variant {
+    AddNorm {
+        width: i32,
+        eps: u32,
+    },
+    Heads(HeadsOf),
+    Route(RouteOf),
+    Product {
+        width: i32,
+        outputs: i32,
+        codes: CodesOf,
+        y: Dtype,
+        tile: i32,
+    },
+    ExpertsIn {
+        width: i32,
+        inner: i32,
+        top: i32,
+        codes: CodesOf,
+    },
+    ExpertsOut {
+        inner: i32,
+        outputs: i32,
+        top: i32,
+        codes: CodesOf,
+    },
+}
+
+/// The heads that a rank holds, and what becomes of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct HeadsOf {
+    pub(crate) query: i32,
+    pub(crate) kv: i32,
+    pub(crate) width: i32,
+    /// Dimensions that rotate.
+    pub(crate) turned: i32,
+    pub(crate) norm: HeadNorm,
+    /// Bits of a float, as is `theta`.
+    pub(crate) eps: u32,
+    pub(crate) theta: u32,
+}
+
+/// Over what q and k are normed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum HeadNorm {
+    None = 0,
+    AllHeads = 1,
+    EachHead = 2,
+}
+
+/// How experts are chosen, and how many of how many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct RouteOf {
+    pub(crate) experts: i32,
+    pub(crate) top: i32,
+    pub(crate) scoring: RouteScoring,
+}
+
+/// See [`Router`](crate::config::Router).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum RouteScoring {
+    CorrectedSigmoid = 0,
+    Softmax = 1,
+    SoftmaxOfChosen = 2,
+}
+
+/// How weights are packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct CodesOf {
+    bits: i32,
+    group: i32,
+    /// Of scales and biases.
+    scales: Dtype,
+}
+
+/// A quantised matrix, or a stack of them.
+struct Packed<'a> {
+    weight: &'a Array,
+    scales: &'a Array,
+    biases: &'a Array,
+    codes: CodesOf,
+}
+
+/// The norms' weights of q's and k's heads, and each row's position.
+pub(crate) struct HeadInputs<'a> {
+    /// `[rows, (query + 2 kv) × width]`.
+    pub(crate) projected: &'a Array,
+    /// `[rows]`.
+    pub(crate) positions: &'a Array,
+    pub(crate) query_gain: &'a Array,
+    pub(crate) key_gain: &'a Array,
+}
+
+/// The matrices of all experts, and who goes where.
+pub(crate) struct ExpertInputs<'a> {
+    /// gate's columns and then up's: `[experts, 2 × inner, hidden]`.
+    pub(crate) inputs: &'a Linear,
+    /// `[experts, hidden, inner]`.
+    pub(crate) output: &'a Linear,
+    pub(crate) inner: i32,
+    /// Both `[rows, top]`.
+    pub(crate) experts: &'a Array,
+    pub(crate) weights: &'a Array,
+}
+
+impl Kernels {
+    /// For activations of this type on MLX's default device. `None` where there is no language for it, or where
+    /// the user wants none ([`OWN_KERNELS`]).
+    pub(crate) fn for_device(dtype: Dtype) -> Option<Self> {
+        let wish = env::var(OWN_KERNELS).unwrap_or_default();
+        let language = Language::of_default_device().filter(|_| wish != "0")?;
+        Some(Self {
+            language,
+            dtype,
+            in_doubt: language == Language::Metal || wish == "prove",
+            made: Mutex::default(),
+        })
+    }
+
+    /// Whether they are to be compared with MLX's own operations before they are used.
+    pub(crate) fn in_doubt(&self) -> bool {
+        self.in_doubt
+    }
+
+    /// `x + part`, and its RMS norm: all `[rows, width]`.
+    pub(crate) fn add_norm(
+        &self,
+        x: &Array,
+        part: &Array,
+        gain: &Array,
+        eps: f32,
+    ) -> Result<[Array; 2], Exception> {
+        let (rows, width) = (x.dim(0), x.dim(1));
+        let eps = eps.to_bits();
+        let kernel = self.kernel(Variant::AddNorm { width, eps })?;
+        let out = (x.shape(), self.dtype);
+        let grid = Grid {
+            blocks: [rows, 1],
+            threads: NORM_THREADS,
+        };
+        // SAFETY: x, part and both outputs have rows × width numbers, the gain has width.
+        unsafe { kernel.run(&[x, part, gain], [out, out], &[], grid) }
+    }
+
+    /// What attention reads: queries `[rows, query heads, width]`, and keys beside values
+    /// `[rows, 2 × kv heads, width]`.
+    pub(crate) fn heads(
+        &self,
+        of: HeadsOf,
+        of_rows: &HeadInputs<'_>,
+    ) -> Result<[Array; 2], Exception> {
+        let rows = of_rows.projected.dim(0);
+        let kernel = self.kernel(Variant::Heads(of))?;
+        let inputs = [
+            of_rows.projected,
+            of_rows.positions,
+            of_rows.query_gain,
+            of_rows.key_gain,
+        ];
+        let queries: &[i32] = &[rows, of.query, of.width];
+        let pairs: &[i32] = &[rows, 2 * of.kv, of.width];
+        let grid = Grid {
+            blocks: [of.query + 2 * of.kv, rows],
+            threads: HEAD_THREADS,
+        };
+        // SAFETY: the shapes are those above; the gains have a width, or one for each head.
+        unsafe {
+            kernel.run(
+                &inputs,
+                [(queries, self.dtype), (pairs, self.dtype)],
+                &[],
+                grid,
+            )
+        }
+    }
+
+    /// Which experts each row goes to, and how much each counts: `[rows, experts]` → twice `[rows, top]`.
+    /// `None` where there are more than a warp can hold.
+    pub(crate) fn route(
+        &self,
+        of: RouteOf,
+        logits: &Array,
+        correction: &Array,
+    ) -> Result<Option<[Array; 2]>, Exception> {
+        if of.experts > EXPERTS_MAX || of.top > LANES {
+            return Ok(None);
+        }
+        let rows = logits.dim(0);
+        let kernel = self.kernel(Variant::Route(of))?;
+        let out: &[i32] = &[rows, of.top];
+        let grid = Grid {
+            blocks: [rows, 1],
+            threads: LANES,
+        };
+        let outputs = [(out, Dtype::Uint32), (out, Dtype::Float32)];
+        // SAFETY: the logits are rows × experts, the correction has as many as there are experts.
+        unsafe {
+            kernel
+                .run(&[logits, correction], outputs, &[], grid)
+                .map(Some)
+        }
+    }
+
+    /// `x · weightᵀ`, `[rows, in]` → `[rows, out]` in the type `y`, of few rows. `None` where MLX is faster, or
+    /// the only one that can.
+    pub(crate) fn project(
+        &self,
+        linear: &Linear,
+        x: &Array,
+        y: Dtype,
+    ) -> Result<Option<Array>, Exception> {
+        let (rows, width) = (x.dim(0), x.dim(1));
+        let Some(matrix) = self.packed(linear).filter(|_| rows < PRODUCT_ROWS_MAX) else {
+            return Ok(None);
+        };
+        let tile = if rows == 1 { 1 } else { TILE };
+        let outputs = matrix.weight.dim(0);
+        let kernel = self.kernel(Variant::Product {
+            width,
+            outputs,
+            codes: matrix.codes,
+            y,
+            tile,
+        })?;
+        let grid = Grid {
+            blocks: [(outputs + OUTS - 1) / OUTS, (rows + tile - 1) / tile],
+            threads: threads_for(width),
+        };
+        let inputs = [x, matrix.weight, matrix.scales, matrix.biases];
+        let out: &[i32] = &[rows, outputs];
+        // SAFETY: `packed` has looked at the matrix, which is as wide as the rows.
+        let [y] = unsafe { kernel.run(&inputs, [(out, y)], &[rows], grid)? };
+        Ok(Some(y))
+    }
+
+    /// Each row through its experts, by their weights, summed: `[rows, hidden]` → the same. `None` where these
+    /// kernels cannot.
+    pub(crate) fn experts(
+        &self,
+        x: &Array,
+        of: &ExpertInputs<'_>,
+    ) -> Result<Option<Array>, Exception> {
+        let (Some(inputs), Some(output)) = (self.packed(of.inputs), self.packed(of.output)) else {
+            return Ok(None);
+        };
+        let (rows, width, top, inner) = (x.dim(0), x.dim(1), of.experts.dim(1), of.inner);
+        if rows * top > GRID_MAX || inner % 2 != 0 {
+            return Ok(None);
+        }
+        let first = self.kernel(Variant::ExpertsIn {
+            width,
+            inner,
+            top,
+            codes: inputs.codes,
+        })?;
+        let outputs = output.weight.dim(1);
+        let second = self.kernel(Variant::ExpertsOut {
+            inner,
+            outputs,
+            top,
+            codes: output.codes,
+        })?;
+        let grid = Grid {
+            blocks: [inner / 2, rows * top],
+            threads: threads_for(width),
+        };
+        let shape: &[i32] = &[rows, top, inner];
+        let arrays = [
+            x,
+            inputs.weight,
+            inputs.scales,
+            inputs.biases,
+            of.experts,
+            of.weights,
+        ];
+        // SAFETY: `packed` has looked at the matrices; there are twice `inner` columns of `width`, and routing
+        // names only experts that there are.
+        let [middle] = unsafe { first.run(&arrays, [(shape, self.dtype)], &[], grid)? };
+        let grid = Grid {
+            blocks: [(outputs + OUTS - 1) / OUTS, rows],
+            threads: threads_for(top * inner),
+        };
+        let arrays = [
+            &middle,
+            output.weight,
+            output.scales,
+            output.biases,
+            of.experts,
+        ];
+        let shape: &[i32] = &[rows, outputs];
+        // SAFETY: as above.
+        let [y] = unsafe { second.run(&arrays, [(shape, self.dtype)], &[], grid)? };
+        Ok(Some(y))
+    }
+
+    /// The matrix, if it is quantised as these kernels read it.
+    fn packed<'a>(&self, linear: &'a Linear) -> Option<Packed<'a>> {
+        let Linear::Quantized {
+            weight,
+            scales,
+            biases,
+            group_size,
+            bits,
+        } = linear
+        else {
+            return None;
+        };
+        let (width, groups) = (weight.shape().last()? * 32 / bits, scales.shape().last()?);
+        let fits = self.language == Language::Cuda
+            && [2, 3, 4, 5, 6, 8].contains(bits)
+            && group_size % LANES == 0
+            && width == groups * group_size
+            && scales.shape() == biases.shape();
+        fits.then_some(Packed {
+            weight,
+            scales,
+            biases,
+            codes: CodesOf {
+                bits: *bits,
+                group: *group_size,
+                scales: scales.dtype(),
+            },
+        })
+    }
+
+    fn kernel(&self, variant: Variant) -> Result<Arc<Kernel>, Exception> {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kernel) = made.get(&variant) {
+            return Ok(kernel.clone());
+        }
+        let (source, constants) = variant.parts(self.dtype);
+        let kernel = Arc::new(Kernel::new(self.language, source, &constants)?);
+        made.insert(variant, kernel.clone());
+        Ok(kernel)
+    }
+}
+
+impl Variant {
+    fn parts(self, dtype: Dtype) -> (&'static Source, Vec<Constant>) {
+        use Constant::{Float, Int, Type};
+        let packing = |codes: CodesOf| {
+            [
+                Type("T", dtype),
+                Type("S", codes.scales),
+                Int("BITS", codes.bits),
+                Int("GROUP", codes.group),
+            ]
+        };
+        let eps = |bits: u32| Float("EPS", f32::from_bits(bits));
+        match self {
+            Self::AddNorm { width, eps: bits } => (
+                &ADD_NORM,
+                vec![
+                    Type("T", dtype),
+                    Int("WIDTH", width),
+                    Int("THREADS", NORM_THREADS),
+                    eps(bits),
+                ],
+            ),
+            Self::Heads(of) => (
+                &HEADS,
+                vec![
+                    Type("T", dtype),
+                    Int("QUERY", of.query),
+                    Int("KV", of.kv),
+                    Int("WIDTH", of.width),
+                    Int("TURNED", of.turned),
+                    Int("NORM", of.norm as i32),
+                    Int("THREADS", HEAD_THREADS),
+                    eps(of.eps),
+                    Float("LOG2_THETA", f32::from_bits(of.theta).log2()),
+                ],
+            ),
+            Self::Route(of) => (
+                &ROUTE,
+                vec![
+                    Int("EXPERTS", of.experts),
+                    Int("TOP", of.top),
+                    Int("PER_LANE", (of.experts + LANES - 1) / LANES),
+                    Int("SCORING", of.scoring as i32),
+                ],
+            ),
+            Self::Product {
+                width,
+                outputs,
+                codes,
+                y,
+                tile,
+            } => {
+                let mut constants = vec![
+                    Type("Y", y),
+                    Int("WIDTH", width),
+                    Int("OUTPUTS", outputs),
+                    Int("TILE", tile),
+                    Int("OUTS", OUTS),
+                    Int("THREADS", threads_for(width)),
+                ];
+                constants.extend(packing(codes));
+                (&PRODUCT, constants)
+            }
+            Self::ExpertsIn {
+                width,
+                inner,
+                top,
+                codes,
+            } => {
+                let mut constants = vec![
+                    Int("WIDTH", width),
+                    Int("INNER", inner),
+                    Int("TOP", top),
+                    Int("THREADS", threads_for(width)),
+                ];
+                constants.extend(packing(codes));
+                (&EXPERTS_IN, constants)
+            }
+            Self::ExpertsOut {
+                inner,
+                outputs,
+                top,
+                codes,
+            } => {
+                let mut constants = vec![
+                    Int("INNER", inner),
+                    Int("OUTPUTS", outputs),
+                    Int("TOP", top),
+                    Int("OUTS", OUTS),
+                    Int("THREADS", threads_for(top * inner)),
+                ];
+                constants.extend(packing(codes));
+                (&EXPERTS_OUT, constants)
+            }
+        }
+    }
+}
+
+/// Threads that divide a row of codes, in pieces of 32: as many as leave the fewest without one.
+fn threads_for(width: i32) -> i32 {
+    let pieces = width / LANES;
+    let idle = |threads: &i32| (threads - pieces % threads) % threads;
+    let [most, ..] = THREADS;
+    THREADS.into_iter().min_by_key(idle).unwrap_or(most)
+}
+
+/// In the environment: `0` does without our own kernels, to compare; `prove` compares them with MLX's operations
+/// before a model is used.
+pub(crate) const OWN_KERNELS: &str = "OFFBOOK_OWN_KERNELS";
+
+const LANES: i32 = 32;
+/// A lane of `route` holds every 32nd.
+const EXPERTS_MAX: i32 = 1024;
+/// Rows from which MLX's tensor cores multiply faster.
+const PRODUCT_ROWS_MAX: i32 = 8;
+/// Rows that a block of `product` takes when there is more than one, and outputs of each.
+const TILE: i32 = 4;
+const OUTS: i32 = 4;
+/// Blocks that a grid may have in its second dimension.
+const GRID_MAX: i32 = 65_535;
+const NORM_THREADS: i32 = 512;
+const HEAD_THREADS: i32 = 128;
+/// Of blocks that multiply; the first of equals.
+const THREADS: [i32; 4] = [128, 96, 64, 32];
+
+const ADD_NORM: Source = Source {
+    name: "add_norm",
+    inputs: &[("x", "T"), ("part", "T"), ("gain", "T")],
+    outputs: &[("sum", "T"), ("normed", "T")],
+    scalars: &[],
+    header: "",
+    body: include_str!("kernels/add_norm.body"),
+};
+
+const HEADS: Source = Source {
+    name: "heads",
+    inputs: &[
+        ("projected", "T"),
+        ("positions", "int"),
+        ("query_gain", "T"),
+        ("key_gain", "T"),
+    ],
+    outputs: &[("queries", "T"), ("pairs", "T")],
+    scalars: &[],
+    header: "",
+    body: include_str!("kernels/heads.body"),
+};
+
+const ROUTE: Source = Source {
+    name: "route",
+    inputs: &[("logits", "float"), ("correction", "float")],
+    outputs: &[("experts", "unsigned"), ("weights", "float")],
+    scalars: &[],
+    header: "",
+    body: include_str!("kernels/route.body"),
+};
+
+const PRODUCT: Source = Source {
+    name: "product",
+    inputs: &[
+        ("x", "T"),
+        ("weight", "unsigned"),
+        ("scales", "S"),
+        ("biases", "S"),
+    ],
+    outputs: &[("y", "Y")],
+    scalars: &["ROWS"],
+    header: include_str!("kernels/codes.cuh"),
+    body: include_str!("kernels/product.body"),
+};
+
+const EXPERTS_IN: Source = Source {
+    name: "experts_in",
+    inputs: &[
+        ("x", "T"),
+        ("weight", "unsigned"),
+        ("scales", "S"),
+        ("biases", "S"),
+        ("experts", "unsigned"),
+        ("weights", "float"),
+    ],
+    outputs: &[("y", "T")],
+    scalars: &[],
+    header: include_str!("kernels/codes.cuh"),
+    body: include_str!("kernels/experts_in.body"),
+};
+
+const EXPERTS_OUT: Source = Source {
+    name: "experts_out",
+    inputs: &[
+        ("x", "T"),
+        ("weight", "unsigned"),
+        ("scales", "S"),
+        ("biases", "S"),
+        ("experts", "unsigned"),
+    ],
+    outputs: &[("y", "T")],
+    scalars: &[],
+    header: include_str!("kernels/codes.cuh"),
+    body: include_str!("kernels/experts_out.body"),
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_divide_a_row_with_as_few_idle_as_can_be() {
+        // MiniMax-M2.5's widths: the model's, that of its heads, and eight experts'.
+        assert_eq!([3072, 6144, 8 * 1536].map(threads_for), [96, 96, 128]);
+        assert_eq!([64, 256, 4096].map(threads_for), [32, 32, 128]);
+    }
+}
