@@ -12,6 +12,7 @@ mod drain;
 mod caller;
 mod body;
 mod request_id;
+mod name;
 mod fields;
 mod options;
 mod messages;
