@@ -49,6 +49,7 @@ pub(crate) fn service(
         answers_max: cluster.limits.scheduler().requests_at_once_max(),
         created: created.as_secs(),
         journal: Some(journal),
+        origins: Vec::new(),
     })
 }
 

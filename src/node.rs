@@ -179,9 +179,11 @@ async fn start_head(
     let model = &cluster.model;
     let config = ModelConfig::open(model)
         .with_context(|| format!("cannot serve the model in {}", model.display()))?;
-    let listener = TcpListener::bind(options.http).await;
-    let listener = listener
-        .with_context(|| format!("cannot listen on {}: choose another --http", options.http))?;
+    let listener = TcpListener::bind(options.api.http).await;
+    let listener = listener.with_context(|| {
+        let http = options.api.http;
+        format!("cannot listen on {http}: choose another --http")
+    })?;
     let scheduler = Scheduler::new(system.clone(), cluster.scheduler_limits());
     let scheduler = scheduler.supervised(supervisor)?;
     let links = SchedulerLinks {
@@ -199,7 +201,8 @@ async fn start_head(
     let answers = options.data_dir.join("answers");
     let journal = Journal::open(answers.clone())
         .with_context(|| format!("cannot keep answers in {}", answers.display()))?;
-    let service = backend::service(system, membership, cluster, &config, journal.clone())?;
+    let mut service = backend::service(system, membership, cluster, &config, journal.clone())?;
+    service.origins.clone_from(&options.api.allowed_origins);
     let (stop, stopped) = oneshot::channel::<()>();
     let drain = cluster.drain();
     let served = actix::spawn(async move {

@@ -15,7 +15,7 @@ pub(crate) async fn run(options: Up) -> Result<()> {
     logging::start("up");
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let cluster = LocalCluster::start(&options.local, options.http).await?;
+    let cluster = LocalCluster::start(&options.local, &options.api).await?;
     let mut bars = LoadBars::new();
     let ready = tokio::select! {
         ready = cluster.ready(|report| bars.show(report)) => ready.map(Some),

@@ -12,6 +12,7 @@ use offbook_runtime::supervise::{CallError, RestartPolicy};
 use serde_json::Value;
 
 use super::*;
+use crate::cli::ApiOptions;
 use crate::cluster_file::{Limits, MaxActiveTasks, found};
 use crate::demo_model;
 
@@ -49,7 +50,10 @@ fn options(folder: &Path) -> Node {
         name: "node-1".into(),
         data_dir: folder.join("node-1"),
         model: None,
-        http: free_port::tcp(localhost).unwrap(),
+        api: ApiOptions {
+            http: free_port::tcp(localhost).unwrap(),
+            ..ApiOptions::own()
+        },
         memory_limit: None,
         supervised: true,
     }
@@ -65,7 +69,7 @@ async fn start_idle(options: &Node) -> Running {
 }
 
 async fn get(options: &Node, path: &str) -> String {
-    let answer = reqwest::get(format!("http://{}{path}", options.http)).await;
+    let answer = reqwest::get(format!("http://{}{path}", options.api.http)).await;
     answer.unwrap().text().await.unwrap()
 }
 
