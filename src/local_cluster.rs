@@ -22,7 +22,7 @@ use crate::cluster_file::{ClusterFile, found};
 use crate::plan::Divided;
 use crate::planner::{self, Assumed, Ground};
 use crate::settings::{self, Settings};
-use crate::{data_dir, demo_model, fast_synch};
+use crate::{backend, data_dir, demo_model, fast_synch};
 
 /// A running cluster. Its processes end with this value, and with this process.
 pub(crate) struct LocalCluster {
@@ -57,6 +57,7 @@ impl LocalCluster {
                 .with_context(|| format!("no model at {}: give its directory", model.display()))?,
             None => demo_model::write_to(&folder)?,
         };
+        backend::words(&model)?;
         let earlier = settings::earlier(&folder)?;
         let settings = Settings::chosen(earlier.as_ref(), options)?;
         let ground = Ground {
