@@ -25,7 +25,7 @@ impl FromStr for Origin {
             let uri: Uri = text.parse().ok()?;
             let written = format!("{}://{}", uri.scheme_str()?, uri.authority()?);
             // Browsers write it so; anything else would never be equal to what they say.
-            (written == text && !text.contains('@')).then_some(())
+            (written == text && !text.contains(['@', '*'])).then_some(())
         };
         if text != ANY && is_origin().is_none() {
             return Err("it is an origin, as in https://chat.example.org:8443, or *".into());
