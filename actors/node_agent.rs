@@ -55,6 +55,9 @@ impl ShardLaunch {
 #[derive(Clone, Debug)]
 pub struct ShardKeeping {
     pub restarts: RestartPolicy,
+    /// How long a new shard process may take until its node hears of it. Whoever was not heard of in time
+    /// leaves the next one twice as long, up to eight times: a machine may be short of memory.
+    pub first_sign: Duration,
     /// How long a shard process whose link to its node was lost may take to come back before it
     /// counts as frozen and is killed. A lost link costs a pause, a killed process its weights.
     pub frozen_grace: Duration,
@@ -71,7 +74,10 @@ pub struct Reporting {
 pub struct NodeAgent {
     system: System,
     node: String,
+    first_sign: Duration,
     frozen_grace: Duration,
+    /// Processes in a row that were not heard of.
+    unheard: u32,
     /// Counts how often a shard process has attached.
     attachments: u64,
     supervisor: Supervisor,
@@ -114,7 +120,9 @@ impl NodeAgent {
         let Reporting { head, roll } = reporting;
         let (supervisor, events) = Supervisor::new(keeping.restarts);
         Self {
+            first_sign: keeping.first_sign,
             frozen_grace: keeping.frozen_grace,
+            unheard: 0,
             attachments: 0,
             system: system.clone(),
             node: system.process().node().to_owned(),
@@ -222,8 +230,10 @@ impl StreamHandler<Event> for NodeAgent {
             Event::Started { pid, .. } => {
                 tracing::info!(node = self.node, pid, "the shard process started");
                 self.running_pid = Some(pid);
-                let why = format!("it was not heard of within {ATTACH_DEADLINE:?} of its start");
-                self.expect_attachment(ATTACH_DEADLINE, why, ctx);
+                let patience = self.first_sign * (1 << self.unheard.min(DOUBLED_MAX));
+                self.unheard = self.unheard.saturating_add(1);
+                let why = format!("frozen: it was not heard of within {patience:?} of its start");
+                self.expect_attachment(patience, why, ctx);
             }
             Event::Exited { restart, pause, .. } => {
                 let cause = describe(&restart);
@@ -271,6 +281,7 @@ impl Handler<Attach> for NodeAgent {
             return false;
         }
         self.attachments += 1;
+        self.unheard = 0;
         let attachments = self.attachments;
         let watch = self.system.watch(&process).into_actor(self);
         ctx.spawn(watch.map(move |lost, this, ctx| {
@@ -363,7 +374,7 @@ const LINE_CHARS_MAX: usize = 300;
 const SHARD: &str = "shard-0";
 /// Often enough that an operator sees a dead node at once; nothing else depends on it.
 const ANNOUNCE_EVERY: Duration = Duration::from_secs(1);
-/// A process says that it is there before it does anything that takes long.
-const ATTACH_DEADLINE: Duration = Duration::from_secs(60);
+/// Times that the patience with a new process is doubled.
+const DOUBLED_MAX: u32 = 3;
 /// A shard ends within a step; the rest is for a device that does not answer.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);

@@ -9,9 +9,11 @@
 mod error;
 mod connections;
 mod drain;
+mod origins;
 mod caller;
 mod body;
 mod request_id;
+mod name;
 mod fields;
 mod options;
 mod messages;
@@ -48,6 +50,7 @@ use drain::Drain;
 use error::ApiError;
 use ledger::{Ledger, Listing};
 use metrics::Metrics;
+pub use origins::Origin;
 use resumed::Resumed;
 
 /// What is served, and to whom requests are handed on.
@@ -69,6 +72,8 @@ pub struct Service {
     pub created: u64,
     /// Where answers under way are kept, which a restart of this process is to survive, if anywhere.
     pub journal: Option<Journal>,
+    /// Whose web pages may use it.
+    pub origins: Vec<Origin>,
 }
 
 /// Serves until `shutdown` resolves. New requests are refused from then on, and answers under way may
@@ -92,7 +97,8 @@ pub async fn serve(
     let draining = api.drain.clone();
     let journal = api.service.journal.clone();
     resumed::begin(&api);
-    let router = router(api);
+    let origins = api.service.origins.clone();
+    let router = origins::open(router(api), &origins);
     let graceful = connections::serve(listener, router, Bounds::default(), closing.clone());
     let deadline = async {
         shutdown.await;

@@ -13,5 +13,5 @@ pub mod http;
 pub mod chat_client;
 
 pub use backend::{Backend, Progress, StreamError, Tokens};
-pub use http::{Service, serve};
+pub use http::{Origin, Service, serve};
 pub use journal::Journal;

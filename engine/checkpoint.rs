@@ -22,6 +22,7 @@ use thiserror::Error;
 use crate::config::ModelConfig;
 use crate::partition::{RankShare, ShareSlices};
 use crate::precision::Precision;
+use crate::regular_file;
 use header::{Entry, StoredType};
 use slice::{Slice, read_values};
 
@@ -68,7 +69,7 @@ impl Checkpoint {
             detail,
         };
         let mut text = String::new();
-        File::open(path)
+        regular_file::open(path)
             .and_then(|file| file.take(INDEX_BYTES_MAX).read_to_string(&mut text))
             .map_err(|source| unreadable(path, source))?;
         let index: Index =
@@ -309,7 +310,7 @@ struct Index {
 
 impl TensorFile {
     fn open(path: PathBuf) -> Result<(Self, HashMap<String, Entry>), CheckpointError> {
-        let file = File::open(&path).map_err(|source| unreadable(&path, source))?;
+        let file = regular_file::open(&path).map_err(|source| unreadable(&path, source))?;
         let entries = header::read(&file, &path)?;
         Ok((Self { path, file }, entries))
     }

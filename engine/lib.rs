@@ -13,6 +13,7 @@ pub mod partition;
 pub mod budget;
 mod planner;
 pub mod checkpoint;
+mod regular_file;
 pub mod weights;
 pub mod memory;
 mod window;

@@ -352,6 +352,13 @@ mod tests {
         );
         assert_eq!(
             keeps(Sampling {
+                top_p: 0.0,
+                ..base.clone()
+            }),
+            [0]
+        );
+        assert_eq!(
+            keeps(Sampling {
                 min_p: 0.25,
                 ..base.clone()
             }),

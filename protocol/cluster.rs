@@ -79,7 +79,7 @@ pub struct ShardReport {
 }
 
 /// An actor that its process keeps, and what became of it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ActorReport {
     /// A node's name, or that of its shard, as in `node-1/shard-0`.
     pub process: String,

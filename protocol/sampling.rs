@@ -11,7 +11,7 @@ pub struct Sampling {
     pub temperature: f32,
     /// Keeps the `top_k` most likely tokens; 0 keeps all.
     pub top_k: u32,
-    /// Keeps the smallest set of tokens whose probability reaches `top_p`; 1 keeps all.
+    /// Keeps the smallest set of tokens whose probability reaches `top_p`: 1 keeps all, 0 the likeliest.
     pub top_p: f32,
     /// Keeps tokens at least `min_p` times as likely as the most likely one; 0 keeps all.
     pub min_p: f32,
@@ -86,9 +86,9 @@ impl Sampling {
             "a number from 0 to 2",
         )?;
         bound(
-            self.top_p > 0.0 && self.top_p <= 1.0,
+            (0.0..=1.0).contains(&self.top_p),
             "top_p",
-            "a number above 0, at most 1",
+            "a number from 0 to 1",
         )?;
         bound(
             (0.0..=1.0).contains(&self.min_p),
@@ -162,11 +162,13 @@ mod tests {
             ..Sampling::greedy()
         };
         assert_eq!(nan.validate().unwrap_err().option, "temperature");
-        let empty = Sampling {
-            top_p: 0.0,
-            ..Sampling::greedy()
-        };
-        assert_eq!(empty.validate().unwrap_err().option, "top_p");
+        for (top_p, accepted) in [(-0.1, false), (0.0, true), (1.0, true), (1.1, false)] {
+            let sampling = Sampling {
+                top_p,
+                ..Sampling::greedy()
+            };
+            assert_eq!(sampling.validate().is_ok(), accepted, "{top_p}");
+        }
         let many = Sampling {
             logprobs: Some(21),
             ..Sampling::greedy()

@@ -1,6 +1,7 @@
 //! The cluster as the API sees it: a request becomes a subscription at the scheduler, and dropping
 //! its tokens cancels it.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -8,7 +9,7 @@ use anyhow::{Context, Result};
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
 use offbook_actors::{Membership, ReportCluster, ReportSteps, Submit, names};
-use offbook_api::text::Text;
+use offbook_api::text::{Defaults, Text};
 use offbook_api::{Backend, Journal, Progress, Service, StreamError, Tokens};
 use offbook_engine::ModelConfig;
 use offbook_protocol::{ClusterReport, Rejection, Request, RequestEvent, ShardSteps};
@@ -26,8 +27,7 @@ pub(crate) fn service(
     journal: Journal,
 ) -> Result<Service> {
     let model = &cluster.model;
-    let text = Text::find(model)
-        .with_context(|| format!("cannot read the tokenizer in {}", model.display()))?;
+    let (text, defaults) = words(model)?;
     let path = ActorPath::new(system.process().clone(), names::SCHEDULER);
     let scheduler = system.remote_stream::<Submit>(&path);
     let created = SystemTime::now()
@@ -38,7 +38,7 @@ pub(crate) fn service(
             scheduler,
             membership,
         }),
-        defaults: offbook_api::text::Defaults::open(model)?,
+        defaults,
         text,
         model_id: model.file_name().map_or_else(
             || "model".into(),
@@ -49,7 +49,21 @@ pub(crate) fn service(
         answers_max: cluster.limits.scheduler().requests_at_once_max(),
         created: created.as_secs(),
         journal: Some(journal),
+        origins: Vec::new(),
     })
+}
+
+/// What a model's directory says about text, and how its makers draw tokens.
+///
+/// # Errors
+/// When a file of them is broken. Whoever starts a cluster looks first: a head that is started again would
+/// find the same.
+pub(crate) fn words(model: &Path) -> Result<(Option<Text>, Defaults)> {
+    let text = Text::find(model).with_context(|| {
+        let model = model.display();
+        format!("cannot read the tokenizer and the chat template in {model}")
+    })?;
+    Ok((text, Defaults::open(model)?))
 }
 
 struct ClusterBackend {

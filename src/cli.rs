@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use offbook_actors::WindowSettings;
+use offbook_api::Origin;
 use offbook_protocol::{FastSynch, KvBits, Layout, Transport};
 use serde::{Deserialize, Serialize};
 
@@ -215,13 +216,34 @@ pub(crate) struct LocalOptions {
     pub(crate) set: Vec<Setting>,
 }
 
+/// The API, which only the head of a cluster has, its first node.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ApiOptions {
+    /// Where the API listens; port 0 takes any free one. Only the head of a cluster, its first node, has one
+    #[arg(long, default_value = "127.0.0.1:8080", value_name = "IP:PORT")]
+    pub(crate) http: SocketAddr,
+    /// Whose web pages may use the API, as in https://chat.example.org, or '*' for every page that is open
+    /// in a browser which reaches it. Without it none; other programs need no leave
+    #[arg(long, value_name = "ORIGIN,…", value_delimiter = ',')]
+    pub(crate) allowed_origins: Vec<Origin>,
+}
+
+impl ApiOptions {
+    /// For nobody but the program that starts the cluster.
+    pub(crate) fn own() -> Self {
+        Self {
+            http: ([127, 0, 0, 1], 0).into(),
+            allowed_origins: Vec::new(),
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Up {
     #[command(flatten)]
     pub(crate) local: LocalOptions,
-    /// Where the API listens; port 0 takes any free one
-    #[arg(long, default_value = "127.0.0.1:8080", value_name = "IP:PORT")]
-    pub(crate) http: SocketAddr,
+    #[command(flatten)]
+    pub(crate) api: ApiOptions,
     /// Print one line of JSON on standard output when the cluster is ready, and nothing else
     #[arg(long)]
     pub(crate) json: bool,
@@ -241,9 +263,8 @@ pub(crate) struct Node {
     /// Directory of the model on this machine, if it is not where the cluster file says
     #[arg(long, value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
-    /// Where the API listens; only the head of the cluster, its first node, has one
-    #[arg(long, default_value = "127.0.0.1:8080", value_name = "IP:PORT")]
-    pub(crate) http: SocketAddr,
+    #[command(flatten)]
+    pub(crate) api: ApiOptions,
     /// What the shard of this node may take of its memory, as in 96GiB; without it, what the cluster file
     /// says
     #[arg(long, value_name = "BYTES")]

@@ -122,6 +122,9 @@ pub(crate) struct Limits {
     /// How long a node may be away before the model is divided among the others, if it fits them. One that
     /// is started again says that it is there within half a second, and is waited for from then on.
     pub(crate) node_grace_seconds: f64,
+    /// How long a new shard process may take until its node hears of it, which is before it loads anything,
+    /// or else it counts as frozen and is killed; the next one may take twice as long, up to eight times.
+    pub(crate) first_sign_seconds: f64,
     /// How long a shard process that its node cannot reach may take to come back before it counts as
     /// frozen and is killed.
     pub(crate) frozen_grace_seconds: f64,
@@ -162,6 +165,7 @@ impl Default for Limits {
             silence_min_seconds: 0.28,
             silence_seconds: 10.0,
             node_grace_seconds: 1.5,
+            first_sign_seconds: 10.0,
             frozen_grace_seconds: 1.0,
             load_stall_seconds: 600.0,
             prefill_stall_seconds: 120.0,
@@ -281,6 +285,7 @@ impl ClusterFile {
                 "restart_pause_max_seconds",
                 limits.restart_pause_max_seconds,
             ),
+            ("first_sign_seconds", limits.first_sign_seconds),
             ("frozen_grace_seconds", limits.frozen_grace_seconds),
             ("load_stall_seconds", limits.load_stall_seconds),
             ("prefill_stall_seconds", limits.prefill_stall_seconds),
@@ -415,6 +420,7 @@ impl ClusterFile {
     pub(crate) fn shard_keeping(&self) -> ShardKeeping {
         ShardKeeping {
             restarts: self.restarts(),
+            first_sign: Duration::from_secs_f64(self.limits.first_sign_seconds),
             frozen_grace: Duration::from_secs_f64(self.limits.frozen_grace_seconds),
         }
     }

@@ -6,14 +6,14 @@ use anyhow::{Context, Result, bail};
 use futures::StreamExt;
 use serde_json::{Value, json};
 
-use crate::cli::Generate;
+use crate::cli::{ApiOptions, Generate};
 use crate::local_cluster::{LoadBars, LocalCluster};
 use crate::{logging, plan};
 
 pub(crate) async fn run(options: Generate) -> Result<()> {
     logging::start("generate");
     let started = Instant::now();
-    let cluster = LocalCluster::start(&options.local, ([127, 0, 0, 1], 0).into()).await?;
+    let cluster = LocalCluster::start(&options.local, &ApiOptions::own()).await?;
     let mut bars = LoadBars::new();
     let ready = tokio::select! {
         ready = cluster.ready(|report| bars.show(report)) => ready.map(drop),

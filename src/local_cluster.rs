@@ -17,12 +17,12 @@ use offbook_runtime::supervise::{ChildSpec, ChildState, Supervisor};
 use tempfile::TempDir;
 use tokio::task::JoinSet;
 
-use crate::cli::{Division, LocalOptions};
+use crate::cli::{ApiOptions, Division, LocalOptions};
 use crate::cluster_file::{ClusterFile, found};
 use crate::plan::Divided;
 use crate::planner::{self, Assumed, Ground};
 use crate::settings::{self, Settings};
-use crate::{data_dir, demo_model, fast_synch};
+use crate::{backend, data_dir, demo_model, fast_synch};
 
 /// A running cluster. Its processes end with this value, and with this process.
 pub(crate) struct LocalCluster {
@@ -46,7 +46,7 @@ impl LocalCluster {
     /// Makes keys and a cluster file, and starts every node, after it has measured what layout is the
     /// best if nobody says so. Must be called on the main thread:
     /// the nodes end with the thread that started them.
-    pub(crate) async fn start(options: &LocalOptions, http: SocketAddr) -> Result<Self> {
+    pub(crate) async fn start(options: &LocalOptions, api: &ApiOptions) -> Result<Self> {
         check_weights(&options.division.weights, options.division.nodes)?;
         let fast_synch = fast_synch::chosen(options.fast_synch, FastSynch::default())?;
         let (folder, scratch) = data_folder(options.data_dir.as_deref())?;
@@ -57,6 +57,7 @@ impl LocalCluster {
                 .with_context(|| format!("no model at {}: give its directory", model.display()))?,
             None => demo_model::write_to(&folder)?,
         };
+        backend::words(&model)?;
         let earlier = settings::earlier(&folder)?;
         let settings = Settings::chosen(earlier.as_ref(), options)?;
         let ground = Ground {
@@ -71,7 +72,7 @@ impl LocalCluster {
             ..options.division.clone()
         };
         let divided = planner::settle(&model, &division, ground, assumed).await?;
-        let http = reserve_tcp(http)?;
+        let http = reserve_tcp(api.http)?;
         let names = (1..=options.division.nodes).map(|n| format!("node-{n}"));
         let nodes = names
             .map(|name| Ok((name, reserve_udp()?)))
@@ -112,6 +113,9 @@ impl LocalCluster {
                 .arg(folder.join(name))
                 .arg("--http")
                 .arg(http.to_string());
+            for origin in &api.allowed_origins {
+                spec = spec.arg("--allowed-origins").arg(origin.to_string());
+            }
             if let Some(threads) = cpu_threads_each(nodes.len()) {
                 spec = spec.env(CPU_THREADS, threads.to_string());
             }

@@ -9,6 +9,7 @@ mod settings;
 mod byte_size;
 mod demo_model;
 mod data_dir;
+mod stop_signals;
 mod local_cluster;
 mod up;
 mod node;

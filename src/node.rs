@@ -1,7 +1,7 @@
 //! `offbook node`: one machine of a cluster. It keeps its shard process running; the head, which is
 //! the first node of the cluster file, also forms the group, schedules and serves the API.
 //!
-//! SIGTERM or Ctrl-C has a head refuse new requests and finish those under way, within the cluster
+//! SIGTERM, Ctrl-C or SIGHUP has a head refuse new requests and finish those under way, within the cluster
 //! file's `drain_seconds`, before its shard ends; the second one stops it at once. Another node stops at
 //! once, and the epoch with it: to stop a whole cluster, stop its head first.
 
@@ -18,7 +18,6 @@ use offbook_runtime::supervise::{ActorRef, Supervisor, lifeline};
 use offbook_runtime::{Identity, ProcessName, System, SystemConfig};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -28,10 +27,13 @@ use crate::cluster_file::{ClusterFile, identity_file};
 use crate::data_dir::{self, Owned};
 use crate::fast_synch;
 use crate::kept_actors::{KeptActors, exit};
+use crate::stop_signals::StopSignals;
 
 pub(crate) async fn run(options: Node) -> Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut told = match options.supervised {
+        true => StopSignals::of_a_supervisor()?,
+        false => StopSignals::of_an_operator()?,
+    };
     if options.supervised {
         lifeline()?;
     }
@@ -44,21 +46,13 @@ pub(crate) async fn run(options: Node) -> Result<()> {
         api,
         agent,
     } = start(&options, launch).await?;
-    let mut told_to_stop = async || loop {
-        tokio::select! {
-            _ = terminate.recv() => break,
-            // A Ctrl-C in a terminal reaches every process of the group at once; whoever started
-            // this node then stops it in order.
-            _ = interrupt.recv() => if !options.supervised { break },
-        }
-    };
-    told_to_stop().await;
+    told.next().await;
     if let Some(api) = api {
         let journal = api.journal.clone();
         tokio::select! {
             () = api.drain() => {}
             // Whoever says it twice means at once.
-            () = told_to_stop() => {}
+            () = told.next() => {}
         }
         journal.keep_all();
     }
@@ -179,9 +173,11 @@ async fn start_head(
     let model = &cluster.model;
     let config = ModelConfig::open(model)
         .with_context(|| format!("cannot serve the model in {}", model.display()))?;
-    let listener = TcpListener::bind(options.http).await;
-    let listener = listener
-        .with_context(|| format!("cannot listen on {}: choose another --http", options.http))?;
+    let listener = TcpListener::bind(options.api.http).await;
+    let listener = listener.with_context(|| {
+        let http = options.api.http;
+        format!("cannot listen on {http}: choose another --http")
+    })?;
     let scheduler = Scheduler::new(system.clone(), cluster.scheduler_limits());
     let scheduler = scheduler.supervised(supervisor)?;
     let links = SchedulerLinks {
@@ -199,7 +195,8 @@ async fn start_head(
     let answers = options.data_dir.join("answers");
     let journal = Journal::open(answers.clone())
         .with_context(|| format!("cannot keep answers in {}", answers.display()))?;
-    let service = backend::service(system, membership, cluster, &config, journal.clone())?;
+    let mut service = backend::service(system, membership, cluster, &config, journal.clone())?;
+    service.origins.clone_from(&options.api.allowed_origins);
     let (stop, stopped) = oneshot::channel::<()>();
     let drain = cluster.drain();
     let served = actix::spawn(async move {

@@ -11,6 +11,7 @@ use offbook_engine::{
 use offbook_protocol::{FastSynch, KvBits, Layout, NodeWeight};
 use serde::Serialize;
 
+use crate::backend;
 use crate::cli::{Division, Parallel, Plan};
 use crate::demo_model;
 use crate::local_cluster::check_weights;
@@ -23,6 +24,7 @@ pub(crate) async fn run(options: Plan) -> Result<()> {
         Some(model) => model.clone(),
         None => demo_model::write_to(scratch.path())?,
     };
+    backend::words(&model)?;
     let division = &options.division;
     let ground = Ground {
         transport: options.transport,

@@ -9,19 +9,17 @@ use offbook_actors::{ShardWorker, ShardWorkerConfig};
 use offbook_runtime::supervise::lifeline;
 use offbook_runtime::{Identity, ProcessName, System, SystemConfig};
 use rustix::process::{Signal, getpid, kill_process};
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::byte_size::ByteSize;
 use crate::cli::Shard;
 use crate::cluster_file::{ClusterFile, identity_file};
 use crate::kept_actors::KeptActors;
 use crate::node::boot;
+use crate::stop_signals::StopSignals;
 use crate::throttle;
 
 pub(crate) async fn run(options: Shard) -> Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    // A Ctrl-C in a terminal reaches every process of the group; the node stops its shard in order.
-    let _interrupt = signal(SignalKind::interrupt())?;
+    let mut told = StopSignals::of_a_supervisor()?;
     lifeline()?;
     let cluster = ClusterFile::load(&options.cluster)?;
     let own = cluster.node(&options.name)?;
@@ -57,7 +55,7 @@ pub(crate) async fn run(options: Shard) -> Result<()> {
     };
     let worker = ShardWorker::new(system.clone(), config)?;
     worker.supervised(&kept.irreplaceable)?;
-    terminate.recv().await;
+    told.next().await;
     // So that nobody takes this end for a loss.
     let _ = tokio::time::timeout(GOODBYE_DEADLINE, system.shutdown(GOODBYE_DEADLINE)).await;
     end_at_once(Signal::KILL)

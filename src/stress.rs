@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use self::figures::{Difference, Outcome, Strike};
 use self::load::Api;
 use self::strikes::{Kind, Victim};
-use crate::cli::Stress;
+use crate::cli::{ApiOptions, Stress};
 use crate::local_cluster::LocalCluster;
 
 pub(crate) use self::strikes::{Blow, Target};
@@ -31,8 +31,7 @@ pub(crate) async fn run(options: Stress) -> Result<()> {
     let (cluster, url) = match &options.api {
         Some(url) => (None, url.trim_end_matches('/').to_owned()),
         None => {
-            let nowhere = ([127, 0, 0, 1], 0).into();
-            let cluster = LocalCluster::start(&options.local, nowhere).await?;
+            let cluster = LocalCluster::start(&options.local, &ApiOptions::own()).await?;
             let url = cluster.api().to_owned();
             (Some(cluster), url)
         }

@@ -4,23 +4,21 @@
 use anyhow::{Context, Result};
 use offbook_protocol::ClusterReport;
 use serde_json::json;
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::Up;
 use crate::demo_model;
 use crate::local_cluster::{LoadBars, LocalCluster};
 use crate::logging;
+use crate::stop_signals::StopSignals;
 
 pub(crate) async fn run(options: Up) -> Result<()> {
     logging::start("up");
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let cluster = LocalCluster::start(&options.local, options.http).await?;
+    let mut told = StopSignals::of_an_operator()?;
+    let cluster = LocalCluster::start(&options.local, &options.api).await?;
     let mut bars = LoadBars::new();
     let ready = tokio::select! {
         ready = cluster.ready(|report| bars.show(report)) => ready.map(Some),
-        _ = terminate.recv() => Ok(None),
-        _ = interrupt.recv() => Ok(None),
+        () = told.next() => Ok(None),
     };
     bars.finish();
     let outcome = match ready {
@@ -30,10 +28,7 @@ pub(crate) async fn run(options: Up) -> Result<()> {
             } else {
                 greet(&cluster, &report);
             }
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
+            told.next().await;
             Ok(())
         }
         Ok(None) => Ok(()),
@@ -42,8 +37,7 @@ pub(crate) async fn run(options: Up) -> Result<()> {
     tokio::select! {
         () = cluster.stop() => {}
         // Whoever says it twice means at once: the nodes end with this process.
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        () = told.next() => {}
     }
     outcome
 }

@@ -85,11 +85,13 @@ fn a_node_takes_its_shard_with_it() {
 fn a_shard_whose_step_does_not_end() {
     // Shorter than a silence that counts, so that nobody else ends the step.
     let nodes = Nodes::start(2, &[("decode_stall_seconds", "0.1")]);
-    let ready = nodes.wait_for("two nodes", |report| report["phase"] == "ready");
+    let ready = |report: &Value| report["phase"] == "ready";
+    nodes.wait_for("two nodes", ready);
     let request = long_completion(400);
     let undisturbed = nodes.stream("/v1/completions", &request).rest();
+    // A busy machine may have been as late as that already, and a shard replaced.
+    let mut after = nodes.wait_for("two nodes", ready);
     // An answer may be complete before the signal comes: then nobody waits, and it is tried again.
-    let mut after = ready;
     for _ in 0..8 {
         let mut stream = nodes.stream("/v1/completions", &request);
         let mut tokens = stream.tokens(1);

@@ -54,14 +54,8 @@ mod tests {
 
     fn actor(name: &str) -> ActorReport {
         ActorReport {
-            process: String::new(),
             name: name.into(),
-            restarts: 0,
-            last_error: String::new(),
-            ended_at: None,
-            dead_letters: 0,
-            last_dead_letter: None,
-            given_up: false,
+            ..ActorReport::default()
         }
     }
 

@@ -5,7 +5,7 @@ use std::fmt;
 
 use offbook_engine::batch::KV_BLOCK_TOKENS;
 use offbook_engine::budget::Place;
-use offbook_engine::{Budget, Checkpoint, ModelConfig, Partition, Precision, Workload};
+use offbook_engine::{Budget, Checkpoint, DoesNotFit, ModelConfig, Partition, Precision, Workload};
 use offbook_protocol::ShardSpec;
 
 use crate::system_memory::SystemMemory;
@@ -40,14 +40,25 @@ impl Bound {
     }
 }
 
-/// What to change so that a share fits.
+/// What would give it more room.
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Limit => "raise its memory limit (--memory-limit, or memory_limit of the node)",
             Self::Machine => "free memory there, or raise the limit of its container",
-        })?;
-        f.write_str(", give it a smaller weight, or add nodes")
+        })
+    }
+}
+
+/// What would make the largest part of it smaller. Weights alone become less with every node.
+fn smaller(budget: &Budget) -> &'static str {
+    let others = budget.kv_bytes.max(budget.activation_bytes);
+    if budget.weight_bytes >= others {
+        "give it a smaller weight, or add nodes"
+    } else if budget.activation_bytes >= budget.kv_bytes {
+        "lower limits.prefill_chunk_tokens or the context (--context)"
+    } else {
+        "lower the context (--context), or keep caches in 8 bits (--kv-bits 8)"
     }
 }
 
@@ -67,12 +78,13 @@ pub(super) fn kv_tokens(spec: &ShardSpec, node: &str, bound: Option<Bound>) -> R
         rank: spec.rank,
         node,
     };
-    let remedy = bound.source;
+    let remedy = |error: &DoesNotFit| format!("{}, or {}", bound.source, smaller(&error.budget));
     let fits = |kv_tokens: u32| budget(kv_tokens).fits(place, bound.bytes);
     let least = spec.context_tokens.min(SHORT_CONTEXT_TOKENS);
-    fits(least).map_err(|error| format!("{error}: {remedy}"))?;
+    fits(least).map_err(|error| format!("{error}: {}", remedy(&error)))?;
     if let Some(kv_tokens) = spec.kv_tokens {
         return fits(kv_tokens).map(|()| asked).map_err(|error| {
+            let remedy = remedy(&error);
             format!(
                 "{error}: lower limits.kv_tokens, which is {kv_tokens}, in the cluster file, or \
                  {remedy}"
@@ -181,6 +193,28 @@ mod tests {
             "and has 100000",
             "raise its memory limit (--memory-limit, or memory_limit of the node)",
         ] {
+            assert!(error.contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_remedy_is_for_the_largest_part() {
+        let remedy = |spec: &ShardSpec| kv_tokens(spec, "a", limited(1000)).unwrap_err();
+        let wide = ShardSpec {
+            prefill_chunk_tokens: 4096,
+            ..spec(64, None)
+        };
+        let long = ShardSpec {
+            prefill_chunk_tokens: 1,
+            sequences_max: 1,
+            ..spec(4096, None)
+        };
+        for (spec, part) in [
+            (spec(64, None), "give it a smaller weight, or add nodes"),
+            (wide, "lower limits.prefill_chunk_tokens"),
+            (long, "--kv-bits 8"),
+        ] {
+            let error = remedy(&spec);
             assert!(error.contains(part), "{error}");
         }
     }

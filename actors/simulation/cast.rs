@@ -214,6 +214,7 @@ async fn node(
     };
     let keeping = ShardKeeping {
         restarts: POLICY,
+        first_sign: FIRST_SIGN,
         frozen_grace: FROZEN_GRACE,
     };
     let launch = ShardLaunch::Played(launcher);
@@ -418,6 +419,7 @@ const FIRST_SHARD_PORT: u16 = 10_000;
 /// The least that is usual where cables are cut.
 const SILENCE: Duration = Duration::from_secs(2);
 /// The defaults of a cluster's file.
+const FIRST_SIGN: Duration = Duration::from_secs(10);
 const FROZEN_GRACE: Duration = Duration::from_secs(1);
 const NODE_GRACE: Duration = Duration::from_millis(1500);
 const GOODBYE_DEADLINE: Duration = Duration::from_millis(200);

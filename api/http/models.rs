@@ -1,10 +1,11 @@
 //! `GET /v1/models`: what is served.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use serde_json::{Value, json};
 
 use super::error::ApiError;
+use super::name::Name;
 use super::{Api, Service};
 
 /// The list of the one model.
@@ -15,7 +16,7 @@ pub(super) async fn list(State(api): State<Api>) -> Json<Value> {
 /// One model by its name, which may hold slashes.
 pub(super) async fn retrieve(
     State(api): State<Api>,
-    Path(id): Path<String>,
+    Name(id): Name,
 ) -> Result<Json<Value>, ApiError> {
     api.check_model(Some(&id))?;
     Ok(Json(model(&api.service).await))

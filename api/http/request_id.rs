@@ -32,7 +32,7 @@ pub(super) fn echo(response: &mut Response, name: Option<&str>, id: &str) {
     }
 }
 
-const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(super) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Any usual id, with something before and behind it.
 const LENGTH_MAX: usize = 128;
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use futures::stream;
@@ -16,6 +16,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::error::ApiError;
+use super::name::Name;
 use super::sse::{self, Chunks, Said, Script};
 use super::{Api, chat, completions};
 use crate::journal::Endpoint;
@@ -130,7 +131,7 @@ impl Resumed {
 /// The events of a stream, those that are to come included; any other answer when it is whole.
 pub(super) async fn answer(
     State(api): State<Api>,
-    Path(id): Path<String>,
+    Name(id): Name,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let Some(told) = api.resumed.get(&id) else {

@@ -82,6 +82,14 @@ async fn places_that_do_not_exist() {
         failure(server.post("/health", &json!({})).await).await.0,
         405
     );
+    for path in ["chat/completions/%ff", "completions/%ff", "models/%ff"] {
+        let (status, error) = failure(server.get(&format!("/v1/{path}")).await).await;
+        assert_eq!(
+            (status, &error["code"]),
+            (404, &json!("not_found")),
+            "{path}"
+        );
+    }
     let (status, error) = failure(server.get("/v1/models/other/model").await).await;
     assert_eq!((status, &error["code"]), (404, &json!("model_not_found")));
 }

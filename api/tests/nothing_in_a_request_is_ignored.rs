@@ -31,7 +31,7 @@ async fn what_cannot_be_honoured_in_a_chat_is_refused_by_name() {
     let cases = [
         (json!({"temperature": 3}), "temperature"),
         (json!({"temperature": "hot"}), "temperature"),
-        (json!({"top_p": 0}), "top_p"),
+        (json!({"top_p": -0.1}), "top_p"),
         (json!({"top_k": -2}), "top_k"),
         (json!({"min_p": 1.5}), "min_p"),
         (json!({"seed": 1.5}), "seed"),

@@ -1,7 +1,7 @@
 //! The files of a model directory that speak of text, and what can be wrong with them.
 
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -17,7 +17,12 @@ pub(super) const TEMPLATE_JSON: &str = "chat_template.json";
 /// The file's text; `None` when there is no such file.
 pub(super) fn text(model: &Path, name: &str) -> Result<Option<String>, TextError> {
     let path = model.join(name);
-    match fs::read_to_string(&path) {
+    // Whoever opens a pipe may wait for ever.
+    let read = fs::metadata(&path).and_then(|found| match found.is_file() {
+        true => fs::read_to_string(&path),
+        false => Err(io::Error::other("it is not a regular file")),
+    });
+    match read {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(TextError::File {

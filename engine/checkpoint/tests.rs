@@ -23,6 +23,30 @@ fn error(bytes: &[u8]) -> String {
     Checkpoint::open(directory.path()).unwrap_err().to_string()
 }
 
+/// Whoever opened it would wait until somebody wrote to it.
+#[test]
+fn a_pipe_is_no_file_of_a_model() {
+    let names = [
+        "config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+    ];
+    for name in names {
+        let directory = tempfile::tempdir().unwrap();
+        let pipe = directory.path().join(name);
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+        assert!(made.unwrap().success());
+        let error = match name {
+            "config.json" => ModelConfig::open(directory.path()).unwrap_err().to_string(),
+            _ => Checkpoint::open(directory.path()).unwrap_err().to_string(),
+        };
+        assert!(
+            error.contains(name) && error.contains("not a regular file"),
+            "{error}"
+        );
+    }
+}
+
 /// A checkpoint with the tensor `t` of words that count up from 0.
 fn counting(shape: &[usize]) -> (tempfile::TempDir, Checkpoint) {
     let count: usize = shape.iter().product();

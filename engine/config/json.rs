@@ -1,12 +1,12 @@
 //! Keys of a JSON object, read with errors that name them.
 
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use super::ConfigError;
+use crate::regular_file;
 
 /// Reads a whole JSON file of bounded size.
 pub(super) fn read(path: &Path) -> Result<Value, ConfigError> {
@@ -15,7 +15,7 @@ pub(super) fn read(path: &Path) -> Result<Value, ConfigError> {
         source,
     };
     let mut text = String::new();
-    File::open(path)
+    regular_file::open(path)
         .and_then(|file| file.take(FILE_BYTES_MAX).read_to_string(&mut text))
         .map_err(failed)?;
     serde_json::from_str(&text).map_err(|error| ConfigError::Malformed {

@@ -80,6 +80,7 @@ pub(super) async fn run(options: BenchApi) -> Result<()> {
         answers_max: u32::MAX,
         created: 0,
         journal: None,
+        origins: Vec::new(),
     };
     let never = std::future::pending();
     actix::spawn(offbook_api::serve(

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use offbook_protocol::{KvBits, Layout, Transport};
 use serde_json::{Value, json};
 
-use crate::cli::{BenchDecode, Division, Hardware, LocalOptions, Parallel};
+use crate::cli::{ApiOptions, BenchDecode, Division, Hardware, LocalOptions, Parallel};
 use crate::demo_model;
 use crate::generate::stream_completion;
 use crate::local_cluster::LocalCluster;
@@ -107,7 +107,7 @@ async fn one_cluster(
         restart_pause_max: None,
         set: Vec::new(),
     };
-    let cluster = LocalCluster::start(&local, ([127, 0, 0, 1], 0).into()).await?;
+    let cluster = LocalCluster::start(&local, &ApiOptions::own()).await?;
     let measured = async {
         cluster.ready(|_| {}).await?;
         // The first request also pays for what is made once: caches, buffers, pages.

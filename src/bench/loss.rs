@@ -6,12 +6,12 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::cli::BenchLoss;
+use crate::cli::{ApiOptions, BenchLoss};
 use crate::generate::{stream_completion, watch_completion};
 use crate::local_cluster::LocalCluster;
 
 pub(super) async fn run(options: BenchLoss) -> Result<()> {
-    let cluster = LocalCluster::start(&options.local, ([127, 0, 0, 1], 0).into()).await?;
+    let cluster = LocalCluster::start(&options.local, &ApiOptions::own()).await?;
     let measured = tokio::select! {
         measured = measure(&cluster, options.runs) => measured,
         _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),

@@ -12,6 +12,7 @@ use offbook_runtime::supervise::{CallError, RestartPolicy};
 use serde_json::Value;
 
 use super::*;
+use crate::cli::ApiOptions;
 use crate::cluster_file::{Limits, MaxActiveTasks, found};
 use crate::demo_model;
 
@@ -30,6 +31,10 @@ impl Handler<Poison> for NodeAgent {
 
 /// A cluster of one node, the head, in this folder.
 fn options(folder: &Path) -> Node {
+    options_with(folder, Limits::default())
+}
+
+fn options_with(folder: &Path, limits: Limits) -> Node {
     let localhost = [127, 0, 0, 1].into();
     let model = demo_model::write_to(folder).unwrap();
     let nodes = [("node-1".to_owned(), free_port::udp(localhost).unwrap())];
@@ -41,7 +46,7 @@ fn options(folder: &Path) -> Node {
         fast_synch: FastSynch::Auto,
         adaptive_throttle: false,
         max_active_tasks: MaxActiveTasks::default(),
-        limits: Limits::default(),
+        limits,
         nodes,
     });
     Node {
@@ -49,7 +54,10 @@ fn options(folder: &Path) -> Node {
         name: "node-1".into(),
         data_dir: folder.join("node-1"),
         model: None,
-        http: free_port::tcp(localhost).unwrap(),
+        api: ApiOptions {
+            http: free_port::tcp(localhost).unwrap(),
+            ..ApiOptions::own()
+        },
         memory_limit: None,
         supervised: true,
     }
@@ -65,7 +73,7 @@ async fn start_idle(options: &Node) -> Running {
 }
 
 async fn get(options: &Node, path: &str) -> String {
-    let answer = reqwest::get(format!("http://{}{path}", options.http)).await;
+    let answer = reqwest::get(format!("http://{}{path}", options.api.http)).await;
     answer.unwrap().text().await.unwrap()
 }
 
@@ -155,6 +163,30 @@ async fn one_that_its_process_ended_with_is_in_the_report_of_the_next() {
     assert_eq!(agent["last_error"], "panic: poisoned");
     assert_eq!(agent["given_up"], true);
     assert!(!report.contains(SECRET), "{report}");
+}
+
+/// The process runs and says nothing, as one that was stopped before it could.
+#[actix::test]
+async fn a_shard_that_is_not_heard_of_is_replaced_and_the_next_one_has_longer() {
+    let folder = tempfile::tempdir().unwrap();
+    let first_sign_seconds = 0.1;
+    let options = options_with(
+        folder.path(),
+        Limits {
+            first_sign_seconds,
+            ..Limits::default()
+        },
+    );
+    let _running = start_idle(&options).await;
+    for within in ["100ms", "200ms", "400ms"] {
+        let killed = format!("for it was frozen: it was not heard of within {within} of its start");
+        let told = async {
+            while !get(&options, "/v1/cluster").await.contains(&killed) {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        };
+        tokio::time::timeout(DEADLINE, told).await.expect(within);
+    }
 }
 
 const SECRET: &str = "what nobody else is to read";

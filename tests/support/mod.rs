@@ -11,7 +11,7 @@ pub mod cables;
 use std::io::{BufRead, BufReader, Read};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use offbook_runtime::free_port;
@@ -93,6 +93,11 @@ impl Cluster {
 
     pub fn up_pid(&self) -> u32 {
         self.up.id()
+    }
+
+    /// What it writes there, if it was started with a pipe.
+    pub fn standard_error(&mut self) -> ChildStderr {
+        self.up.stderr.take().expect("it is piped")
     }
 
     /// Every process that it started: nodes, then shards, in order.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt, stream};
 use offbook_api::text::{Defaults, Text};
-use offbook_api::{Backend, Progress, Service, StreamError, Tokens};
+use offbook_api::{Backend, Origin, Progress, Service, StreamError, Tokens};
 use offbook_protocol::{
     Candidate, ClusterReport, Epoch, FinishReason, KvFigures, Layout, MemoryFigures, Phase, Rank,
     Rejection, Request, SampledToken, SequenceId, ShardSteps, StepHistograms, ThrottleFigures,
@@ -243,6 +243,18 @@ impl Server {
         Self::of(&model, scripts).await
     }
 
+    /// For web pages of these origins too.
+    pub(crate) async fn open_to(
+        origins: &[&str],
+        scripts: impl IntoIterator<Item = Script>,
+    ) -> Self {
+        let origins = origins.iter().map(|origin| origin.parse().unwrap());
+        let model = bytes_model();
+        let text = Text::open(model.path()).unwrap();
+        let defaults = Defaults::open(model.path()).unwrap();
+        Self::serve_to(origins.collect(), scripts, Some(text), defaults).await
+    }
+
     async fn of(model: &TempDir, scripts: impl IntoIterator<Item = Script>) -> Self {
         let text = Text::open(model.path()).unwrap();
         Self::serve(scripts, Some(text), Defaults::open(model.path()).unwrap()).await
@@ -257,6 +269,15 @@ impl Server {
     }
 
     async fn serve(
+        scripts: impl IntoIterator<Item = Script>,
+        text: Option<Text>,
+        defaults: Defaults,
+    ) -> Self {
+        Self::serve_to(Vec::new(), scripts, text, defaults).await
+    }
+
+    async fn serve_to(
+        origins: Vec<Origin>,
         scripts: impl IntoIterator<Item = Script>,
         text: Option<Text>,
         defaults: Defaults,
@@ -277,6 +298,7 @@ impl Server {
             answers_max: ANSWERS_MAX,
             created: 1_700_000_000,
             journal: None,
+            origins,
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
