@@ -139,7 +139,7 @@ mod tests {
         // Within one step, which has room to spare at its end.
         window.set_chunk_permille(4000);
         assert_eq!([next(), next(), next()], [200, 300, 400]);
-        let grown = (0..100).map(|_| next()).last();
-        assert_eq!(grown, Some(4000));
+        let grown: Vec<usize> = (0..100).map(|_| next()).collect();
+        assert_eq!(grown.last(), Some(&4000));
     }
 }
