@@ -74,7 +74,7 @@ fn straight<P: Processor, const ROWS: usize, const COLUMNS: usize>(
     xs: &[&[f32]],
     ys: &mut [&mut [f32]],
 ) {
-    let xs: [&[f32]; ROWS] = std::array::from_fn(|row| &xs[row][..matrix.inner]);
+    let xs: [&[f32]; ROWS] = std::array::from_fn(|row| xs[row]);
     let count = ys[0].len();
     for done in (0..count).step_by(COLUMNS) {
         let columns = done..count.min(done + COLUMNS);
@@ -207,6 +207,9 @@ fn sums_of_codes<P: Processor, const ROWS: usize, const COLUMNS: usize>(
 ) -> [[f32; COLUMNS]; ROWS] {
     let bits = matrix.bits as usize;
     let groups = matrix.inner / matrix.group_size;
+    let places = matrix.group_size / LANES;
+    let xs = xs.map(|x| &x.as_chunks::<LANES>().0[..groups * places]);
+    // No closures from here on: they would be compiled without the processor's instructions.
     let mut lanes = [[P::splat(0.0); COLUMNS]; ROWS];
     let mut tail = [0; TAIL_BYTES];
     for group in 0..groups {
@@ -220,9 +223,7 @@ fn sums_of_codes<P: Processor, const ROWS: usize, const COLUMNS: usize>(
             biases[column] = P::splat(matrix.biases[row * groups + group]);
             from[column] = codes_of(matrix, row, group, &mut tail);
         }
-        let size = matrix.group_size;
-        let xs = xs.map(|x| x[group * size..][..size].as_chunks::<LANES>().0);
-        for place in 0..size / LANES {
+        for place in group * places..(group + 1) * places {
             let mut x = [P::splat(0.0); ROWS];
             for (x, xs) in x.iter_mut().zip(&xs) {
                 // SAFETY: all were cut to the same length.
