@@ -77,7 +77,71 @@ const HEADROOM_BYTES: u64 = 256 << 20;
 
 #[cfg(test)]
 mod tests {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    use std::process::Command;
+
     use super::*;
+
+    /// The process of the test below, when it starts this binary anew: no other test sets its allocator.
+    #[test]
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    fn child_process() {
+        if std::env::var_os("TEST_GIVES_BACK").is_none() {
+            return;
+        }
+        // Having freed one as large, glibc would keep what it cuts the others from.
+        drop(std::hint::black_box(block()));
+        assert!(limit_data(64 << 30).unwrap());
+        let of_blocks = |count: usize| (count * BLOCK_BYTES) as u64;
+        let mut blocks: Vec<_> = (0..BLOCKS).map(|_| Some(block())).collect();
+        let (held, left) = (resident(), left_bytes().unwrap());
+        blocks.iter_mut().step_by(2).for_each(|block| *block = None);
+        let given_back = held.saturating_sub(resident());
+        assert!(given_back > of_blocks(BLOCKS / 4), "{given_back} of memory");
+        let given_back = left_bytes().unwrap().saturating_sub(left);
+        assert!(
+            given_back > of_blocks(BLOCKS / 4),
+            "{given_back} of the limit"
+        );
+        // Larger than the holes: whoever keeps these needs as much again.
+        let larger: Vec<_> = (0..BLOCKS / 4)
+            .map(|_| vec![1u8; 2 * BLOCK_BYTES])
+            .collect();
+        let more = resident().saturating_sub(held);
+        assert!(
+            more < of_blocks(BLOCKS / 4),
+            "{more} beside {}",
+            larger.len()
+        );
+        println!("{GAVE_BACK}");
+    }
+
+    #[test]
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    fn a_process_with_a_limit_gives_back_what_lies_between() {
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args([
+            "process_limit::tests::child_process",
+            "--exact",
+            "--nocapture",
+        ]);
+        let output = child.env("TEST_GIVES_BACK", "yes").output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        let failed = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}{failed}");
+        assert!(said.contains(GAVE_BACK), "{said}{failed}");
+    }
+
+    /// As what a layer computes: every page of it in use.
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    fn block() -> Vec<u8> {
+        vec![1; BLOCK_BYTES]
+    }
+
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    fn resident() -> u64 {
+        status_bytes("VmRSS:").expect("Linux says so")
+    }
 
     #[test]
     #[cfg(target_os = "linux")]
@@ -100,4 +164,11 @@ mod tests {
         assert_eq!(with_headroom(u64::MAX), u64::MAX);
         assert_eq!(with_headroom(8 << 30), (9 << 30) + HEADROOM_BYTES);
     }
+
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    const BLOCKS: usize = 32;
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    const BLOCK_BYTES: usize = 4 << 20;
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    const GAVE_BACK: &str = "gave back what it freed";
 }

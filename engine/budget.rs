@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::config::ModelConfig;
+use crate::host::attends_heads_of;
 use crate::partition::RankShare;
 use crate::precision::{KvFormat, Precision};
 
@@ -112,12 +113,14 @@ fn activation_bytes(config: &ModelConfig, share: &RankShare, workload: &Workload
     let width = workload.precision.bytes();
     let [hidden, head_dim] = [config.hidden_size as u64, config.head_dim as u64];
     let [queries, keys] = [share.query_heads.len() as u64, share.kv_heads.len() as u64];
-    // q, k, v and the heads' output, each before and after its transposition; and the scores,
-    // which only MLX's GPU kernels keep off memory.
+    // q, k, v and the heads' output, each before and after its transposition; and the scores where MLX attends
+    // on a CPU: our own kernel and those for GPUs keep them off memory.
     let heads = 2 * (2 * queries + 2 * keys) * head_dim * width;
     let scores = match workload.precision {
-        Precision::Float32 => queries * workload.context_tokens * 4,
-        Precision::BFloat16 | Precision::Float16 => 0,
+        Precision::Float32 if !attends_heads_of(config.head_dim) => {
+            queries * workload.context_tokens * 4
+        }
+        Precision::Float32 | Precision::BFloat16 | Precision::Float16 => 0,
     };
     // Our own kernel reads codes where they lie; MLX's wants one sequence's unpacked.
     let unpacked = match (workload.kv_bits, workload.precision) {
@@ -221,6 +224,23 @@ mod tests {
         // gate, up and their product, in two bytes, for 64 tokens, twice.
         let more = of_width(3000) - of_width(2000);
         assert_eq!(more, 1000 * 3 * 2 * 64 * 2);
+    }
+
+    #[test]
+    fn a_long_context_takes_no_scores_where_our_kernel_attends() {
+        let of = |head_dim: usize, context_tokens: u64| {
+            let config = ModelConfig {
+                head_dim,
+                ..small()
+            };
+            let workload = Workload {
+                context_tokens,
+                ..workload(Precision::Float32)
+            };
+            Budget::of(&config, &RankShare::whole(&config), 0, &workload).activation_bytes
+        };
+        assert_eq!(of(16, 500), of(16, 50_000));
+        assert!(of(12, 500) < of(12, 50_000));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 
 use mlx_rs::{Device, DeviceType};
 
-pub(crate) use self::attention::{Reading, Sight, attend, attends};
+pub(crate) use self::attention::{Reading, Sight, attend, attends, attends_heads_of};
 pub use self::crew::CPU_THREADS;
 pub(crate) use self::product::{product, product_of_each};
 

@@ -305,15 +305,19 @@ pub(crate) struct ClusterInit {
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
     /// How the model is divided: tensor (every layer), expert (the experts; attention on every node,
-    /// one exchange per layer) or pipeline (some layers each)
-    #[arg(long, default_value_t = Layout::Tensor, value_name = "LAYOUT")]
-    pub(crate) parallel: Layout,
+    /// one exchange per layer), pipeline (some layers each), or auto: what is fastest by the numbers
+    /// below, and how much each node takes. For nodes that are all on this machine, what is not given is
+    /// measured
+    #[arg(long, default_value_t = Parallel::As(Layout::Tensor), value_name = "LAYOUT")]
+    pub(crate) parallel: Parallel,
     /// What carries tensors between shards: quic, shm (all on one machine), ring, nccl or jaccl
     #[arg(long, default_value_t = Transport::Quic)]
     pub(crate) transport: Transport,
     /// Keep collectives on the device's stream: auto (where it can), on, off or require
     #[arg(long, default_value_t = FastSynch::Auto, value_name = "auto|on|off|require")]
     pub(crate) fast_synch: FastSynch,
+    #[command(flatten)]
+    pub(crate) hardware: Hardware,
 }
 
 #[derive(Debug, Args)]

@@ -20,7 +20,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::byte_size::ByteSize;
-use crate::cli::{ClusterCommand, ClusterInit};
+use crate::cli::{ClusterCommand, ClusterInit, Division, Parallel};
+use crate::plan::Divided;
+use crate::planner::{self, Assumed, Ground};
 
 /// See the module's own words. Unknown keys are errors.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -515,17 +517,17 @@ pub(crate) fn found(
 }
 
 /// `offbook cluster …`
-pub(crate) fn command(command: ClusterCommand) -> Result<()> {
+pub(crate) async fn command(command: ClusterCommand) -> Result<()> {
     let ClusterCommand::Init(options) = command;
     let nodes = options
         .node
         .iter()
         .map(|text| parse_node(text))
         .collect::<Result<Vec<_>>>()?;
+    let divided = divided(&options, &nodes).await?;
     let ClusterInit {
         folder,
         model,
-        parallel,
         transport,
         fast_synch,
         ..
@@ -537,16 +539,22 @@ pub(crate) fn command(command: ClusterCommand) -> Result<()> {
         );
     }
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    let path = found(&folder, &nodes, |nodes| ClusterFile {
-        cluster: format!("cluster-{}", nodes[0].keys[0].to_string().split_at(12).0),
-        model,
-        parallel,
-        transport,
-        fast_synch,
-        adaptive_throttle: false,
-        max_active_tasks: MaxActiveTasks::default(),
-        limits: Limits::default(),
-        nodes,
+    let largest = planner::largest(&divided.weights);
+    let path = found(&folder, &nodes, |mut nodes| {
+        for (node, weight) in nodes.iter_mut().zip(&divided.weights) {
+            node.weight = weight.0 / largest;
+        }
+        ClusterFile {
+            cluster: format!("cluster-{}", nodes[0].keys[0].to_string().split_at(12).0),
+            model,
+            parallel: divided.layout,
+            transport,
+            fast_synch,
+            adaptive_throttle: false,
+            max_active_tasks: MaxActiveTasks::default(),
+            limits: Limits::default(),
+            nodes,
+        }
     })?;
     println!("{}", path.display());
     eprintln!("Copy it to every node, with that node's own folder and no other. On each, run:");
@@ -554,6 +562,36 @@ pub(crate) fn command(command: ClusterCommand) -> Result<()> {
         eprintln!("  offbook node --cluster cluster.toml --name {name} --data-dir {name}");
     }
     Ok(())
+}
+
+/// As the user said, or what is best. Nodes elsewhere cannot be measured from here.
+async fn divided(options: &ClusterInit, nodes: &[(String, SocketAddr)]) -> Result<Divided> {
+    let hardware = options.hardware.clone();
+    let is_here = |(_, address): &(String, SocketAddr)| address.ip().is_loopback();
+    if options.parallel == Parallel::Auto && !hardware.is_given() {
+        ensure!(
+            nodes.iter().all(is_here),
+            "--parallel auto needs --bandwidth, --exchange and --link for nodes that are not all on this \
+             machine"
+        );
+    }
+    let limits = Limits::default();
+    let division = Division {
+        nodes: nodes.len() as u32,
+        model: None,
+        parallel: Some(options.parallel),
+        weights: Vec::new(),
+        context: limits.context_tokens,
+        kv_bits: limits.kv_bits,
+        hardware,
+    };
+    let ground = Ground {
+        transport: options.transport,
+        fast_synch: options.fast_synch,
+        gpus: None,
+        memory_limit: None,
+    };
+    planner::settle(&options.model, &division, ground, Assumed::by(&limits)).await
 }
 
 fn parse_node(text: &str) -> Result<(String, SocketAddr)> {

@@ -53,7 +53,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             logging::start(&format!("{}/shard-0", options.name));
             actix::System::new().block_on(shard::run(options))
         }
-        Command::Cluster(command) => cluster_file::command(command),
+        Command::Cluster(command) => on_this_thread(cluster_file::command(command)),
         Command::Chat(options) => {
             on_this_thread(async { Ok(offbook_api::chat_client::run(options.into()).await?) })
         }

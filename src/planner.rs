@@ -300,7 +300,7 @@ impl Advice {
     }
 }
 
-fn largest(weights: &[NodeWeight]) -> f64 {
+pub(crate) fn largest(weights: &[NodeWeight]) -> f64 {
     weights.iter().map(|weight| weight.0).fold(0.0, f64::max)
 }
 

@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::path::Path;
+
 use serde_json::Value;
 use support::offbook;
 
@@ -107,6 +109,57 @@ fn by_what_it_measures_and_the_answer_is_the_same() {
     });
     assert_eq!(tensor["tokens"], chosen["tokens"]);
     assert_eq!(chosen["tokens"].as_array().map(Vec::len), Some(8));
+}
+
+#[test]
+fn for_a_cluster_file() {
+    let numbers = [
+        "--bandwidth",
+        "8GB,4GB",
+        "--exchange",
+        "2ms",
+        "--link",
+        "1GB",
+    ];
+    let folder = tempfile::tempdir().expect("there is room");
+    let output = init(folder.path(), &numbers)
+        .output()
+        .expect("offbook runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("best: --parallel pipeline"), "{said}");
+    let file = std::fs::read_to_string(folder.path().join("cluster.toml"));
+    let file: toml::Table = file.expect("it is there").parse().expect("it is TOML");
+    assert_eq!(file["parallel"].as_str(), Some("pipeline"));
+    let nodes = file["nodes"].as_array().expect("a list");
+    let weights = [0, 1].map(|node| nodes[node]["weight"].as_float().expect("a number"));
+    assert_eq!(weights, [1.0, 0.5], "as they read");
+}
+
+#[test]
+fn not_for_nodes_elsewhere_that_it_knows_nothing_of() {
+    let folder = tempfile::tempdir().expect("there is room");
+    let output = init(folder.path(), &["--bandwidth", "800GB"]).output();
+    let output = output.expect("offbook runs");
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.contains("needs --bandwidth, --exchange and --link"),
+        "{said}"
+    );
+    assert!(!folder.path().join("cluster.toml").exists());
+}
+
+/// A cluster of two nodes on machines of their own.
+fn init(folder: &Path, numbers: &[&str]) -> std::process::Command {
+    let mut init = offbook();
+    init.args(["cluster", "init"]).arg(folder);
+    init.args(["--node", "a=10.0.0.1:7700", "--node", "b=10.0.0.2:7700"]);
+    init.arg("--model")
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/model"));
+    init.args(["--parallel", "auto"]).args(numbers);
+    init.stderr(std::process::Stdio::piped());
+    init
 }
 
 fn plan(numbers: &[&str]) -> Value {

@@ -19,7 +19,12 @@ use crate::kv_cache::{Blocks, Coding};
 /// Whether [`attend`] is for heads of this width: on another device, and for types other than 32-bit floats,
 /// it is MLX that attends.
 pub(crate) fn attends(width: usize, dtype: Dtype) -> bool {
-    is_on_cpu() && dtype == Dtype::Float32 && width.is_multiple_of(LANES)
+    is_on_cpu() && dtype == Dtype::Float32 && attends_heads_of(width)
+}
+
+/// Whether heads are so wide that a CPU attends with [`attend`], which keeps no scores.
+pub(crate) fn attends_heads_of(width: usize) -> bool {
+    width.is_multiple_of(LANES)
 }
 
 /// How scores come of what is read.

@@ -2,7 +2,7 @@
 //! out, works through them, and waits for nobody who has not taken one. Which thread computes a piece changes
 //! no number.
 
-use rayon::iter::{IntoParallelIterator, ParallelIterator};
+use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 thread_local! {
@@ -32,7 +32,10 @@ pub(super) fn hands(multiplications: usize) -> usize {
 /// Does all pieces, each once, on whichever thread.
 pub(super) fn share<T: Send>(pieces: Vec<T>, work: impl Fn(T) + Send + Sync) {
     CREW.with(|crew| match crew {
-        Some(crew) if pieces.len() > 1 => crew.install(|| pieces.into_par_iter().for_each(work)),
+        // One at a time: pieces of one product take a few times as long as others of it.
+        Some(crew) if pieces.len() > 1 => {
+            crew.install(|| pieces.into_par_iter().with_max_len(1).for_each(work));
+        }
         _ => pieces.into_iter().for_each(work),
     });
 }

@@ -6,6 +6,8 @@
 
 #![allow(unsafe_code)]
 
+use std::ops::Range;
+
 #[cfg(target_arch = "x86_64")]
 use crate::host::processor::X86V3;
 use crate::host::processor::{LANES, Plain, Processor};
@@ -48,15 +50,46 @@ fn multiply_with<P: Processor>(
     xs: &[&[f32]],
     ys: &mut [&mut [f32]],
 ) {
-    let count = ys.first().map_or(0, |y| y.len());
-    if let ([x], [y]) = (xs, &mut *ys) {
-        // Nobody else needs the numbers: they go from the codes straight into the sums.
-        for (block, y) in y.chunks_mut(COLUMNS).enumerate() {
-            let sums = sums_of_one::<P>(matrix, first + block * COLUMNS, y.len(), x);
-            y.copy_from_slice(&sums[..y.len()]);
+    match xs.len() {
+        1 => straight::<P, 1, 4>(matrix, first, xs, ys),
+        2 => straight::<P, 2, 4>(matrix, first, xs, ys),
+        3 => straight::<P, 3, 2>(matrix, first, xs, ys),
+        4 => straight::<P, 4, 2>(matrix, first, xs, ys),
+        5 => straight::<P, 5, 1>(matrix, first, xs, ys),
+        6 => straight::<P, 6, 1>(matrix, first, xs, ys),
+        _ => {
+            let together = (CACHED_NUMBERS / matrix.inner).max(ROWS_TOGETHER_MIN);
+            for (xs, ys) in xs.chunks(together).zip(ys.chunks_mut(together)) {
+                unpacked::<P>(matrix, first, xs, ys);
+            }
         }
-        return;
     }
+}
+
+/// Few rows: the numbers go from the codes straight into the sums.
+#[inline(always)]
+fn straight<P: Processor, const ROWS: usize, const COLUMNS: usize>(
+    matrix: &Matrix<'_>,
+    first: usize,
+    xs: &[&[f32]],
+    ys: &mut [&mut [f32]],
+) {
+    let xs: [&[f32]; ROWS] = std::array::from_fn(|row| xs[row]);
+    let count = ys[0].len();
+    for done in (0..count).step_by(COLUMNS) {
+        let columns = done..count.min(done + COLUMNS);
+        let of_matrix = first + columns.start..first + columns.end;
+        let sums = sums_of_codes::<P, ROWS, COLUMNS>(matrix, of_matrix, xs);
+        for (y, sums) in ys.iter_mut().zip(sums) {
+            y[columns.clone()].copy_from_slice(&sums[..columns.len()]);
+        }
+    }
+}
+
+/// Many rows: some columns at a time become numbers, which all rows then meet.
+#[inline(always)]
+fn unpacked<P: Processor>(matrix: &Matrix<'_>, first: usize, xs: &[&[f32]], ys: &mut [&mut [f32]]) {
+    let count = ys.first().map_or(0, |y| y.len());
     let mut unpacked = vec![0.0; COLUMNS * matrix.inner];
     let mut done = 0;
     while done < count {
@@ -161,45 +194,41 @@ fn sums<P: Processor, const ROWS: usize>(
             }
         }
     }
-    let mut sums = [[0.0; COLUMNS]; ROWS];
-    for (sums, lanes) in sums.iter_mut().zip(&lanes) {
-        for (sum, &lanes) in sums.iter_mut().zip(lanes) {
-            *sum = P::sum(lanes);
-        }
-    }
-    sums
+    sums_of_lanes::<P, ROWS, COLUMNS>(&lanes)
 }
 
-/// The products of one row with some columns, at most [`COLUMNS`]: the same sums as those of [`sums`], in the
-/// same order.
+/// The products of some rows with some columns of the result, at most `COLUMNS`: the same sums as those of
+/// [`sums`], in the same order.
 #[inline(always)]
-fn sums_of_one<P: Processor>(
+fn sums_of_codes<P: Processor, const ROWS: usize, const COLUMNS: usize>(
     matrix: &Matrix<'_>,
-    first: usize,
-    columns: usize,
-    x: &[f32],
-) -> [f32; COLUMNS] {
+    columns: Range<usize>,
+    xs: [&[f32]; ROWS],
+) -> [[f32; COLUMNS]; ROWS] {
     let bits = matrix.bits as usize;
     let groups = matrix.inner / matrix.group_size;
-    let mut lanes = [P::splat(0.0); COLUMNS];
+    let places = matrix.group_size / LANES;
+    let xs = xs.map(|x| &x.as_chunks::<LANES>().0[..groups * places]);
+    // No closures from here on: they would be compiled without the processor's instructions.
+    let mut lanes = [[P::splat(0.0); COLUMNS]; ROWS];
     let mut tail = [0; TAIL_BYTES];
-    for (group, x) in x[..matrix.inner]
-        .chunks_exact(matrix.group_size)
-        .enumerate()
-    {
+    for group in 0..groups {
         let mut scales = [P::splat(0.0); COLUMNS];
         let mut biases = [P::splat(0.0); COLUMNS];
         let mut from = [matrix.codes.as_ptr(); COLUMNS];
         for column in 0..COLUMNS {
             // Where there are fewer columns, the last is computed again.
-            let row = first + column.min(columns - 1);
+            let row = columns.start + column.min(columns.len() - 1);
             scales[column] = P::splat(matrix.scales[row * groups + group]);
             biases[column] = P::splat(matrix.biases[row * groups + group]);
             from[column] = codes_of(matrix, row, group, &mut tail);
         }
-        let (x, _) = x.as_chunks::<LANES>();
-        for x in x {
-            let x = P::load(x);
+        for place in group * places..(group + 1) * places {
+            let mut x = [P::splat(0.0); ROWS];
+            for (x, xs) in x.iter_mut().zip(&xs) {
+                // SAFETY: all were cut to the same length.
+                *x = P::load(unsafe { xs.get_unchecked(place) });
+            }
             for column in 0..COLUMNS {
                 // SAFETY: a word lies at each of the group's places, `bits` bytes apart: see `codes_of`.
                 let word = unsafe {
@@ -209,13 +238,25 @@ fn sums_of_one<P: Processor>(
                 };
                 let spread = P::spread(u64::from_le(word), matrix.bits);
                 let weight = P::multiply_add(scales[column], spread, biases[column]);
-                lanes[column] = P::multiply_add(x, weight, lanes[column]);
+                for (lanes, &x) in lanes.iter_mut().zip(&x) {
+                    lanes[column] = P::multiply_add(x, weight, lanes[column]);
+                }
             }
         }
     }
-    let mut sums = [0.0; COLUMNS];
-    for (sum, &lanes) in sums.iter_mut().zip(&lanes) {
-        *sum = P::sum(lanes);
+    sums_of_lanes::<P, ROWS, COLUMNS>(&lanes)
+}
+
+/// Each vector of lanes as one number.
+#[inline(always)]
+fn sums_of_lanes<P: Processor, const ROWS: usize, const COLUMNS: usize>(
+    lanes: &[[P::Vector; COLUMNS]; ROWS],
+) -> [[f32; COLUMNS]; ROWS] {
+    let mut sums = [[0.0; COLUMNS]; ROWS];
+    for (sums, lanes) in sums.iter_mut().zip(lanes) {
+        for (sum, &lanes) in sums.iter_mut().zip(lanes) {
+            *sum = P::sum(lanes);
+        }
     }
     sums
 }
@@ -229,14 +270,23 @@ const GROUP_BYTES_MAX: usize = GROUP_SIZE_MAX as usize;
 /// The codes of one group, with a whole word from each of its places on.
 const TAIL_BYTES: usize = GROUP_BYTES_MAX + WORD_BYTES;
 
-/// Columns of the result, and rows of it, that are computed together: with their operands they fill the
-/// registers.
+/// What rows may hold together so that a core's own cache has them when the next columns come. To unpack the
+/// matrix again for the rows after them costs less than to fetch them for every few columns.
+const CACHED_NUMBERS: usize = 64 << 10;
+/// For fewer it does not.
+const ROWS_TOGETHER_MIN: usize = 16;
+
+/// Columns of the result, and rows of it, that are computed together from numbers: with their operands they
+/// fill the registers. Straight from the codes there is room for fewer columns the more rows there are, and from
+/// seven rows on it is faster to store the numbers first.
 pub(super) const COLUMNS: usize = 4;
 const ROWS: usize = 2;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    type Multiply = fn(&Matrix<'_>, usize, &[&[f32]], &mut [&mut [f32]]);
 
     /// The sums of [`multiply`] in double precision, straight from the definition.
     fn expected(matrix: &Matrix<'_>, x: &[f32], column: usize) -> f64 {
@@ -254,8 +304,8 @@ mod tests {
     }
 
     #[test]
-    fn every_processor_sums_what_the_codes_stand_for() {
-        let (inner, out, rows) = (96, 7, 3);
+    fn every_processor_sums_what_the_codes_stand_for_in_any_company() {
+        let (inner, out, rows) = (96, 7, 9);
         let noise = |i: usize| (i as f32 * 12.9898).sin();
         for bits in 1..=8 {
             let bytes = inner * out * bits / 8;
@@ -272,18 +322,21 @@ mod tests {
             };
             let x: Vec<f32> = (0..rows * inner).map(noise).collect();
             let xs: Vec<&[f32]> = x.chunks_exact(inner).collect();
-            let alone = |matrix: &Matrix<'_>, first, xs: &[&[f32]], ys: &mut [&mut [f32]]| {
-                for (x, y) in xs.iter().zip(ys) {
-                    multiply(matrix, first, &[x], &mut [y]);
+            for processor in [multiply as Multiply, multiply_with::<Plain>] {
+                let mut alone = None;
+                for company in 1..=rows {
+                    let mut y = vec![f32::NAN; rows * out];
+                    for [first, end] in [[0, 4], [4, out]] {
+                        let ys = y.chunks_exact_mut(out).map(|y| &mut y[first..end]);
+                        let mut ys: Vec<_> = ys.collect();
+                        for (xs, ys) in xs.chunks(company).zip(ys.chunks_mut(company)) {
+                            processor(&matrix, first, xs, ys);
+                        }
+                    }
+                    let alone = alone.get_or_insert_with(|| y.clone());
+                    assert_eq!(y, *alone, "{bits} bits, {company} rows at once");
                 }
-            };
-            for processor in [multiply, multiply_with::<Plain>, alone] {
-                let mut y = vec![f32::NAN; rows * out];
-                for [first, end] in [[0, 4], [4, out]] {
-                    let ys = y.chunks_exact_mut(out).map(|y| &mut y[first..end]);
-                    processor(&matrix, first, &xs, &mut ys.collect::<Vec<_>>());
-                }
-                for (i, y) in y.into_iter().enumerate() {
+                for (i, y) in alone.unwrap().into_iter().enumerate() {
                     let expected = expected(&matrix, xs[i / out], i % out);
                     let error = (f64::from(y) - expected).abs();
                     assert!(
