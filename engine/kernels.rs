@@ -251,7 +251,11 @@ impl Kernels {
         y: Dtype,
     ) -> Result<Option<Array>, Exception> {
         let (rows, width) = (x.dim(0), x.dim(1));
-        let Some(matrix) = self.packed(linear).filter(|_| rows < PRODUCT_ROWS_MAX) else {
+        let faster = |matrix: &Packed<'_>| {
+            let few = matrix.weight.dim(0) <= FEW_OUTPUTS && rows <= FEW_OUTPUTS_ROWS_MAX;
+            rows < PRODUCT_ROWS_MAX || few
+        };
+        let Some(matrix) = self.packed(linear).filter(faster) else {
             return Ok(None);
         };
         let tile = if rows == 1 { 1 } else { TILE };
@@ -489,8 +493,11 @@ pub(crate) const OWN_KERNELS: &str = "OFFBOOK_OWN_KERNELS";
 const LANES: i32 = 32;
 /// A lane of `route` holds every 32nd.
 const EXPERTS_MAX: i32 = 1024;
-/// Rows from which MLX's tensor cores multiply faster.
+/// Rows from which MLX's tensor cores multiply faster, unless a matrix has so few outputs, as a router has, that most
+/// of them have nothing to do.
 const PRODUCT_ROWS_MAX: i32 = 8;
+const FEW_OUTPUTS: i32 = 1024;
+const FEW_OUTPUTS_ROWS_MAX: i32 = 256;
 /// Rows that a block of `product` takes when there is more than one, and outputs of each.
 const TILE: i32 = 4;
 const OUTS: i32 = 4;
