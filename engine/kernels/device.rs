@@ -6,6 +6,7 @@ mod cuda;
 
 use std::ffi::{CString, c_char, c_void};
 use std::fmt::Write;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ptr;
 
 use mlx_rs::error::Exception;
@@ -212,8 +213,11 @@ fn of_metal(source: &Source, known: &str) -> Result<*mut c_void, Exception> {
     let (inputs, outputs) = (all(source.inputs)?, all(source.outputs)?);
     let pointers = |of: &[CString]| of.iter().map(|name| name.as_ptr()).collect::<Vec<_>>();
     let (input_names, output_names) = (pointers(&inputs), pointers(&outputs));
-    let (name, header) = (text_for_c(source.name)?, text_for_c(&bare(source.header))?);
-    let body = text_for_c(&body)?;
+    // MLX keeps one kernel for a name, and compiles it anew whenever its text is another.
+    let mut hasher = DefaultHasher::new();
+    body.hash(&mut hasher);
+    let name = text_for_c(&format!("{}_{:016x}", source.name, hasher.finish()))?;
+    let (header, body) = (text_for_c(&bare(source.header))?, text_for_c(&body)?);
     let raw = RawText {
         name: name.as_ptr(),
         header: header.as_ptr(),
