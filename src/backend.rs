@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
 use offbook_actors::{Membership, ReportCluster, ReportSteps, Submit, names};
 use offbook_api::text::{Defaults, Text};
-use offbook_api::{Backend, Journal, Progress, Service, StreamError, Tokens};
+use offbook_api::{Backend, Journal, Origin, Progress, Service, StreamError, Tokens};
 use offbook_engine::ModelConfig;
 use offbook_protocol::{ClusterReport, Rejection, Request, RequestEvent, ShardSteps};
 use offbook_runtime::supervise::ActorRef;
@@ -25,6 +25,7 @@ pub(crate) fn service(
     cluster: &ClusterFile,
     config: &ModelConfig,
     journal: Journal,
+    origins: Vec<Origin>,
 ) -> Result<Service> {
     let model = &cluster.model;
     let (text, defaults) = words(model)?;
@@ -49,7 +50,7 @@ pub(crate) fn service(
         answers_max: cluster.limits.scheduler().requests_at_once_max(),
         created: created.as_secs(),
         journal: Some(journal),
-        origins: Vec::new(),
+        origins,
     })
 }
 

@@ -195,8 +195,15 @@ async fn start_head(
     let answers = options.data_dir.join("answers");
     let journal = Journal::open(answers.clone())
         .with_context(|| format!("cannot keep answers in {}", answers.display()))?;
-    let mut service = backend::service(system, membership, cluster, &config, journal.clone())?;
-    service.origins.clone_from(&options.api.allowed_origins);
+    let origins = options.api.allowed_origins.clone();
+    let service = backend::service(
+        system,
+        membership,
+        cluster,
+        &config,
+        journal.clone(),
+        origins,
+    )?;
     let (stop, stopped) = oneshot::channel::<()>();
     let drain = cluster.drain();
     let served = actix::spawn(async move {
