@@ -63,7 +63,7 @@ pub struct ModelConfig {
 }
 
 /// RMS norms of q and k, between their projections and RoPE.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum QkNorm {
     None,
     /// Over the whole width of each, all heads together: ranks that hold some of the heads have to sum.
@@ -73,7 +73,7 @@ pub enum QkNorm {
 }
 
 /// How experts are chosen for a row, and what each counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Router {
     /// The score is the sigmoid of the logit. The highest scores are chosen after a correction of each
     /// expert's own is added; without it they are scaled to a sum of one.

@@ -140,7 +140,7 @@ impl Engine {
         &self.config
     }
 
-    /// Whether steps take kernels of our own, which is so on GPUs unless they compute something else there than MLX.
+    /// Whether steps take kernels of our own: on a GPU, unless it cannot have them.
     pub fn has_kernels(&self) -> bool {
         self.model.has_kernels()
     }

@@ -16,6 +16,7 @@
 #![allow(unsafe_code)]
 
 mod device;
+mod variant;
 
 use std::collections::HashMap;
 use std::env;
@@ -24,7 +25,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use mlx_rs::error::Exception;
 use mlx_rs::{Array, Dtype};
 
-use self::device::{Constant, Grid, Kernel, Language, Source};
+use self::device::{Grid, Kernel, Language};
+use self::variant::{CodesOf, HEAD_THREADS, LANES, NORM_THREADS, OUTS, Variant, threads_for};
+pub(crate) use self::variant::{HeadsOf, RouteOf};
 use crate::weights::Linear;
 
 /// The kernels of one model on one device; each is compiled when it is first wanted.
@@ -35,83 +38,6 @@ pub(crate) struct Kernels {
     dtype: Dtype,
     in_doubt: bool,
     made: Mutex<HashMap<Variant, Arc<Kernel>>>,
-}
-
-/// Which kernel for which constants.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Variant {
-    AddNorm {
-        width: i32,
-        eps: u32,
-    },
-    Heads(HeadsOf),
-    Route(RouteOf),
-    Product {
-        width: i32,
-        outputs: i32,
-        codes: CodesOf,
-        y: Dtype,
-        tile: i32,
-    },
-    ExpertsIn {
-        width: i32,
-        inner: i32,
-        top: i32,
-        codes: CodesOf,
-    },
-    ExpertsOut {
-        inner: i32,
-        outputs: i32,
-        top: i32,
-        codes: CodesOf,
-    },
-}
-
-/// The heads that a rank holds, and what becomes of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct HeadsOf {
-    pub(crate) query: i32,
-    pub(crate) kv: i32,
-    pub(crate) width: i32,
-    /// Dimensions that rotate.
-    pub(crate) turned: i32,
-    pub(crate) norm: HeadNorm,
-    /// Bits of a float, as is `theta`.
-    pub(crate) eps: u32,
-    pub(crate) theta: u32,
-}
-
-/// Over what q and k are normed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum HeadNorm {
-    None = 0,
-    AllHeads = 1,
-    EachHead = 2,
-}
-
-/// How experts are chosen, and how many of how many.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct RouteOf {
-    pub(crate) experts: i32,
-    pub(crate) top: i32,
-    pub(crate) scoring: RouteScoring,
-}
-
-/// See [`Router`](crate::config::Router).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum RouteScoring {
-    CorrectedSigmoid = 0,
-    Softmax = 1,
-    SoftmaxOfChosen = 2,
-}
-
-/// How weights are packed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct CodesOf {
-    bits: i32,
-    group: i32,
-    /// Of scales and biases.
-    scales: Dtype,
 }
 
 /// A quantised matrix, or a stack of them.
@@ -380,117 +306,10 @@ impl Kernels {
     }
 }
 
-impl Variant {
-    fn parts(self, dtype: Dtype) -> (&'static Source, Vec<Constant>) {
-        use Constant::{Float, Int, Type};
-        let packing = |codes: CodesOf| {
-            [
-                Type("T", dtype),
-                Type("S", codes.scales),
-                Int("BITS", codes.bits),
-                Int("GROUP", codes.group),
-            ]
-        };
-        let eps = |bits: u32| Float("EPS", f32::from_bits(bits));
-        match self {
-            Self::AddNorm { width, eps: bits } => (
-                &ADD_NORM,
-                vec![
-                    Type("T", dtype),
-                    Int("WIDTH", width),
-                    Int("THREADS", NORM_THREADS),
-                    eps(bits),
-                ],
-            ),
-            Self::Heads(of) => (
-                &HEADS,
-                vec![
-                    Type("T", dtype),
-                    Int("QUERY", of.query),
-                    Int("KV", of.kv),
-                    Int("WIDTH", of.width),
-                    Int("TURNED", of.turned),
-                    Int("NORM", of.norm as i32),
-                    Int("THREADS", HEAD_THREADS),
-                    eps(of.eps),
-                    Float("LOG2_THETA", f32::from_bits(of.theta).log2()),
-                ],
-            ),
-            Self::Route(of) => (
-                &ROUTE,
-                vec![
-                    Int("EXPERTS", of.experts),
-                    Int("TOP", of.top),
-                    Int("PER_LANE", (of.experts + LANES - 1) / LANES),
-                    Int("SCORING", of.scoring as i32),
-                ],
-            ),
-            Self::Product {
-                width,
-                outputs,
-                codes,
-                y,
-                tile,
-            } => {
-                let mut constants = vec![
-                    Type("Y", y),
-                    Int("WIDTH", width),
-                    Int("OUTPUTS", outputs),
-                    Int("TILE", tile),
-                    Int("OUTS", OUTS),
-                    Int("THREADS", threads_for(width)),
-                ];
-                constants.extend(packing(codes));
-                (&PRODUCT, constants)
-            }
-            Self::ExpertsIn {
-                width,
-                inner,
-                top,
-                codes,
-            } => {
-                let mut constants = vec![
-                    Int("WIDTH", width),
-                    Int("INNER", inner),
-                    Int("TOP", top),
-                    Int("THREADS", threads_for(width)),
-                ];
-                constants.extend(packing(codes));
-                (&EXPERTS_IN, constants)
-            }
-            Self::ExpertsOut {
-                inner,
-                outputs,
-                top,
-                codes,
-            } => {
-                let mut constants = vec![
-                    Int("INNER", inner),
-                    Int("OUTPUTS", outputs),
-                    Int("TOP", top),
-                    Int("OUTS", OUTS),
-                    Int("THREADS", threads_for(top * inner)),
-                ];
-                constants.extend(packing(codes));
-                (&EXPERTS_OUT, constants)
-            }
-        }
-    }
-}
-
-/// Threads that divide a row of codes, in pieces of 32: as many as leave the fewest without one.
-fn threads_for(width: i32) -> i32 {
-    let pieces = width / LANES;
-    let idle = |threads: &i32| (threads - pieces % threads) % threads;
-    let [most, ..] = THREADS;
-    THREADS.into_iter().min_by_key(idle).unwrap_or(most)
-}
-
 /// In the environment: `0` does without our own kernels, to compare; `prove` compares them with MLX's operations
 /// before a model is used.
 pub(crate) const OWN_KERNELS: &str = "OFFBOOK_OWN_KERNELS";
 
-const LANES: i32 = 32;
 /// A lane of `route` holds every 32nd.
 const EXPERTS_MAX: i32 = 1024;
 /// Rows from which MLX's tensor cores multiply faster, unless a matrix has so few outputs, as a router has, that most
@@ -498,101 +317,7 @@ const EXPERTS_MAX: i32 = 1024;
 const PRODUCT_ROWS_MAX: i32 = 8;
 const FEW_OUTPUTS: i32 = 1024;
 const FEW_OUTPUTS_ROWS_MAX: i32 = 256;
-/// Rows that a block of `product` takes when there is more than one, and outputs of each.
+/// Rows that a block of `product` takes when there is more than one.
 const TILE: i32 = 4;
-const OUTS: i32 = 4;
 /// Blocks that a grid may have in its second dimension.
 const GRID_MAX: i32 = 65_535;
-const NORM_THREADS: i32 = 512;
-const HEAD_THREADS: i32 = 128;
-/// Of blocks that multiply; the first of equals.
-const THREADS: [i32; 4] = [128, 96, 64, 32];
-
-const ADD_NORM: Source = Source {
-    name: "add_norm",
-    inputs: &[("x", "T"), ("part", "T"), ("gain", "T")],
-    outputs: &[("sum", "T"), ("normed", "T")],
-    scalars: &[],
-    header: "",
-    body: include_str!("kernels/add_norm.body"),
-};
-
-const HEADS: Source = Source {
-    name: "heads",
-    inputs: &[
-        ("projected", "T"),
-        ("positions", "int"),
-        ("query_gain", "T"),
-        ("key_gain", "T"),
-    ],
-    outputs: &[("queries", "T"), ("pairs", "T")],
-    scalars: &[],
-    header: "",
-    body: include_str!("kernels/heads.body"),
-};
-
-const ROUTE: Source = Source {
-    name: "route",
-    inputs: &[("logits", "float"), ("correction", "float")],
-    outputs: &[("experts", "unsigned"), ("weights", "float")],
-    scalars: &[],
-    header: "",
-    body: include_str!("kernels/route.body"),
-};
-
-const PRODUCT: Source = Source {
-    name: "product",
-    inputs: &[
-        ("x", "T"),
-        ("weight", "unsigned"),
-        ("scales", "S"),
-        ("biases", "S"),
-    ],
-    outputs: &[("y", "Y")],
-    scalars: &["ROWS"],
-    header: include_str!("kernels/codes.cuh"),
-    body: include_str!("kernels/product.body"),
-};
-
-const EXPERTS_IN: Source = Source {
-    name: "experts_in",
-    inputs: &[
-        ("x", "T"),
-        ("weight", "unsigned"),
-        ("scales", "S"),
-        ("biases", "S"),
-        ("experts", "unsigned"),
-        ("weights", "float"),
-    ],
-    outputs: &[("y", "T")],
-    scalars: &[],
-    header: include_str!("kernels/codes.cuh"),
-    body: include_str!("kernels/experts_in.body"),
-};
-
-const EXPERTS_OUT: Source = Source {
-    name: "experts_out",
-    inputs: &[
-        ("x", "T"),
-        ("weight", "unsigned"),
-        ("scales", "S"),
-        ("biases", "S"),
-        ("experts", "unsigned"),
-    ],
-    outputs: &[("y", "T")],
-    scalars: &[],
-    header: include_str!("kernels/codes.cuh"),
-    body: include_str!("kernels/experts_out.body"),
-};
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn threads_divide_a_row_with_as_few_idle_as_can_be() {
-        // MiniMax-M2.5's widths: the model's, that of its heads, and eight experts'.
-        assert_eq!([3072, 6144, 8 * 1536].map(threads_for), [96, 96, 128]);
-        assert_eq!([64, 256, 4096].map(threads_for), [32, 32, 128]);
-    }
-}

@@ -13,10 +13,10 @@ use mlx_rs::{Array, Dtype};
 use crate::batch::Segment;
 use crate::config::{ModelConfig, QkNorm};
 use crate::host::{self, Reading, Sight};
-use crate::kernels::{HeadInputs, HeadNorm, HeadsOf, Kernels};
+use crate::kernels::{HeadInputs, HeadsOf};
 use crate::kv_cache::{Coding, KeysAndValues, LayerCache, Place, Placement};
 use crate::models::Fault;
-use crate::models::decoder::{Borrowed, DeviceKind, Numerics, Rows};
+use crate::models::decoder::{Borrowed, DeviceKind, Numerics, Own, Rows};
 use crate::models::fused::{self, NormOfTwo};
 use crate::models::linear::{Fused, arrays, fuse};
 use crate::models::rotary::Rotary;
@@ -41,11 +41,7 @@ struct Heads {
     /// For a device with a kernel for norms, of a model that has them: what it takes when no other rank
     /// has a part in them.
     kernel_gains: Option<KernelGains>,
-    /// What a kernel of ours is to make of them.
     of: HeadsOf,
-    query: i32,
-    kv: i32,
-    width: i32,
     coding: Option<Coding>,
 }
 
@@ -211,17 +207,10 @@ impl Heads {
                 kv,
                 width,
                 turned: config.rotary_dim as i32,
-                norm: match config.qk_norm {
-                    QkNorm::None => HeadNorm::None,
-                    QkNorm::Whole => HeadNorm::AllHeads,
-                    QkNorm::PerHead => HeadNorm::EachHead,
-                },
+                norm: config.qk_norm,
                 eps: config.rms_norm_eps.to_bits(),
                 theta: config.rope_theta.to_bits(),
             },
-            query,
-            kv,
-            width,
             coding: numerics.coding,
         })
     }
@@ -243,17 +232,17 @@ impl Heads {
             _ => concatenate(&projected, 1)?,
         };
         let others_take_part = matches!(self.norm, Norm::Whole(_)) && rows.divided.heads;
-        if let (Some(kernels), false) = (
-            rows.kernels,
-            others_take_part || rows.count > KERNEL_ROWS_MAX,
-        ) {
-            return Ok(self.prepare_at_once(&projected, kernels, rows)?);
+        if let Some(own) = &rows.own
+            && !others_take_part
+            && rows.count <= KERNEL_ROWS_MAX
+        {
+            return Ok(self.prepare_at_once(&projected, own)?);
         }
         if let (Some(gains), false) = (&self.kernel_gains, others_take_part) {
             return Ok(self.prepare_by_kernel(&projected, gains, rows, rotary, numerics)?);
         }
-        let normed = self.query + self.kv;
-        let heads = projected.reshape(&[rows.count, normed + self.kv, self.width])?;
+        let normed = self.of.query + self.of.kv;
+        let heads = projected.reshape(&[rows.count, normed + self.of.kv, self.of.width])?;
         let turned = heads.try_index((.., ..normed, ..))?;
         let turned = match (&self.norm, numerics.device) {
             (Norm::Whole(norm), DeviceKind::Gpu) => {
@@ -266,9 +255,9 @@ impl Heads {
         };
         let turned = rotary.apply(&rows.turn, &turned)?;
         let values = heads.try_index((.., normed.., ..))?;
-        let keys = turned.try_index((.., self.query.., ..))?;
+        let keys = turned.try_index((.., self.of.query.., ..))?;
         Ok(Prepared {
-            queries: turned.try_index((.., ..self.query, ..))?,
+            queries: turned.try_index((.., ..self.of.query, ..))?,
             pairs: concatenate(&[keys, values], 1)?,
             // The gains have it in them.
             scale: 1.0,
@@ -276,12 +265,7 @@ impl Heads {
     }
 
     /// The same where no other rank has a part in the norms, by one kernel of ours.
-    fn prepare_at_once(
-        &self,
-        projected: &Array,
-        kernels: &Kernels,
-        rows: &Rows<'_>,
-    ) -> Result<Prepared, Exception> {
+    fn prepare_at_once(&self, projected: &Array, own: &Own<'_>) -> Result<Prepared, Exception> {
         // A model without these norms has gains all the same, of q's scale and of ones.
         let (query_gain, key_gain) = match &self.kernel_gains {
             Some(gains) => (&gains.query, &gains.key),
@@ -289,15 +273,15 @@ impl Heads {
         };
         let inputs = HeadInputs {
             projected,
-            positions: &rows.positions,
+            positions: &own.positions,
             query_gain,
             key_gain,
         };
-        let [queries, pairs] = kernels.heads(self.of, &inputs)?;
+        let [queries, pairs] = own.kernels.heads(self.of, &inputs)?;
         Ok(Prepared {
             queries,
             pairs,
-            scale: (self.width as f32).powf(-0.5),
+            scale: (self.of.width as f32).powf(-0.5),
         })
     }
 
@@ -310,8 +294,11 @@ impl Heads {
         rotary: &Rotary,
         numerics: Numerics,
     ) -> Result<Prepared, Exception> {
-        let (to_keys, to_values) = (self.query * self.width, (self.query + self.kv) * self.width);
-        let by_head = |x: &Array, heads| x.reshape(&[rows.count, heads, self.width]);
+        let (to_keys, to_values) = (
+            self.of.query * self.of.width,
+            (self.of.query + self.of.kv) * self.of.width,
+        );
+        let by_head = |x: &Array, heads| x.reshape(&[rows.count, heads, self.of.width]);
         let per_head = matches!(self.norm, Norm::PerHead { .. });
         // The kernel norms the last axis.
         let turned = |x: &Array, gains: &Array, heads| {
@@ -324,12 +311,12 @@ impl Heads {
         };
         let queries = projected.try_index((.., ..to_keys))?;
         let keys = projected.try_index((.., to_keys..to_values))?;
-        let keys = turned(&keys, &gains.key, self.kv)?;
-        let values = by_head(&projected.try_index((.., to_values..))?, self.kv)?;
+        let keys = turned(&keys, &gains.key, self.of.kv)?;
+        let values = by_head(&projected.try_index((.., to_values..))?, self.of.kv)?;
         Ok(Prepared {
-            queries: turned(&queries, &gains.query, self.query)?,
+            queries: turned(&queries, &gains.query, self.of.query)?,
             pairs: concatenate(&[keys, values], 1)?,
-            scale: (self.width as f32).powf(-0.5),
+            scale: (self.of.width as f32).powf(-0.5),
         })
     }
 
@@ -368,7 +355,7 @@ impl Heads {
 
     /// The means of the squares of all ranks' heads, q's and k's: `[rows, 2]`.
     fn means(&self, squares: Array, norm: &WholeNorm, rows: &Rows<'_>) -> Result<Array, Fault> {
-        let channels = (self.query + self.kv) * self.width;
+        let channels = (self.of.query + self.of.kv) * self.of.width;
         let squares = squares.reshape(&[rows.count, channels])?;
         rows.whole_of_heads(matmul(&squares, &norm.mean)?)
     }
@@ -404,7 +391,7 @@ impl Heads {
         past: &KeysAndValues,
     ) -> Result<Array, Exception> {
         let n = queries.dim(0);
-        let flat = [n, self.query * self.width];
+        let flat = [n, self.of.query * self.of.width];
         let queries = queries.transpose_axes(&[1, 0, 2])?.expand_dims(0)?;
         let (keys, values) = (past.keys.expand_dims(0)?, past.values.expand_dims(0)?);
         let mask = (n > 1).then_some(ScaledDotProductAttentionMask::Causal);

@@ -39,13 +39,12 @@ pub(crate) struct Decoder {
     final_norm: Option<Array>,
     head: Option<Linear>,
     rotary: Rotary,
-    /// Of a GPU, if they have shown that they compute what MLX does.
+    /// Of a GPU on which they compute what MLX does.
     kernels: Option<Kernels>,
     pub(crate) numerics: Numerics,
 }
 
 /// What flows from layer to layer.
-#[derive(Clone)]
 pub(crate) struct Hidden {
     /// The residual stream, `[rows, hidden]`, and what the layer before has still to add to it.
     stream: Array,
@@ -111,12 +110,17 @@ pub(crate) struct Rows<'a> {
     /// The rows of each segment.
     pub(crate) ranges: Vec<Range<i32>>,
     pub(crate) count: i32,
-    /// Of each row: `[rows]`.
-    pub(crate) positions: Array,
     pub(crate) turn: Turn,
-    pub(crate) kernels: Option<&'a Kernels>,
+    pub(crate) own: Option<Own<'a>>,
     pub(crate) group: &'a Group,
     pub(crate) divided: Divided,
+}
+
+/// Kernels of our own, and what they take of a step.
+pub(crate) struct Own<'a> {
+    pub(crate) kernels: &'a Kernels,
+    /// Of each row: `[rows]`.
+    pub(crate) positions: Array,
 }
 
 /// What ranks hold parts of, so that its sums have to be made whole.
@@ -184,9 +188,11 @@ impl Decoder {
             kernels,
             numerics,
         };
-        if decoder.kernels.as_ref().is_some_and(Kernels::in_doubt)
-            && let Err(why) = proof::prove(&mut decoder)
-        {
+        let usable = match &decoder.kernels {
+            Some(kernels) if kernels.in_doubt() => proof::prove(&mut decoder),
+            Some(_) | None => Ok(()),
+        };
+        if let Err(why) = usable {
             tracing::warn!(%why, "kernels of our own are not used, and steps take longer");
             decoder.kernels = None;
         }
@@ -227,13 +233,19 @@ impl Decoder {
             DeviceKind::Cpu => self.rotary.tables(&positions),
             DeviceKind::Gpu => self.rotary.kernel(&positions),
         };
+        let own = self.kernels.as_ref().map(|kernels| Own {
+            kernels,
+            positions: match &turn {
+                Turn::Kernel { offsets } => offsets.clone(),
+                Turn::Tables { .. } => Array::from_slice(&positions, &[positions.len() as i32]),
+            },
+        });
         Rows {
             segments: &batch.segments,
             ranges,
             count: positions.len() as i32,
-            positions: Array::from_slice(&positions, &[positions.len() as i32]),
             turn,
-            kernels: self.kernels.as_ref(),
+            own,
             group,
             divided,
         }
@@ -277,7 +289,7 @@ impl Decoder {
         rows: &Rows<'_>,
     ) -> Result<(Array, Array), Exception> {
         let eps = self.numerics.norm_eps;
-        if let (Some(kernels), Some(pending)) = (rows.kernels, &hidden.pending) {
+        if let (Some(kernels), Some(pending)) = (rows.kernels(), &hidden.pending) {
             let [stream, normed] = kernels.add_norm(&hidden.stream, pending, gain, eps)?;
             return Ok((stream, normed));
         }
@@ -388,7 +400,12 @@ fn project(kernels: Option<&Kernels>, linear: &Linear, x: &Array) -> Result<Arra
 impl Rows<'_> {
     /// `x · weightᵀ`: `[rows, in]` → `[rows, out]`.
     pub(crate) fn project(&self, linear: &Linear, x: &Array) -> Result<Array, Exception> {
-        project(self.kernels, linear, x)
+        project(self.kernels(), linear, x)
+    }
+
+    /// Those of our own, if steps take any.
+    pub(crate) fn kernels(&self) -> Option<&Kernels> {
+        self.own.as_ref().map(|own| own.kernels)
     }
 
     /// This rank's part of what comes out of attention, or of its norms, summed over all ranks.
@@ -503,29 +520,7 @@ mod tests {
 
     /// What all layers make of the steps' rows, one after the other.
     fn outputs(model: &Decoder, steps: &[Vec<Segment>], divided: Divided) -> Vec<Array> {
-        let group = Group::solo();
-        let mut caches = Caches::new();
-        let outputs = steps.iter().enumerate().map(|(step, segments)| {
-            let batch = StepBatch {
-                lane: 0,
-                segments: segments.clone(),
-            };
-            for segment in segments {
-                caches
-                    .entry(segment.sequence)
-                    .or_insert_with(|| model.cache());
-            }
-            let rows = model.rows(&batch, &group, divided);
-            let key = mlx_rs::random::key(step as u64).unwrap();
-            let shape = [rows.count, model.numerics.hidden];
-            let x = mlx_rs::random::normal::<f32>(&shape, None, None, Some(&key)).unwrap();
-            let mut hidden = Hidden::new(x);
-            for layer in 0..model.layers() {
-                hidden = model.layer(layer, hidden, &rows, &mut caches).unwrap();
-            }
-            hidden.whole().unwrap()
-        });
-        outputs.collect()
+        proof::outputs(model, model.layers(), steps, divided).unwrap()
     }
 
     /// On the way of a GPU norms, rotations and elementwise chains are kernels of their own, and the

@@ -9,7 +9,7 @@ use mlx_rs::ops::{argpartition_axis, argsort, floor_divide, matmul, sigmoid, sof
 use mlx_rs::{Array, Dtype};
 
 use crate::config::{ModelConfig, Router};
-use crate::kernels::{ExpertInputs, Kernels, RouteOf, RouteScoring};
+use crate::kernels::{ExpertInputs, Kernels, RouteOf};
 use crate::models::Fault;
 use crate::models::decoder::{DeviceKind, Numerics, Rows};
 use crate::models::fused;
@@ -22,8 +22,7 @@ pub(crate) struct Experts {
     router: Linear,
     scoring: Scoring,
     columns: Option<Columns>,
-    top: i32,
-    experts: i32,
+    of: RouteOf,
     numerics: Numerics,
 }
 
@@ -67,8 +66,11 @@ impl Experts {
             router: layer.router,
             scoring: Scoring::new(config, layer.router_bias)?,
             columns,
-            top: config.experts_per_token as i32,
-            experts: config.experts as i32,
+            of: RouteOf {
+                experts: config.experts as i32,
+                top: config.experts_per_token as i32,
+                scoring: config.router,
+            },
             numerics,
         })
     }
@@ -78,13 +80,11 @@ impl Experts {
         let part = match &self.columns {
             Some(columns) => {
                 let routes = self.route(x, rows)?;
-                let sum = match rows.kernels {
-                    Some(kernels) => columns.at_once(x, &routes, kernels)?,
-                    None => None,
-                };
+                let at_once = |kernels| columns.at_once(x, &routes, kernels);
+                let sum = rows.kernels().map_or(Ok(None), at_once)?;
                 match (sum, self.numerics.device) {
                     (Some(sum), _) => sum,
-                    (None, DeviceKind::Gpu) if rows.count * self.top < SORT_ROUTES_MIN => {
+                    (None, DeviceKind::Gpu) if rows.count * self.of.top < SORT_ROUTES_MIN => {
                         columns.weighted(x, &routes)?
                     }
                     (None, DeviceKind::Gpu) => {
@@ -104,17 +104,14 @@ impl Experts {
     /// Scores are computed in 32 bits.
     fn route(&self, x: &Array, rows: &Rows<'_>) -> Result<Routes, Exception> {
         // A kernel of ours takes `x` to 32 bits by itself.
-        let logits = match rows.kernels {
-            Some(kernels) => kernels.project(&self.router, x, Dtype::Float32)?,
-            None => None,
-        };
-        let logits = match logits {
+        let logits = |kernels: &Kernels| kernels.project(&self.router, x, Dtype::Float32);
+        let logits = match rows.kernels().map_or(Ok(None), logits)? {
             Some(logits) => logits,
             None => project(&self.router, &x.as_dtype(Dtype::Float32)?)?,
         };
-        if let Some(kernels) = rows.kernels
+        if let Some(kernels) = rows.kernels()
             && let Some([experts, weights]) =
-                kernels.route(self.of(), &logits, self.correction(&logits))?
+                kernels.route(self.of, &logits, self.correction(&logits))?
         {
             return Ok(Routes { experts, weights });
         }
@@ -134,19 +131,6 @@ impl Experts {
                 let weights = softmax_axis(&chosen, -1, true)?;
                 Ok(Routes { experts, weights })
             }
-        }
-    }
-
-    /// What a kernel of ours is to do.
-    fn of(&self) -> RouteOf {
-        RouteOf {
-            experts: self.experts,
-            top: self.top,
-            scoring: match self.scoring {
-                Scoring::CorrectedSigmoid { .. } => RouteScoring::CorrectedSigmoid,
-                Scoring::Softmax => RouteScoring::Softmax,
-                Scoring::SoftmaxOfChosen => RouteScoring::SoftmaxOfChosen,
-            },
         }
     }
 
@@ -186,7 +170,7 @@ impl Experts {
 
     /// Which experts have the highest scores: `[rows, experts]` → `[rows, top]`.
     fn highest(&self, scores: &Array) -> Result<Array, Exception> {
-        let first = self.experts - self.top;
+        let first = self.of.experts - self.of.top;
         argpartition_axis(scores, first, -1)?.try_index((.., first..))
     }
 

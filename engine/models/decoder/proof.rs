@@ -53,42 +53,52 @@ pub(super) fn prove(model: &mut Decoder) -> Result<(), Exception> {
 }
 
 /// A prompt and two sequences of one token, then a token for each: the first layer's outputs.
-fn first_layer(model: &Decoder) -> Result<[Array; 2], Exception> {
-    let solo = Group::solo();
-    let mut caches = Caches::new();
+fn first_layer(model: &Decoder) -> Result<Vec<Array>, Exception> {
+    let segment = |(sequence, &(start, rows)): (usize, &(usize, usize))| Segment {
+        sequence: SequenceId(sequence as u64),
+        start,
+        input: Input::Prompt(vec![0; rows]),
+        draw: None,
+        reserve: 16,
+    };
     let steps = [[(0, 7), (0, 1), (0, 1)], [(7, 1), (1, 1), (1, 1)]];
-    let mut outputs = Vec::with_capacity(steps.len());
-    for (key, segments) in steps.iter().enumerate() {
-        let segment = |(sequence, &(start, rows)): (usize, &(usize, usize))| Segment {
-            sequence: SequenceId(sequence as u64),
-            start,
-            input: Input::Prompt(vec![0; rows]),
-            draw: None,
-            reserve: 16,
-        };
+    let steps = steps.map(|segments| segments.iter().enumerate().map(segment).collect());
+    outputs(model, 1, &steps, Divided::default()).map_err(|fault| match fault {
+        Fault::Device(why) => why,
+        Fault::Collective(why) => Exception::custom(why.to_string()),
+    })
+}
+
+/// What the first layers make of random rows, in one step after the other: each `[rows, hidden]`.
+pub(super) fn outputs(
+    model: &Decoder,
+    layers: usize,
+    steps: &[Vec<Segment>],
+    divided: Divided,
+) -> Result<Vec<Array>, Fault> {
+    let group = Group::solo();
+    let mut caches = Caches::new();
+    let outputs = steps.iter().enumerate().map(|(step, segments)| {
         let batch = StepBatch {
             lane: 0,
-            segments: segments.iter().enumerate().map(segment).collect(),
+            segments: segments.clone(),
         };
-        for segment in &batch.segments {
-            let cache = caches.entry(segment.sequence);
-            cache.or_insert_with(|| model.cache());
+        for segment in segments {
+            caches
+                .entry(segment.sequence)
+                .or_insert_with(|| model.cache());
         }
-        let rows = model.rows(&batch, &solo, Divided::default());
+        let rows = model.rows(&batch, &group, divided);
+        let key = random::key(step as u64)?;
         let shape = [rows.count, model.numerics.hidden];
-        let key = random::key(key as u64)?;
         let x = random::normal::<f32>(&shape, None, None, Some(&key))?;
-        let hidden = Hidden::new(x.as_dtype(model.numerics.dtype)?);
-        let hidden = match model.layer(0, hidden, &rows, &mut caches) {
-            Ok(hidden) => hidden.whole()?,
-            Err(Fault::Device(why)) => return Err(why),
-            Err(Fault::Collective(why)) => return Err(Exception::custom(why.to_string())),
-        };
-        hidden.eval()?;
-        outputs.push(hidden);
-    }
-    let count = "one output for each step";
-    outputs.try_into().map_err(|_| Exception::custom(count))
+        let mut hidden = Hidden::new(x.as_dtype(model.numerics.dtype)?);
+        for layer in 0..layers {
+            hidden = model.layer(layer, hidden, &rows, &mut caches)?;
+        }
+        Ok(hidden.whole()?)
+    });
+    outputs.collect()
 }
 
 fn norm(x: &Array) -> Result<f32, Exception> {
