@@ -89,6 +89,16 @@ impl Kernels {
         self.in_doubt
     }
 
+    /// Compiles the kernel that every layer takes, so that a device for which none can be compiled is known before
+    /// a step needs it.
+    ///
+    /// # Errors
+    /// Why none can.
+    pub(crate) fn try_out(&self, width: i32, eps: f32) -> Result<(), Exception> {
+        let eps = eps.to_bits();
+        self.kernel(Variant::AddNorm { width, eps }).map(drop)
+    }
+
     /// `x + part`, and its RMS norm: all `[rows, width]`.
     pub(crate) fn add_norm(
         &self,
@@ -181,7 +191,7 @@ impl Kernels {
             let few = matrix.weight.dim(0) <= FEW_OUTPUTS && rows <= FEW_OUTPUTS_ROWS_MAX;
             rows < PRODUCT_ROWS_MAX || few
         };
-        let Some(matrix) = self.packed(linear).filter(faster) else {
+        let Some(matrix) = self.packed(linear, x).filter(faster) else {
             return Ok(None);
         };
         let tile = if rows == 1 { 1 } else { TILE };
@@ -211,7 +221,8 @@ impl Kernels {
         x: &Array,
         of: &ExpertInputs<'_>,
     ) -> Result<Option<Array>, Exception> {
-        let (Some(inputs), Some(output)) = (self.packed(of.inputs), self.packed(of.output)) else {
+        let (Some(inputs), Some(output)) = (self.packed(of.inputs, x), self.packed(of.output, x))
+        else {
             return Ok(None);
         };
         let (rows, width, top, inner) = (x.dim(0), x.dim(1), of.experts.dim(1), of.inner);
@@ -264,8 +275,8 @@ impl Kernels {
         Ok(Some(y))
     }
 
-    /// The matrix, if it is quantised as these kernels read it.
-    fn packed<'a>(&self, linear: &'a Linear) -> Option<Packed<'a>> {
+    /// The matrix, if it is quantised as these kernels read it, and what it multiplies is of their type.
+    fn packed<'a>(&self, linear: &'a Linear, x: &Array) -> Option<Packed<'a>> {
         let Linear::Quantized {
             weight,
             scales,
@@ -278,6 +289,7 @@ impl Kernels {
         };
         let (width, groups) = (weight.shape().last()? * 32 / bits, scales.shape().last()?);
         let fits = self.language == Language::Cuda
+            && x.dtype() == self.dtype
             && [2, 3, 4, 5, 6, 8].contains(bits)
             && group_size % LANES == 0
             && width == groups * group_size

@@ -39,7 +39,7 @@ pub(crate) struct Decoder {
     final_norm: Option<Array>,
     head: Option<Linear>,
     rotary: Rotary,
-    /// Of a GPU on which they compute what MLX does.
+    /// Of a GPU for which they can be compiled, and on which they compute what MLX does.
     kernels: Option<Kernels>,
     pub(crate) numerics: Numerics,
 }
@@ -190,7 +190,8 @@ impl Decoder {
         };
         let usable = match &decoder.kernels {
             Some(kernels) if kernels.in_doubt() => proof::prove(&mut decoder),
-            Some(_) | None => Ok(()),
+            Some(kernels) => kernels.try_out(numerics.hidden, numerics.norm_eps),
+            None => Ok(()),
         };
         if let Err(why) = usable {
             tracing::warn!(%why, "kernels of our own are not used, and steps take longer");
